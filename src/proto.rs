@@ -1,0 +1,183 @@
+//! Both wire protocols: bytes to messages and back, and the words that they share (key, token, nonce, outcome).
+//!
+//! Pure: nothing here knows of sockets, files, clocks, processes or randomness. Whoever reads from a socket passes in
+//! the bytes; whoever writes to one takes them from here. `docs/protocol.md` is the same for implementers of clients.
+
+pub mod v1;
+pub mod v2;
+
+use std::fmt;
+
+use md5::{Digest, Md5};
+use serde::{Deserialize, Serialize};
+
+/// The longest key, in bytes.
+pub const KEY_BYTES_MAX: usize = 1024;
+
+/// What a lock is called: 1 to [`KEY_BYTES_MAX`] bytes of UTF-8.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Key(Box<str>);
+
+impl Key {
+    /// Takes the text as it is: no trimming, no normal form.
+    ///
+    /// # Errors
+    /// When it is empty or longer than [`KEY_BYTES_MAX`] bytes.
+    pub fn new(text: impl Into<Box<str>>) -> Result<Key, KeyError> {
+        let text = text.into();
+        match text.len() {
+            0 => Err(KeyError::Empty),
+            1..=KEY_BYTES_MAX => Ok(Key(text)),
+            bytes => Err(KeyError::TooLong(bytes)),
+        }
+    }
+
+    /// The key as it was given.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// The lock's identity in both protocols: the MD5 of the key's bytes.
+    pub fn id(&self) -> LockId {
+        LockId(Md5::digest(self.0.as_bytes()).into())
+    }
+}
+
+impl TryFrom<String> for Key {
+    type Error = KeyError;
+    fn try_from(text: String) -> Result<Key, KeyError> {
+        Key::new(text)
+    }
+}
+
+impl From<Key> for String {
+    fn from(key: Key) -> String {
+        key.0.into()
+    }
+}
+
+/// Why a text is no key.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyError {
+    /// It has no bytes.
+    Empty,
+    /// It has this many bytes, which is more than [`KEY_BYTES_MAX`].
+    TooLong(usize),
+}
+
+impl fmt::Display for KeyError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            KeyError::Empty => write!(f, "the key is empty"),
+            KeyError::TooLong(bytes) => {
+                write!(f, "the key has {bytes} bytes, the most is {KEY_BYTES_MAX}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for KeyError {}
+
+/// The identity of a lock: the MD5 of its key. All that protocol 1 ever sends of a key.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct LockId(pub [u8; 16]);
+
+impl fmt::Display for LockId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
+
+impl fmt::Debug for LockId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)
+    }
+}
+
+/// The fencing token: a number that grows with every grant of a daemon, across its restarts. It stays below 2^53, so
+/// that every reader of JSON can hold it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Token(pub u64);
+
+impl fmt::Display for Token {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// Names one lock request. Sent again, it resumes that request. On the wire: 1 to 32 hexadecimal digits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Nonce(pub u128);
+
+impl TryFrom<String> for Nonce {
+    type Error = String;
+    fn try_from(text: String) -> Result<Nonce, String> {
+        // `from_str_radix` takes a leading sign, the wire does not.
+        match u128::from_str_radix(&text, 16) {
+            Ok(number) if text.bytes().all(|b| b.is_ascii_hexdigit()) => Ok(Nonce(number)),
+            _ => Err("a nonce is 1 to 32 hexadecimal digits".into()),
+        }
+    }
+}
+
+impl From<Nonce> for String {
+    fn from(nonce: Nonce) -> String {
+        format!("{:032x}", nonce.0)
+    }
+}
+
+/// How a holder ended, as its waiters are told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// The command ended with this status.
+    Exit(u8),
+    /// The command died of this signal.
+    Signal(u8),
+    /// It is done, and did not say how: a protocol 1 release, or the end of a `kmutex run --no-fork`.
+    Unknown,
+    /// It went away without releasing: the work may be half done.
+    Vanished,
+}
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Outcome::Exit(status) => write!(f, "exit {status}"),
+            Outcome::Signal(number) => write!(f, "signal {number}"),
+            Outcome::Unknown => f.write_str("unknown"),
+            Outcome::Vanished => f.write_str("vanished"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_identity_of_a_key_is_its_md5() {
+        // RFC 1321, appendix A.5.
+        let key = Key::new("message digest").unwrap();
+        assert_eq!(key.id().to_string(), "f96b697d7cb7938d525a2f31aaf161d0");
+    }
+
+    #[test]
+    fn a_key_has_1_to_1024_bytes() {
+        assert_eq!(Key::new(""), Err(KeyError::Empty));
+        assert!(Key::new("k".repeat(1024)).is_ok());
+        assert_eq!(Key::new("k".repeat(1025)), Err(KeyError::TooLong(1025)));
+        assert_eq!(Key::new("é".repeat(513)), Err(KeyError::TooLong(1026)));
+    }
+
+    #[test]
+    fn a_nonce_is_hexadecimal_digits_only() {
+        assert_eq!(Nonce::try_from("00ff".to_string()), Ok(Nonce(255)));
+        for bad in ["", "+1", "-1", "x", &"1".repeat(33)] {
+            assert!(Nonce::try_from(bad.to_string()).is_err(), "{bad:?}");
+        }
+    }
+}

@@ -1,0 +1,359 @@
+//! Protocol 2: one JSON object a line, after a preamble that stands where protocol 1 has a key.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Key, Nonce, Outcome, Token};
+
+/// What a client sends first, in place of a protocol 1 key.
+pub const PREAMBLE: [u8; 16] = *b"\0kmutex proto 2\n";
+/// The longest frame, in bytes, its newline included.
+pub const FRAME_BYTES_MAX: usize = 64 * 1024;
+/// How many holders, and how many waiters, one frame lists at the most. The counts beside the lists are always whole.
+pub const LISTED_MAX: usize = 16;
+/// The most holders that `slots` can ask for.
+pub const SLOTS_MAX: u32 = 1_000_000;
+
+/// What a client asks.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum Request {
+    /// I want this lock.
+    Lock(Box<LockRequest>),
+    /// I am done with the lock that I hold.
+    Release {
+        /// How it ended.
+        outcome: Outcome,
+    },
+    /// Which locks are there? One, or all.
+    Status {
+        /// The one that is wanted.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        key: Option<Key>,
+    },
+    /// Are you there?
+    Ping,
+}
+
+/// One request for one lock.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct LockRequest {
+    /// The lock that is wanted.
+    pub key: Key,
+    /// Names this request.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub nonce: Option<Nonce>,
+    /// What to wait for when somebody else holds it.
+    pub mode: Mode,
+    /// Others who also said so may hold it beside me.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
+    /// I take it while fewer than this many hold it. 1 is the ordinary, exclusive lock.
+    #[serde(skip_serializing_if = "is_one")]
+    pub slots: u32,
+    /// Do not wait at all.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub nowait: bool,
+    /// The client becomes the command (`kmutex run --no-fork`): nobody is left to release, so the end of the stream is
+    /// the end of the work, with the outcome `unknown`, and not a holder that vanished.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub exec: bool,
+    /// Who asks, for other people to read.
+    pub who: Who,
+}
+
+impl LockRequest {
+    /// An exclusive request that waits, with nothing said of who asks.
+    pub fn new(key: Key, mode: Mode) -> LockRequest {
+        let who = Who::default();
+        LockRequest { key, nonce: None, mode, shared: false, slots: 1, nowait: false, exec: false, who }
+    }
+}
+
+// By reference, because serde calls it so.
+fn is_one(slots: &u32) -> bool {
+    *slots == 1
+}
+
+/// What a waiter waits for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Mode {
+    /// To hear that the holder is done: its work need not be done again.
+    #[default]
+    Once,
+    /// For its turn.
+    Queue,
+}
+
+/// Who asks for a lock, as the client tells it. For people to read: nothing is decided by it.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Who {
+    /// Process id; 0 when it is not known.
+    pub pid: u32,
+    /// The machine's name.
+    #[serde(skip_serializing_if = "Text::is_empty")]
+    pub host: Text,
+    /// The user's name.
+    #[serde(skip_serializing_if = "Text::is_empty")]
+    pub user: Text,
+    /// The command that runs, or will run, under the lock.
+    #[serde(skip_serializing_if = "Text::is_empty")]
+    pub command: Text,
+    /// Whatever the user wants others to see.
+    #[serde(skip_serializing_if = "Text::is_empty")]
+    pub note: Text,
+}
+
+/// A short text for a person: at most [`Text::BYTES_MAX`] bytes (what is longer ends in `…`), and no control
+/// characters (each becomes `?`), so that nobody's terminal obeys what somebody else put into a note.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "String", into = "String")]
+pub struct Text(Box<str>);
+
+impl Text {
+    /// The longest text, in bytes.
+    pub const BYTES_MAX: usize = 256;
+
+    /// The text as it may be shown.
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+
+    /// True when there is nothing to show.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+}
+
+impl From<String> for Text {
+    fn from(mut text: String) -> Text {
+        const MORE: &str = "…";
+        if text.len() > Text::BYTES_MAX {
+            text.truncate(text.floor_char_boundary(Text::BYTES_MAX - MORE.len()));
+            text.push_str(MORE);
+        }
+        if text.contains(char::is_control) {
+            text = text.replace(char::is_control, "?");
+        }
+        Text(text.into())
+    }
+}
+
+impl From<&str> for Text {
+    fn from(text: &str) -> Text {
+        Text::from(text.to_string())
+    }
+}
+
+impl From<Text> for String {
+    fn from(text: Text) -> String {
+        text.0.into()
+    }
+}
+
+/// What the daemon answers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "lowercase")]
+pub enum Answer {
+    /// The greeting, once, in answer to the preamble.
+    Hello {
+        /// Of the daemon.
+        version: String,
+        /// Of the daemon.
+        pid: u32,
+    },
+    /// You hold the lock.
+    Granted {
+        /// The fencing token of this grant.
+        token: Token,
+    },
+    /// Somebody else holds it; you are waiting.
+    Waiting {
+        /// Those who hold it, [`LISTED_MAX`] at the most.
+        holders: Vec<Party>,
+        /// How many queue waiters come before you.
+        ahead: u32,
+    },
+    /// The holder that you waited for is done. You hold nothing.
+    Finished {
+        /// How it ended.
+        outcome: Outcome,
+        /// The token that it held.
+        token: Token,
+    },
+    /// Somebody else holds it and you did not want to wait. You hold nothing.
+    Busy {
+        /// Those who hold it, [`LISTED_MAX`] at the most.
+        holders: Vec<Party>,
+    },
+    /// You have released.
+    Released,
+    /// One lock of a status.
+    Lock(LockStatus),
+    /// The status is complete.
+    End,
+    /// The answer to a ping.
+    Pong,
+    /// The request was not carried out.
+    Error {
+        /// What kind of error, for programs.
+        code: ErrorCode,
+        /// What is wrong, for people.
+        message: String,
+    },
+}
+
+/// The kinds of error, for programs. See `docs/protocol.md` for which of them end the connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum ErrorCode {
+    /// The line is no JSON object, or is too long. The connection is closed.
+    BadFrame,
+    /// The type of the message is not known.
+    UnknownType,
+    /// A field is missing or wrong.
+    BadRequest,
+    /// The key is empty or too long.
+    BadKey,
+    /// A lock request while one is under way on this connection, or a release while none is held.
+    WrongState,
+    /// What a newer daemon may say.
+    #[serde(other)]
+    Other,
+}
+
+/// One lock, for a status.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LockStatus {
+    /// Its key, when a protocol 2 client has named it. Protocol 1 sends only the hash.
+    pub key: Option<String>,
+    /// The MD5 of its key, in hexadecimal digits.
+    pub id: String,
+    /// Those who hold it, [`LISTED_MAX`] at the most.
+    pub holders: Vec<Party>,
+    /// How many hold it.
+    pub holding: u32,
+    /// The first of those who wait, [`LISTED_MAX`] at the most.
+    pub waiters: Vec<Party>,
+    /// How many wait.
+    pub waiting: u32,
+}
+
+/// A holder or a waiter, for other people to read.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Party {
+    /// The protocol that it speaks: 1 or 2.
+    pub protocol: u8,
+    /// Its user id, as the kernel knows it; only on Unix sockets.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
+    /// What it said of itself. On Unix sockets the pid is the kernel's.
+    #[serde(flatten)]
+    pub who: Who,
+    /// For how long it has held the lock, or waited for it, in milliseconds.
+    pub for_ms: u64,
+    /// Of a holder: the token of its grant.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token: Option<Token>,
+    /// Of a waiter: what it waits for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mode: Option<Mode>,
+    /// It shares the lock.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
+}
+
+/// Every field of every request. One flat struct, because serde would copy a tagged enum twice on the daemon's hot path.
+#[derive(Deserialize)]
+struct Frame<'a> {
+    #[serde(rename = "type", borrow)]
+    kind: std::borrow::Cow<'a, str>,
+    key: Option<String>,
+    nonce: Option<Nonce>,
+    #[serde(default)]
+    mode: Mode,
+    #[serde(default)]
+    shared: bool,
+    slots: Option<u32>,
+    #[serde(default)]
+    nowait: bool,
+    #[serde(default)]
+    exec: bool,
+    #[serde(default)]
+    who: Who,
+    outcome: Option<Outcome>,
+}
+
+/// Reads one request from one line, with or without its newline.
+///
+/// # Errors
+/// The answer that the client is to be sent: always an [`Answer::Error`].
+pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
+    // serde would read a struct from an array as well.
+    if line.trim_ascii_start().first() != Some(&b'{') {
+        return Err(error(ErrorCode::BadFrame, "the line is not a JSON object"));
+    }
+    let frame: Frame<'_> = serde_json::from_slice(line).map_err(|e| match e.classify() {
+        serde_json::error::Category::Data => error(ErrorCode::BadRequest, e.to_string()),
+        _ => error(ErrorCode::BadFrame, format!("the line is not a JSON object: {e}")),
+    })?;
+    match &*frame.kind {
+        "lock" => Ok(Request::Lock(Box::new(frame.into_lock()?))),
+        "release" => Ok(Request::Release { outcome: frame.outcome.unwrap_or(Outcome::Unknown) }),
+        "status" => Ok(Request::Status { key: frame.key.map(key).transpose()? }),
+        "ping" => Ok(Request::Ping),
+        kind => {
+            let kind = Text::from(kind);
+            Err(error(ErrorCode::UnknownType, format!("no such request: {:?}", kind.as_str())))
+        }
+    }
+}
+
+impl Frame<'_> {
+    fn into_lock(self) -> Result<LockRequest, Answer> {
+        let Some(text) = self.key else {
+            return Err(error(ErrorCode::BadRequest, "lock: key is missing"));
+        };
+        let slots = self.slots.unwrap_or(1);
+        if !(1..=SLOTS_MAX).contains(&slots) {
+            return Err(error(ErrorCode::BadRequest, format!("lock: slots is not from 1 to {SLOTS_MAX}")));
+        }
+        if self.shared && slots > 1 {
+            return Err(error(ErrorCode::BadRequest, "lock: shared and slots exclude each other"));
+        }
+        Ok(LockRequest {
+            key: key(text)?,
+            nonce: self.nonce,
+            mode: self.mode,
+            shared: self.shared,
+            slots,
+            nowait: self.nowait,
+            exec: self.exec,
+            who: self.who,
+        })
+    }
+}
+
+fn key(text: String) -> Result<Key, Answer> {
+    Key::new(text).map_err(|e| error(ErrorCode::BadKey, e.to_string()))
+}
+
+/// An [`Answer::Error`].
+pub fn error(code: ErrorCode, message: impl Into<String>) -> Answer {
+    Answer::Error { code, message: message.into() }
+}
+
+/// Reads one answer from one line, with or without its newline.
+///
+/// # Errors
+/// What is wrong with it, for people.
+pub fn decode_answer(line: &[u8]) -> Result<Answer, String> {
+    serde_json::from_slice(line).map_err(|e| format!("not an answer of protocol 2: {e}"))
+}
+
+/// Appends a message and its newline to a buffer in memory.
+pub fn encode(message: &impl Serialize, mut buffer: impl std::io::Write) {
+    serde_json::to_writer(&mut buffer, message).expect("a message has no part that JSON lacks");
+    buffer.write_all(b"\n").expect("memory takes what is written");
+}

@@ -1,0 +1,55 @@
+//! First-in, first-out lists of requests, threaded through the requests themselves: to join and to leave, from
+//! anywhere, costs the same however long the list is, and allocates nothing.
+
+use slab::Slab;
+
+use super::{Request, RequestId};
+
+/// The ends of a list. A request is in one list at the most.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct List {
+    head: Option<RequestId>,
+    tail: Option<RequestId>,
+}
+
+/// A request's neighbours in the list that it is in.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Links {
+    prev: Option<RequestId>,
+    next: Option<RequestId>,
+}
+
+impl List {
+    pub(super) fn head(&self) -> Option<RequestId> {
+        self.head
+    }
+
+    pub(super) fn is_empty(&self) -> bool {
+        self.head.is_none()
+    }
+
+    pub(super) fn push_back(&mut self, requests: &mut Slab<Request>, id: RequestId) {
+        requests[id.index()].links = Links { prev: self.tail, next: None };
+        match self.tail.replace(id) {
+            Some(old) => requests[old.index()].links.next = Some(id),
+            None => self.head = Some(id),
+        }
+    }
+
+    /// `id` must be in this list.
+    pub(super) fn unlink(&mut self, requests: &mut Slab<Request>, id: RequestId) {
+        let Links { prev, next } = std::mem::take(&mut requests[id.index()].links);
+        match prev {
+            Some(prev) => requests[prev.index()].links.next = next,
+            None => self.head = next,
+        }
+        match next {
+            Some(next) => requests[next.index()].links.prev = prev,
+            None => self.tail = prev,
+        }
+    }
+
+    pub(super) fn iter<'a>(self, requests: &'a Slab<Request>) -> impl Iterator<Item = RequestId> + 'a {
+        std::iter::successors(self.head, |id| requests[id.index()].links.next)
+    }
+}
