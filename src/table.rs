@@ -42,6 +42,10 @@ pub struct Millis(pub u64);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClientId(pub u32);
 
+/// A moment in the order of arrival: it lies behind the requests that had arrived, and before those to come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Mark(u64);
+
 /// What the caller has to do: tell `client` something about `lock`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Effect {
@@ -245,9 +249,12 @@ impl Table {
         }
     }
 
-    /// All that had happened before the deferred requests came is in the table: decides them, in order of arrival.
-    pub fn settle(&mut self, now: Millis, effects: &mut Vec<Effect>) {
-        while let Some(id) = self.deferred.head() {
+    /// All that had happened before `mark` was taken is in the table: decides the requests that were deferred until
+    /// then, in order of arrival.
+    pub fn settle(&mut self, now: Millis, mark: Mark, effects: &mut Vec<Effect>) {
+        while let Some(id) = self.deferred.head()
+            && self.requests[id.index()].order < mark.0
+        {
             self.deferred.unlink(&mut self.requests, id);
             let request = &self.requests[id.index()];
             if self.admits(id) {
@@ -261,9 +268,9 @@ impl Table {
         }
     }
 
-    /// True when there are requests that wait for [`Table::settle`].
-    pub fn has_deferred(&self) -> bool {
-        !self.deferred.is_empty()
+    /// A mark behind all requests that are deferred now, for [`Table::settle`]. None: there are none.
+    pub fn deferred(&self) -> Option<Mark> {
+        self.deferred.head().map(|_| Mark(self.next_arrival))
     }
 
     /// Ends the holds whose time is up.

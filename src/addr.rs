@@ -1,0 +1,352 @@
+//! Where a daemon is: reading an address, connecting to it, and asking the kernel who is at the other end.
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::io;
+use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, sockopt};
+use nix::sys::time::{TimeVal, TimeValLike};
+
+use crate::exit::Exit;
+
+/// Where the daemon is when nobody says otherwise. The old daemon's path, so that its clients find the new one.
+pub const DEFAULT: &str = "/tmp/keyedmutexd.sock";
+/// The environment variable that says otherwise.
+pub const VARIABLE: &str = "KMUTEX_SOCK";
+/// The longest path of a Unix socket, in bytes: `sun_path` less its final zero (unix(7)).
+const PATH_BYTES_MAX: usize = 107;
+
+/// The address of a daemon.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Addr {
+    /// A Unix socket.
+    Unix(PathBuf),
+    /// A port of this machine alone: 127.0.0.1, and ::1 where there is one.
+    Loopback(u16),
+    /// A port of a host that was named.
+    Tcp {
+        /// A name or a number, without brackets.
+        host: String,
+        /// Not of this machine alone.
+        port: u16,
+    },
+}
+
+impl Addr {
+    /// Reads a path, a `PORT`, `HOST:PORT` or `[V6]:PORT`. What has a slash in it is a path.
+    ///
+    /// # Errors
+    /// [`Error::Bad`].
+    pub fn parse(text: &OsStr) -> Result<Addr, Error> {
+        let bad = |why: &str| Error::Bad { text: text.to_owned(), why: why.into() };
+        let port = |digits: &str| digits.parse().map_err(|_| bad("the port is not from 0 to 65535"));
+        let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
+        match text.to_str() {
+            Some(text) if is_number(text) => return Ok(Addr::Loopback(port(text)?)),
+            Some(text) if !text.contains('/') => {
+                if let Some((host, digits)) = text.rsplit_once(':')
+                    && is_number(digits)
+                {
+                    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+                    let host = bare.unwrap_or(host);
+                    return match host {
+                        "" => Err(bad("the host is missing")),
+                        _ if bare.is_none() && host.contains(':') => {
+                            Err(bad("an IPv6 address stands in brackets: [V6]:PORT"))
+                        }
+                        _ => Ok(Addr::Tcp { host: host.into(), port: port(digits)? }),
+                    };
+                }
+            }
+            _ => {}
+        }
+        match text.len() {
+            0 => Err(bad("it is empty")),
+            1..=PATH_BYTES_MAX if !text.as_encoded_bytes().contains(&0) => Ok(Addr::Unix(text.into())),
+            1..=PATH_BYTES_MAX => Err(bad("it has a zero byte")),
+            bytes => {
+                Err(bad(&format!("the path has {bytes} bytes, the most for a socket is {PATH_BYTES_MAX}")))
+            }
+        }
+    }
+
+    /// The address that was given, or else the environment's, or else the default.
+    ///
+    /// # Errors
+    /// [`Error::Bad`].
+    pub fn or_default(given: Option<&OsStr>) -> Result<Addr, Error> {
+        match given {
+            Some(text) => Addr::parse(text),
+            None => match std::env::var_os(VARIABLE) {
+                Some(text) if !text.is_empty() => Addr::parse(&text),
+                _ => Ok(Addr::Unix(DEFAULT.into())),
+            },
+        }
+    }
+
+    /// The same address for a process with another working directory, as it goes into [`VARIABLE`].
+    ///
+    /// # Errors
+    /// When the working directory cannot be told.
+    pub fn absolute(&self) -> io::Result<Addr> {
+        Ok(match self {
+            Addr::Unix(path) => Addr::Unix(std::path::absolute(path)?),
+            other => other.clone(),
+        })
+    }
+
+    /// The addresses of a TCP address, in the order in which they should be tried. None for a Unix socket.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when the host's name cannot be resolved.
+    pub fn resolve(&self) -> Result<Vec<SocketAddr>, Error> {
+        match self {
+            Addr::Unix(_) => Ok(Vec::new()),
+            Addr::Loopback(port) => Ok(vec![
+                SocketAddr::from(([127, 0, 0, 1], *port)),
+                SocketAddr::from(([0u16, 0, 0, 0, 0, 0, 0, 1], *port)),
+            ]),
+            Addr::Tcp { host, port } => {
+                let found = (host.as_str(), *port).to_socket_addrs();
+                Ok(found.map_err(|e| self.error("resolve", e))?.collect())
+            }
+        }
+    }
+
+    /// Connects, and waits until `deadline` at the most (for ever when there is none).
+    ///
+    /// # Errors
+    /// [`Error::Io`]; of the kind [`io::ErrorKind::TimedOut`] when the deadline came first.
+    pub fn connect(&self, deadline: Option<Instant>) -> Result<OwnedFd, Error> {
+        let error = |e| self.error("connect to", e);
+        match self {
+            Addr::Unix(path) => connect_unix(path, deadline).map_err(error),
+            _ => {
+                let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
+                for addr in self.resolve()? {
+                    match connect_tcp(addr, deadline) {
+                        Ok(fd) => return Ok(fd),
+                        Err(e) => last = e,
+                    }
+                }
+                Err(error(last))
+            }
+        }
+    }
+
+    fn error(&self, doing: &'static str, error: io::Error) -> Error {
+        Error::Io { doing, addr: self.clone(), error }
+    }
+}
+
+impl fmt::Display for Addr {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Addr::Unix(path) => path.display().fmt(f),
+            Addr::Loopback(port) => port.fmt(f),
+            Addr::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
+            Addr::Tcp { host, port } => write!(f, "{host}:{port}"),
+        }
+    }
+}
+
+impl From<&Addr> for OsString {
+    /// What [`Addr::parse`] reads as the same address.
+    fn from(addr: &Addr) -> OsString {
+        match addr {
+            // `./7000` is a path where `7000` is a port.
+            Addr::Unix(path) if !path.as_os_str().as_encoded_bytes().contains(&b'/') => {
+                Path::new(".").join(path).into()
+            }
+            Addr::Unix(path) => path.into(),
+            other => other.to_string().into(),
+        }
+    }
+}
+
+fn connect_unix(path: &Path, deadline: Option<Instant>) -> io::Result<OwnedFd> {
+    let fd = socket::socket(AddressFamily::Unix, SockType::Stream, SockFlag::SOCK_CLOEXEC, None)?;
+    if let Some(deadline) = deadline {
+        // A full backlog blocks a Unix socket's connect for as long as it may block in a send (unix(7)).
+        let left =
+            Duration::max(deadline.saturating_duration_since(Instant::now()), Duration::from_millis(1));
+        let micros = i64::try_from(left.as_micros()).unwrap_or(i64::MAX);
+        socket::setsockopt(
+            &fd,
+            sockopt::SendTimeout,
+            &TimeVal::microseconds(micros.min(i64::from(i32::MAX) * 1_000_000)),
+        )?;
+    }
+    let addr = UnixAddr::new(path)?;
+    loop {
+        match socket::connect(fd.as_raw_fd(), &addr) {
+            Ok(()) => break,
+            Err(nix::Error::EINTR) => {}
+            Err(nix::Error::EAGAIN) => return Err(io::ErrorKind::TimedOut.into()),
+            Err(e) => return Err(e.into()),
+        }
+    }
+    if deadline.is_some() {
+        socket::setsockopt(&fd, sockopt::SendTimeout, &TimeVal::seconds(0))?;
+    }
+    Ok(fd)
+}
+
+fn connect_tcp(addr: SocketAddr, deadline: Option<Instant>) -> io::Result<OwnedFd> {
+    let stream = match deadline {
+        None => TcpStream::connect(addr)?,
+        Some(deadline) => {
+            let left = deadline.saturating_duration_since(Instant::now());
+            TcpStream::connect_timeout(&addr, Duration::max(left, Duration::from_millis(1)))?
+        }
+    };
+    // Messages are small and waited for: Nagle's algorithm would hold them back.
+    stream.set_nodelay(true)?;
+    Ok(stream.into())
+}
+
+/// The process at the other end of a Unix socket.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Peer {
+    /// Its process id: of a client the one that connected, of a daemon the one that listens.
+    pub pid: u32,
+    /// Its effective user id then.
+    pub uid: u32,
+}
+
+/// Asks the kernel who is at the other end (unix(7), SO_PEERCRED).
+///
+/// # Errors
+/// When the socket is not a Unix socket, or the kernel does not tell.
+#[cfg(target_os = "linux")]
+pub fn peer(socket: impl AsFd) -> io::Result<Peer> {
+    let cred = socket::getsockopt(&socket, sockopt::PeerCredentials)?;
+    Ok(Peer { pid: u32::try_from(cred.pid()).unwrap_or(0), uid: cred.uid() })
+}
+
+/// Asks the kernel who is at the other end; these systems do not tell its process id.
+///
+/// # Errors
+/// When the socket is not a Unix socket, or the kernel does not tell.
+#[cfg(not(target_os = "linux"))]
+pub fn peer(socket: impl AsFd) -> io::Result<Peer> {
+    let (uid, _) = nix::unistd::getpeereid(socket)?;
+    Ok(Peer { pid: 0, uid: uid.as_raw() })
+}
+
+/// Connects to a Unix socket only to see whether somebody serves it.
+///
+/// # Errors
+/// As connect(2) gives them: `ConnectionRefused` when nobody does.
+pub fn who_serves(path: &Path) -> io::Result<Peer> {
+    peer(UnixStream::connect(path)?)
+}
+
+/// What is wrong with an address.
+#[derive(Debug)]
+pub enum Error {
+    /// It cannot be read.
+    Bad {
+        /// What was given.
+        text: OsString,
+        /// What is wrong with it.
+        why: String,
+    },
+    /// It cannot be used.
+    Io {
+        /// "connect to" or "resolve".
+        doing: &'static str,
+        /// Which one.
+        addr: Addr,
+        /// Why.
+        error: io::Error,
+    },
+}
+
+impl Error {
+    /// The exit code for it.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Error::Bad { .. } => Exit::Usage,
+            Error::Io { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => Exit::NotPermitted,
+            Error::Io { .. } => Exit::Unavailable,
+        }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Bad { text, why } => write!(f, "bad socket address {text:?}: {why}"),
+            Error::Io { doing, addr, error } => write!(f, "cannot {doing} {addr}: {}", Reason(error)),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+/// An operating system's error in its own words, without the number that `io::Error` adds.
+pub struct Reason<'a>(pub &'a io::Error);
+
+impl fmt::Display for Reason<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0.raw_os_error() {
+            Some(number) => f.write_str(nix::Error::from_raw(number).desc()),
+            None => self.0.fmt(f),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(text: &str) -> Result<Addr, String> {
+        Addr::parse(OsStr::new(text)).map_err(|e| e.to_string())
+    }
+
+    #[test]
+    fn an_address_is_a_path_a_port_or_a_host_with_a_port() {
+        let tcp = |host: &str, port| Ok(Addr::Tcp { host: host.into(), port });
+        assert_eq!(parse("/run/k.sock"), Ok(Addr::Unix("/run/k.sock".into())));
+        assert_eq!(parse("k.sock"), Ok(Addr::Unix("k.sock".into())));
+        assert_eq!(parse("./7000"), Ok(Addr::Unix("./7000".into())));
+        assert_eq!(parse("/a:80"), Ok(Addr::Unix("/a:80".into())));
+        assert_eq!(parse("7000"), Ok(Addr::Loopback(7000)));
+        assert_eq!(parse("db.example:7000"), tcp("db.example", 7000));
+        assert_eq!(parse("[::1]:7000"), tcp("::1", 7000));
+    }
+
+    #[test]
+    fn a_bad_address_is_named_with_what_is_wrong() {
+        let long = "x".repeat(108);
+        for (text, why) in [
+            ("", "empty"),
+            ("65536", "port is not from 0 to 65535"),
+            ("a:99999", "port is not from 0 to 65535"),
+            (":80", "host is missing"),
+            ("::1:80", "in brackets"),
+            (&long, "108 bytes"),
+            ("a\0b", "zero byte"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(why), "{text:?}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_address_survives_being_written_out() {
+        for text in ["/run/k.sock", "k.sock", "7000", "db.example:7000", "[::1]:7000"] {
+            let addr = parse(text).unwrap();
+            let again = Addr::parse(&OsString::from(&addr)).unwrap();
+            assert_eq!(again.absolute().unwrap(), addr.absolute().unwrap());
+        }
+        let numeric = Addr::Unix("7000".into());
+        assert_eq!(Addr::parse(&OsString::from(&numeric)).unwrap(), Addr::Unix("./7000".into()));
+    }
+}

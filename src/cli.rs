@@ -1,0 +1,266 @@
+//! The command line: the clap definitions, from which the man pages and the completions are generated too.
+//!
+//! Only what can be told from one argument alone is checked here; addresses, keys and the like are parsed by those who
+//! use them.
+
+use std::ffi::OsString;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
+
+/// flock(1) for keys, with single-flight
+///
+/// kmutex runs a command under a lock that is named by a key. While one holds the key, others wait; when the holder is
+/// done, those who waited do not run the command again, unless they ask for their turn with --queue.
+#[derive(Debug, Parser)]
+#[command(name = "kmutex", version, disable_help_subcommand = true)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// The subcommands.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Run a command under a lock
+    Run(Run),
+    /// Show who holds which locks, and who waits
+    Status(Status),
+    /// Serve locks: the daemon
+    Serve(Serve),
+}
+
+/// Run a command under a lock
+///
+/// Acquires the lock of KEY, runs COMMAND, and releases the lock. If somebody else holds the key, waits until that
+/// holder is done and then does not run COMMAND, because the work has just been done: the exit status says so. With
+/// --queue, waits for its turn and runs COMMAND always, as flock(1) does.
+///
+/// If nothing listens on the socket, starts a daemon there, which ends itself after a minute without use.
+#[derive(Args, Debug)]
+#[command(
+    override_usage = "kmutex run [OPTIONS] KEY [--] COMMAND [ARG]...\n       kmutex run [OPTIONS] KEY -c SHELL_COMMAND"
+)]
+pub struct Run {
+    /// The lock's name: 1 to 1024 bytes of UTF-8
+    pub key: OsString,
+
+    /// The command, and its arguments
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_hint = ValueHint::CommandWithArguments)]
+    pub command: Vec<OsString>,
+
+    /// Run SHELL_COMMAND with $SHELL -c, or /bin/sh -c if SHELL is not set
+    #[arg(short = 'c', long = "command", value_name = "SHELL_COMMAND", conflicts_with = "command")]
+    pub shell_command: Option<OsString>,
+
+    /// Wait for my turn and then run the command, whoever ran it before
+    #[arg(long)]
+    pub queue: bool,
+
+    /// Share the lock with others who ask for a shared one
+    #[arg(short, long, conflicts_with_all = ["exclusive", "slots"])]
+    pub shared: bool,
+
+    /// Hold the lock alone; this is the default
+    #[arg(short = 'x', short_alias = 'e', long)]
+    pub exclusive: bool,
+
+    /// Run while fewer than N hold the lock
+    #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true, conflicts_with = "exclusive",
+          value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub slots: u32,
+
+    /// Do not wait: if somebody else holds the lock, fail
+    #[arg(short, long = "nonblock", aliases = ["nb", "nonblocking"], conflicts_with = "wait")]
+    pub nonblock: bool,
+
+    /// Wait for at most SECS seconds, which may have a fraction, then fail; 0 is --nonblock
+    #[arg(short, long, visible_alias = "timeout", value_name = "SECS", allow_negative_numbers = true,
+          value_parser = seconds)]
+    pub wait: Option<Duration>,
+
+    /// The exit status when the lock was not to be had: busy with --nonblock, or --wait ran out
+    #[arg(short = 'E', long, value_name = "N", default_value_t = 75, allow_negative_numbers = true)]
+    pub conflict_exit_code: u8,
+
+    /// The exit status when another holder finished first, and the command was not run
+    #[arg(long, value_name = "N", default_value_t = 79, allow_negative_numbers = true)]
+    pub finished_exit_code: u8,
+
+    /// Keep the lock's descriptor from the command
+    ///
+    /// Without this the command inherits it, so that the lock lasts as long as kmutex or the command lives, even when
+    /// kmutex is killed.
+    #[arg(short = 'o', long, conflicts_with = "no_fork")]
+    pub close: bool,
+
+    /// Become the command instead of waiting for it
+    ///
+    /// The lock then ends when the command, and all who inherited the descriptor from it, have ended; how it ended is
+    /// not told to those who waited.
+    #[arg(short = 'F', long)]
+    pub no_fork: bool,
+
+    /// Do not start a daemon if none is there
+    #[arg(long)]
+    pub no_autostart: bool,
+
+    /// Say on standard error how long it took to get the lock, and what is run
+    #[arg(long)]
+    pub verbose: bool,
+
+    /// Where the daemon is
+    #[command(flatten)]
+    pub daemon: Daemon,
+}
+
+/// Show who holds which locks, and who waits
+///
+/// A table for people, or with --json one JSON object a line for programs.
+#[derive(Args, Debug)]
+pub struct Status {
+    /// Show only the lock of this key
+    pub key: Option<OsString>,
+
+    /// Print one JSON object for each lock, on a line of its own
+    #[arg(long)]
+    pub json: bool,
+
+    /// Where the daemon is
+    #[command(flatten)]
+    pub daemon: Daemon,
+}
+
+/// How a client finds its daemon, and whom it trusts.
+#[derive(Args, Debug)]
+pub struct Daemon {
+    /// The daemon's socket: a path, a PORT (of 127.0.0.1), HOST:PORT, or [V6]:PORT
+    ///
+    /// Without it, $KMUTEX_SOCK, or else /tmp/keyedmutexd.sock.
+    #[arg(long, value_name = "ADDR", value_hint = ValueHint::AnyPath)]
+    pub sock: Option<OsString>,
+
+    /// Trust a daemon of this user id too, besides my own and root's
+    #[arg(long, value_name = "UID")]
+    pub trust_uid: Vec<u32>,
+}
+
+/// Serve locks: the daemon
+///
+/// Serves protocols 1 and 2 of docs/protocol.md on each socket given, in the foreground, until HUP, INT or TERM.
+#[derive(Args, Debug)]
+pub struct Serve {
+    /// Serve here: a path, a PORT (of 127.0.0.1 and ::1), HOST:PORT, or [V6]:PORT; may be given several times
+    ///
+    /// Without it, $KMUTEX_SOCK, or else /tmp/keyedmutexd.sock.
+    #[arg(short = 's', long, visible_alias = "socket", value_name = "ADDR", value_hint = ValueHint::AnyPath)]
+    pub sock: Vec<OsString>,
+
+    /// Remove an old socket file
+    ///
+    /// For the start scripts of keyedmutexd. A socket whose daemon is dead is replaced without it; one whose daemon
+    /// lives never is, nor is a file that is no socket.
+    #[arg(short, long)]
+    pub force: bool,
+
+    /// Serve at most N connections at a time; more of them wait until there is room
+    ///
+    /// Without it, as many as the limit of open files allows.
+    #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub maxconn: Option<u32>,
+
+    /// End the hold of a protocol 1 client after SECS seconds, and close its connection; 0 is never
+    #[arg(short, long, value_name = "SECS", default_value = "30", allow_negative_numbers = true, value_parser = seconds)]
+    pub timeout: Duration,
+
+    /// Log nothing
+    #[arg(long, conflicts_with = "log_level")]
+    pub no_log: bool,
+
+    /// What to log on standard error; $RUST_LOG says it too
+    #[arg(long, value_name = "LEVEL")]
+    pub log_level: Option<LogLevel>,
+
+    /// The mode of Unix sockets, in octal
+    #[arg(long, value_name = "MODE", default_value = "600", value_parser = octal)]
+    pub mode: u32,
+
+    /// The group of Unix sockets: a name or a number
+    #[arg(long, value_name = "GROUP")]
+    pub group: Option<String>,
+
+    /// End after SECS seconds without locks and connections
+    #[arg(long, value_name = "SECS", allow_negative_numbers = true, value_parser = seconds)]
+    pub idle_exit: Option<Duration>,
+
+    /// Detach from whoever started this, and write a newline to standard output when serving (used by run)
+    #[arg(long, hide = true)]
+    pub detach: bool,
+}
+
+/// What goes to the daemon's log. Each level includes those before it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogLevel {
+    /// Nothing.
+    Off,
+    /// What makes the daemon end, or a client lose its connection through no fault of its own.
+    Error,
+    /// What an administrator should look at.
+    Warn,
+    /// Start and stop. This is the default.
+    Info,
+    /// Every connect, grant, wait, release, expiry and close.
+    Debug,
+}
+
+/// The options of KeyedMutex's daemon, with its defaults: what the binary takes when it is called `keyedmutexd`.
+///
+/// The lock daemon of KeyedMutex, as kmutex serves it
+#[derive(Debug, Parser)]
+#[command(name = "keyedmutexd", version, disable_version_flag = true)]
+pub struct Keyedmutexd {
+    /// Remove an old socket file
+    #[arg(short, long)]
+    pub force: bool,
+
+    /// Serve on this Unix socket, or on this port of 127.0.0.1 and ::1
+    #[arg(short, long, value_name = "PATH|PORT", default_value = "/tmp/keyedmutexd.sock")]
+    pub socket: OsString,
+
+    /// Serve at most N connections at a time
+    #[arg(short, long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    pub maxconn: u32,
+
+    /// End the hold of a client after SECS seconds
+    #[arg(short, long, value_name = "SECS", default_value = "30", allow_negative_numbers = true, value_parser = seconds)]
+    pub timeout: Duration,
+
+    /// Log nothing
+    #[arg(long)]
+    pub no_log: bool,
+
+    /// Print version
+    #[arg(short, long, action = ArgAction::Version)]
+    version: Option<bool>,
+}
+
+/// The names under which the binary is KeyedMutex's daemon.
+pub fn is_keyedmutexd(program: &std::ffi::OsStr) -> bool {
+    PathBuf::from(program).file_name().is_some_and(|name| name == "keyedmutexd")
+}
+
+/// Seconds, with or without a fraction.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds")?;
+    Duration::try_from_secs_f64(seconds).map_err(|_| "not a number of seconds from 0 on".into())
+}
+
+/// The mode of a file: only permission bits.
+fn octal(text: &str) -> Result<u32, String> {
+    match u32::from_str_radix(text, 8) {
+        Ok(mode) if mode <= 0o777 => Ok(mode),
+        _ => Err("not an octal mode from 0 to 777".into()),
+    }
+}

@@ -1,0 +1,303 @@
+//! The sockets that are listened on: making them without ever being open to more than was asked, and making sure that
+//! each Unix socket has one daemon.
+//!
+//! What decides who may serve a path is a lock on a file beside it, `PATH.lock`, and never the look of the socket: a
+//! socket that refuses connections may belong to a daemon that is just starting.
+
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read, Seek, Write};
+use std::net::{SocketAddr, TcpListener};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::net::UnixListener;
+use std::path::{Path, PathBuf};
+
+use nix::fcntl::{Flock, FlockArg};
+use nix::sys::socket::{Backlog, listen};
+use nix::sys::stat::{Mode, umask};
+use nix::unistd::{Gid, Group, Uid};
+
+use super::Error;
+use crate::addr::{self, Addr};
+
+/// Who may connect to a Unix socket.
+#[derive(Clone, Debug)]
+pub struct Access {
+    /// The socket's permission bits.
+    pub mode: u32,
+    /// The socket's group, by name or number; `None` leaves it as it is.
+    pub group: Option<String>,
+}
+
+/// A socket that is listened on. A Unix socket is removed when this is dropped.
+pub(super) struct Listener {
+    socket: Socket,
+    name: String,
+}
+
+enum Socket {
+    Unix { listener: UnixListener, path: PathBuf, claim: Claim },
+    Tcp(TcpListener),
+}
+
+impl Listener {
+    /// Listens on each address; a TCP address may stand for several sockets.
+    pub(super) fn bind_all(addrs: &[Addr], access: &Access) -> Result<Vec<Listener>, Error> {
+        let gid = access.group.as_deref().map(group_id).transpose()?;
+        let mut listeners = Vec::new();
+        for addr in addrs {
+            match addr {
+                Addr::Unix(path) => {
+                    let path = std::path::absolute(path).map_err(|e| Error::bind(addr, e))?;
+                    listeners.push(bind_unix(&path, access.mode, gid)?);
+                }
+                _ => bind_tcp(addr, &mut listeners)?,
+            }
+        }
+        Ok(listeners)
+    }
+
+    /// Takes one connection, if there is one: `WouldBlock` says that there is none.
+    pub(super) fn accept(&self) -> io::Result<OwnedFd> {
+        match &self.socket {
+            Socket::Unix { listener, .. } => Ok(listener.accept()?.0.into()),
+            Socket::Tcp(listener) => {
+                let (stream, _) = listener.accept()?;
+                // Answers are single bytes that somebody waits for: Nagle's algorithm would hold them back. It fails
+                // only where the client has gone already, which reading will tell.
+                let _ = stream.set_nodelay(true);
+                Ok(stream.into())
+            }
+        }
+    }
+
+    pub(super) fn is_unix(&self) -> bool {
+        matches!(self.socket, Socket::Unix { .. })
+    }
+
+    /// The address that is listened on, for the log.
+    pub(super) fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// Writes this process's id into the lock file, for whoever is refused because of it.
+    pub(super) fn sign(&mut self) -> Result<(), Error> {
+        match &mut self.socket {
+            Socket::Unix { claim, .. } => claim.sign(),
+            Socket::Tcp(_) => Ok(()),
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match &self.socket {
+            Socket::Unix { listener, .. } => listener.as_fd(),
+            Socket::Tcp(listener) => listener.as_fd(),
+        }
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Socket::Unix { path, .. } = &self.socket {
+            // The claim is still held, so the name is surely ours. Whoever comes next replaces a socket that could not
+            // be removed, so there is nothing to say of it.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+/// True for errors of accept(2) that say something of the connection at the head of the line, and nothing of those
+/// behind it (accept(2), "Error handling").
+pub(super) fn concerns_one_client(error: &io::Error) -> bool {
+    use nix::Error as E;
+    matches!(
+        error.raw_os_error().map(nix::Error::from_raw),
+        Some(
+            E::EINTR | E::ECONNABORTED | E::EPERM | E::EPROTO | E::ENOPROTOOPT | E::EOPNOTSUPP
+                | E::ENETDOWN | E::ENETUNREACH | E::EHOSTDOWN | E::EHOSTUNREACH | E::ETIMEDOUT
+        )
+    )
+}
+
+fn bind_unix(path: &Path, mode: u32, gid: Option<Gid>) -> Result<Listener, Error> {
+    let error = |e| Error::bind(&Addr::Unix(path.into()), e);
+    let claim = Claim::take(path)?;
+    remove_dead_socket(path)?;
+    // The mask, because a socket is connectable from the moment that it has a name.
+    let old = umask(Mode::from_bits_truncate(0o177));
+    let listener = UnixListener::bind(path);
+    umask(old);
+    let listener = listener.map_err(error)?;
+    listener.set_nonblocking(true).map_err(error)?;
+    listen(&listener, Backlog::MAXCONN).map_err(|e| error(e.into()))?;
+    let listener = Listener {
+        socket: Socket::Unix { listener, path: path.into(), claim },
+        name: path.display().to_string(),
+    };
+    // The group first: a mode that lets the group in must not let the old group in.
+    if let Some(gid) = gid {
+        nix::unistd::chown(path, None, Some(gid)).map_err(|e| error(e.into()))?;
+    }
+    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(error)?;
+    Ok(listener)
+}
+
+/// Makes room for a socket at a path that this process has claimed.
+fn remove_dead_socket(path: &Path) -> Result<(), Error> {
+    let error = |e| Error::bind(&Addr::Unix(path.into()), e);
+    match fs::symlink_metadata(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(()),
+        Err(e) => return Err(error(e)),
+        Ok(meta) if !meta.file_type().is_socket() => {
+            return Err(error(io::Error::other("it exists and is not a socket")));
+        }
+        Ok(_) => {}
+    }
+    // A daemon of another make takes no claim, so the socket is asked as well.
+    match addr::who_serves(path) {
+        Ok(peer) => Err(Error::Served { path: path.into(), pid: Some(peer.pid) }),
+        Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(error),
+        Err(e) => Err(error(e)),
+    }
+}
+
+fn bind_tcp(addr: &Addr, listeners: &mut Vec<Listener>) -> Result<(), Error> {
+    let error = |e| Error::bind(addr, e);
+    let before = listeners.len();
+    for mut socket in addr.resolve()? {
+        if let (Some(first), 0) = (listeners.get(before), socket.port()) {
+            // Port 0 lets the kernel choose; all sockets of one address get what it chose for the first.
+            socket.set_port(first.local_addr().map_err(error)?.port());
+        }
+        let listener = match TcpListener::bind(socket) {
+            // A machine without IPv6 has no ::1; whoever asked for a port, and not for an address, does not mind.
+            Err(e)
+                if *addr == Addr::Loopback(socket.port()) && e.kind() == io::ErrorKind::AddrNotAvailable =>
+            {
+                continue;
+            }
+            other => other.map_err(error)?,
+        };
+        listener.set_nonblocking(true).map_err(error)?;
+        listen(&listener, Backlog::MAXCONN).map_err(|e| error(e.into()))?;
+        let name = listener.local_addr().map_err(error)?.to_string();
+        listeners.push(Listener { socket: Socket::Tcp(listener), name });
+    }
+    if listeners.len() == before {
+        return Err(error(io::ErrorKind::AddrNotAvailable.into()));
+    }
+    Ok(())
+}
+
+impl Listener {
+    fn local_addr(&self) -> io::Result<SocketAddr> {
+        match &self.socket {
+            Socket::Tcp(listener) => listener.local_addr(),
+            Socket::Unix { .. } => Err(io::ErrorKind::AddrNotAvailable.into()),
+        }
+    }
+}
+
+fn group_id(name: &str) -> Result<Gid, Error> {
+    let unknown = |why: &str| Error::Group { name: name.into(), why: why.into() };
+    if let Ok(number) = name.parse() {
+        return Ok(Gid::from_raw(number));
+    }
+    match Group::from_name(name) {
+        Ok(Some(group)) => Ok(group.gid),
+        Ok(None) => Err(unknown("there is no such group")),
+        Err(e) => Err(unknown(e.desc())),
+    }
+}
+
+/// The right to serve a path: a lock on the file beside it, which the kernel gives back when this process ends.
+struct Claim {
+    file: Flock<File>,
+    path: PathBuf,
+}
+
+impl Claim {
+    fn take(socket: &Path) -> Result<Claim, Error> {
+        let mut path = socket.as_os_str().to_owned();
+        path.push(".lock");
+        let path = PathBuf::from(path);
+        let error = |e| Error::Claim { path: path.clone(), error: e };
+        // The name may vanish between opening and locking, when the daemon that had it ends. Then it is not the file
+        // that the next one will look at, and the lock is worth nothing.
+        for _ in 0..100 {
+            let file = open_own(&path).map_err(error)?;
+            let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
+                Ok(file) => file,
+                Err((file, nix::Error::EWOULDBLOCK)) => return Err(served(socket, file)),
+                Err((_, e)) => return Err(error(e.into())),
+            };
+            if is_named(&file, &path).map_err(error)? {
+                let mut claim = Claim { file, path };
+                claim.sign()?;
+                return Ok(claim);
+            }
+        }
+        Err(error(io::Error::other("daemons come and go too fast")))
+    }
+
+    fn sign(&mut self) -> Result<(), Error> {
+        let text = format!("{}\n", std::process::id());
+        let file = &mut *self.file;
+        let write = |file: &mut File| {
+            file.set_len(0)?;
+            file.rewind()?;
+            file.write_all(text.as_bytes())
+        };
+        write(file).map_err(|error| Error::Claim { path: self.path.clone(), error })
+    }
+}
+
+impl Drop for Claim {
+    fn drop(&mut self) {
+        // While the lock is still held, so that the name is surely ours. Whoever comes next takes over a file that
+        // could not be removed, so there is nothing to say of it.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+/// True when the path still leads to this file.
+fn is_named(file: &File, path: &Path) -> io::Result<bool> {
+    let file = file.metadata()?;
+    match fs::symlink_metadata(path) {
+        Ok(named) => Ok((named.dev(), named.ino()) == (file.dev(), file.ino())),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
+        Err(e) => Err(e),
+    }
+}
+
+/// Opens the lock file, which must be a plain file of ours: in a directory like /tmp anybody could have put it there.
+fn open_own(path: &Path) -> io::Result<File> {
+    let mut options = OpenOptions::new();
+    options.read(true).write(true).create(true).truncate(false).mode(0o600);
+    options.custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK);
+    let file = options.open(path)?;
+    let meta = file.metadata()?;
+    if !meta.is_file() {
+        return Err(io::Error::other("it is not a plain file"));
+    }
+    if meta.uid() != Uid::effective().as_raw() {
+        return Err(io::Error::other(format!("it belongs to uid {}", meta.uid())));
+    }
+    Ok(file)
+}
+
+fn served(socket: &Path, mut lock_file: File) -> Error {
+    let mut text = String::new();
+    // The pid is for people only; that the file is locked is what counts.
+    let pid = lock_file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+    Error::Served { path: socket.into(), pid }
+}
+
+impl fmt::Debug for Listener {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)
+    }
+}

@@ -1,0 +1,66 @@
+//! What the daemon logs, and how. Start and stop are `info`; what concerns one client is `debug`.
+
+use log::{LevelFilter, debug, log_enabled};
+
+use super::Server;
+use crate::proto::Outcome;
+use crate::table::{ClientId, Effect, What};
+
+/// Where the log goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Target {
+    /// Standard error, as daemons do.
+    Stderr,
+    /// Standard output, as KeyedMutex's daemon did.
+    Stdout,
+}
+
+/// Starts the log, once. `level` is what to log; `None` leaves it to `$RUST_LOG`, and without that it is `info`.
+pub fn init(level: Option<LevelFilter>, target: Target) {
+    let mut builder = env_logger::Builder::new();
+    match (level, std::env::var("RUST_LOG")) {
+        (Some(level), _) => builder.filter_level(level),
+        (None, Ok(filters)) => builder.parse_filters(&filters),
+        (None, Err(_)) => builder.filter_level(LevelFilter::Info),
+    };
+    builder.format_target(false).target(match target {
+        Target::Stderr => env_logger::Target::Stderr,
+        Target::Stdout => env_logger::Target::Stdout,
+    });
+    builder.init();
+}
+
+impl Server {
+    pub(super) fn log(&self, effect: Effect) {
+        if !log_enabled!(log::Level::Debug) {
+            return;
+        }
+        let (client, lock) = (self.name(effect.client), self.lock_name(effect.lock));
+        match effect.what {
+            What::Granted(token) => debug!("grant: {lock} to {client}, token {token}"),
+            What::Waiting { ahead } => debug!("wait: {client} for {lock}, behind {ahead}"),
+            What::Finished(outcome, token) => {
+                debug!("finished: {lock}, token {token}: {outcome}, told {client}")
+            }
+            What::Busy => debug!("busy: {lock}, told {client}"),
+            What::Expired => debug!("expire: {lock}, held by {client}"),
+        }
+    }
+
+    pub(super) fn log_release(&self, client: ClientId, outcome: Outcome) {
+        if !log_enabled!(log::Level::Debug) {
+            return;
+        }
+        if let Some((lock, _)) = self.table.request_of(client) {
+            debug!("release: {} by {}: {outcome}", self.lock_name(lock.id()), self.name(client));
+        }
+    }
+
+    /// A client, for the log.
+    pub(super) fn name(&self, client: ClientId) -> String {
+        match self.connections.get(client.0 as usize).and_then(|connection| connection.peer) {
+            Some(peer) => format!("client {} (pid {}, uid {})", client.0, peer.pid, peer.uid),
+            None => format!("client {}", client.0),
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! Protocol 2 in the daemon: its lines to the table, and the table's effects to its lines.
+
+use super::Server;
+use super::connection::{OUTPUT_BYTES_MAX, Protocol};
+use crate::proto::v1::State;
+use crate::proto::v2::{
+    Answer, ErrorCode, FRAME_BYTES_MAX, LISTED_MAX, LockStatus, Mode, Party, Request, decode_request, encode,
+    error,
+};
+use crate::proto::{Key, LockId};
+use crate::table::{ClientId, Effect, LockView, RequestView, What};
+
+/// A status goes on when less than this waits to be sent. A lock of it may be as long as a frame.
+const STATUS_BYTES_AHEAD: usize = OUTPUT_BYTES_MAX - FRAME_BYTES_MAX;
+
+pub(super) fn hello() -> Answer {
+    Answer::Hello { version: env!("CARGO_PKG_VERSION").into(), pid: std::process::id() }
+}
+
+impl Server {
+    /// Takes one line from the front of `input`. False: there is no whole one.
+    pub(super) fn received_v2(&mut self, client: ClientId, input: &mut &[u8]) -> bool {
+        let within = &input[..input.len().min(FRAME_BYTES_MAX)];
+        let Some(end) = memchr::memchr(b'\n', within) else {
+            if input.len() >= FRAME_BYTES_MAX {
+                let message = format!("a line is longer than {FRAME_BYTES_MAX} bytes");
+                self.answer(client, &error(ErrorCode::BadFrame, message));
+                self.doom(client, "its line is too long");
+            }
+            return false;
+        };
+        let (line, rest) = input.split_at(end + 1);
+        *input = rest;
+        match decode_request(line) {
+            Ok(request) => self.request(client, request),
+            Err(answer) => {
+                self.answer(client, &answer);
+                if matches!(answer, Answer::Error { code: ErrorCode::BadFrame, .. }) {
+                    self.doom(client, "it does not speak the protocol");
+                }
+            }
+        }
+        true
+    }
+
+    fn request(&mut self, client: ClientId, request: Request) {
+        let wrong_state = |message: &str| error(ErrorCode::WrongState, message);
+        match (request, self.table.state(client)) {
+            (Request::Lock(asked), State::Idle) => {
+                self.feed(|table, now, effects| table.lock(now, client, asked, effects));
+            }
+            (Request::Lock(_), _) => {
+                self.answer(client, &wrong_state("lock: this connection has a lock, or waits for one"));
+            }
+            (Request::Release { outcome }, State::Owner) => {
+                self.log_release(client, outcome);
+                self.feed(|table, now, effects| table.release(now, client, outcome, effects));
+                self.answer(client, &Answer::Released);
+            }
+            (Request::Release { .. }, _) => {
+                self.answer(client, &wrong_state("release: this connection holds no lock"));
+            }
+            (Request::Status { key: Some(key) }, _) => self.status_of(client, &key),
+            (Request::Status { key: None }, _) => {
+                match &mut self.connections[client.0 as usize].protocol {
+                    Protocol::V2 { status: status @ None } => *status = Some(0),
+                    _ => return self.answer(client, &wrong_state("status: one is under way")),
+                }
+                self.mark_dirty(client);
+            }
+            (Request::Ping, _) => self.answer(client, &Answer::Pong),
+        }
+    }
+
+    pub(super) fn answer(&mut self, client: ClientId, answer: &Answer) {
+        encode(answer, self.connections[client.0 as usize].output());
+        self.mark_dirty(client);
+    }
+
+    pub(super) fn tell_v2(&mut self, effect: Effect) {
+        let holders = || self.table.find(effect.lock).map_or(Vec::new(), |lock| self.holders(&lock));
+        let answer = match effect.what {
+            What::Granted(token) => Answer::Granted { token },
+            What::Waiting { ahead } => Answer::Waiting { holders: holders(), ahead },
+            What::Finished(outcome, token) => Answer::Finished { outcome, token },
+            What::Busy => Answer::Busy { holders: holders() },
+            // Only protocol 1 holds expire.
+            What::Expired => return,
+        };
+        self.answer(effect.client, &answer);
+    }
+
+    fn status_of(&mut self, client: ClientId, key: &Key) {
+        if let Some(lock) = self.table.find(key.id()) {
+            let status = self.lock_status(&lock, Some(key.as_str()));
+            self.answer(client, &Answer::Lock(status));
+        }
+        self.answer(client, &Answer::End);
+    }
+
+    /// Writes as much of a status as there is room for: a client that asks for all locks must not make the daemon keep
+    /// all of them for it at once.
+    pub(super) fn continue_status(&mut self, client: ClientId) {
+        loop {
+            let connection = &mut self.connections[client.0 as usize];
+            let Protocol::V2 { status: Some(cursor) } = connection.protocol else { return };
+            if connection.doomed || connection.output().len() >= STATUS_BYTES_AHEAD {
+                return;
+            }
+            let (answer, status) = match self.table.next_lock(cursor as usize) {
+                Some((lock, next)) => {
+                    let status = self.lock_status(&lock, lock.key());
+                    (Answer::Lock(status), Some(next as u32))
+                }
+                None => (Answer::End, None),
+            };
+            let connection = &mut self.connections[client.0 as usize];
+            connection.protocol = Protocol::V2 { status };
+            encode(&answer, connection.output());
+        }
+    }
+
+    fn lock_status(&self, lock: &LockView<'_>, key: Option<&str>) -> LockStatus {
+        let waiters = lock.waiters().take(LISTED_MAX).map(|waiter| self.party(&waiter)).collect();
+        LockStatus {
+            key: key.map(Into::into),
+            id: lock.id().to_string(),
+            holders: self.holders(lock),
+            holding: lock.holding(),
+            waiters,
+            waiting: lock.waiting(),
+        }
+    }
+
+    fn holders(&self, lock: &LockView<'_>) -> Vec<Party> {
+        lock.holders().take(LISTED_MAX).map(|holder| self.party(&holder)).collect()
+    }
+
+    fn party(&self, request: &RequestView<'_>) -> Party {
+        let peer = self.connections[request.client.0 as usize].peer;
+        let mut who = request.asked.map(|asked| asked.who.clone()).unwrap_or_default();
+        if let Some(peer) = peer {
+            who.pid = peer.pid;
+        }
+        let waits_for = request.asked.map_or(Mode::Once, |asked| asked.mode);
+        Party {
+            protocol: if request.asked.is_some() { 2 } else { 1 },
+            uid: peer.map(|peer| peer.uid),
+            who,
+            for_ms: self.now.0.saturating_sub(request.since.0),
+            token: request.token,
+            mode: request.token.is_none().then_some(waits_for),
+            shared: request.asked.is_some_and(|asked| asked.shared),
+        }
+    }
+
+    /// A lock's key if it is known, and else its identity, for the log.
+    pub(super) fn lock_name(&self, id: LockId) -> String {
+        match self.table.find(id).and_then(|lock| lock.key().map(|key| format!("{key:?}"))) {
+            Some(key) => key,
+            None => id.to_string(),
+        }
+    }
+}

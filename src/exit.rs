@@ -1,0 +1,60 @@
+//! The exit codes of kmutex itself, in one table. (A command that ran gives its own, or 128 and its signal.)
+
+/// How kmutex ended, when it is not the command's own status. The values are those of sysexits.h and of the shell,
+/// where these have one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// The command line is wrong.
+    Usage,
+    /// What was given as data is wrong, such as a key that is too long.
+    BadData,
+    /// No daemon can be reached or started.
+    Unavailable,
+    /// A bug in kmutex.
+    Internal,
+    /// The operating system refused something that it ordinarily grants.
+    Os,
+    /// A socket or a file cannot be created.
+    CannotCreate,
+    /// The lock was lost while the command ran.
+    Lost,
+    /// Somebody else holds it: the lock (`-E` changes this one's number), or the socket of a daemon.
+    Busy,
+    /// The other end does not speak the protocol.
+    Protocol,
+    /// Not permitted, or not trusted.
+    NotPermitted,
+    /// Another holder finished first (`--finished-exit-code` changes the number).
+    Finished,
+    /// The command was found but cannot be executed.
+    CannotExecute,
+    /// The command was not found.
+    NotFound,
+}
+
+impl Exit {
+    /// The number for the parent process.
+    pub const fn code(self) -> u8 {
+        match self {
+            Exit::Usage => exitcode::USAGE as u8,
+            Exit::BadData => exitcode::DATAERR as u8,
+            Exit::Unavailable => exitcode::UNAVAILABLE as u8,
+            Exit::Internal => exitcode::SOFTWARE as u8,
+            Exit::Os => exitcode::OSERR as u8,
+            Exit::CannotCreate => exitcode::CANTCREAT as u8,
+            Exit::Lost => exitcode::IOERR as u8,
+            Exit::Busy => exitcode::TEMPFAIL as u8,
+            Exit::Protocol => exitcode::PROTOCOL as u8,
+            Exit::NotPermitted => exitcode::NOPERM as u8,
+            // One above the highest of sysexits.h, so that it is neither one of those nor one of a shell's.
+            Exit::Finished => exitcode::CONFIG as u8 + 1,
+            Exit::CannotExecute => 126,
+            Exit::NotFound => 127,
+        }
+    }
+}
+
+/// The shell's number for a command that died of a signal.
+pub const fn of_signal(number: u8) -> u8 {
+    128 + number
+}
