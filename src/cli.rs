@@ -215,6 +215,18 @@ pub enum LogLevel {
     Debug,
 }
 
+impl From<LogLevel> for log::LevelFilter {
+    fn from(level: LogLevel) -> log::LevelFilter {
+        match level {
+            LogLevel::Off => log::LevelFilter::Off,
+            LogLevel::Error => log::LevelFilter::Error,
+            LogLevel::Warn => log::LevelFilter::Warn,
+            LogLevel::Info => log::LevelFilter::Info,
+            LogLevel::Debug => log::LevelFilter::Debug,
+        }
+    }
+}
+
 /// The options of KeyedMutex's daemon, with its defaults: what the binary takes when it is called `keyedmutexd`.
 ///
 /// The lock daemon of KeyedMutex, as kmutex serves it

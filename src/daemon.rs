@@ -30,7 +30,7 @@ use crate::table::{ClientId, Effect, Millis, Table, What};
 use connection::{Connection, OUTPUT_BYTES_MAX, Protocol, Sent};
 pub use listener::Access;
 use listener::Listener;
-pub use log::init as init_log;
+pub use log::{Target as LogTarget, init as init_log};
 
 /// How many events are taken from the kernel at a time.
 const EVENTS_MAX: usize = 256;
@@ -58,6 +58,20 @@ pub struct Config {
     pub idle_exit: Option<Duration>,
     /// Go into the background, away from whoever started this, as soon as the sockets are listened on.
     pub detach: bool,
+}
+
+impl Config {
+    /// These addresses, and for the rest what is safe: only for the user's own processes, in the foreground.
+    pub fn new(addrs: Vec<Addr>) -> Config {
+        Config {
+            addrs,
+            access: Access { mode: 0o600, group: None },
+            connections_max: None,
+            hold_limit: Some(Duration::from_secs(30)),
+            idle_exit: None,
+            detach: false,
+        }
+    }
 }
 
 /// Serves until HUP, INT or TERM, or until idle for long enough.
@@ -279,19 +293,13 @@ impl Server {
             }
             match self.listeners[index].accept() {
                 Ok(fd) => self.welcome(index, fd, buffer),
-                Err(e) => match e.raw_os_error().map(nix::Error::from_raw) {
-                    Some(
-                        nix::Error::EMFILE | nix::Error::ENFILE | nix::Error::ENOBUFS | nix::Error::ENOMEM,
-                    ) => {
-                        warn!("cannot accept: {}; trying again when there is room", Reason(&e));
-                        let until = Millis(self.now.0 + ACCEPT_RETRY.as_millis() as u64);
-                        return self.pause_accepting(Accepting::Refused(until));
-                    }
-                    Some(nix::Error::EAGAIN) => break,
-                    // Whoever it was has gone already, or its network is unwell: nothing to do with the others, who
-                    // may wait behind it (accept(2), "Error handling").
-                    _ => debug!("accept: {}", Reason(&e)),
-                },
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if listener::concerns_one_client(&e) => debug!("accept: {}", Reason(&e)),
+                Err(e) => {
+                    self.warn_of_refusal(&e);
+                    let until = Millis(self.now.0 + ACCEPT_RETRY.as_millis() as u64);
+                    return self.pause_accepting(Accepting::Refused(until));
+                }
             }
         }
         Ok(())
@@ -355,6 +363,10 @@ impl Server {
     /// Takes the requests out of what has arrived; the beginning of one that has not arrived whole is kept.
     fn received(&mut self, client: ClientId, bytes: &[u8]) {
         let connection = &mut self.connections[client.0 as usize];
+        if connection.continues_line(bytes) {
+            connection.input.extend_from_slice(bytes);
+            return;
+        }
         let earlier = std::mem::take(&mut connection.input);
         let joined;
         let mut rest = bytes;

@@ -1,9 +1,32 @@
 //! kmutex: flock(1) for keys, with single-flight.
+//!
+//! [`Client`] takes locks in a program of your own; `kmutex run` does it for any command. The house, from top to bottom;
+//! imports point down only:
+//!
+//! | module | what it owns |
+//! | --- | --- |
+//! | `main.rs` | parse, dispatch, report the error, the one exit |
+//! | [`cli`] | the command line's definition |
+//! | [`daemon`] | the epoll loop: sockets to the table and back |
+//! | [`run`] | a command under a lock: the child, its signals, its status |
+//! | [`status`] | what is held, for people and for programs |
+//! | [`client`] | the blocking client |
+//! | [`addr`] | where a daemon is |
+//! | [`exit`] | the exit codes |
+//! | [`table`] | the lock table: events in, effects out, nothing else |
+//! | [`proto`] | both wire protocols: bytes to messages and back, nothing else |
+//!
+//! The daemon never imports the client. The last two touch no socket, file, process or clock, and a test keeps it so.
 #![forbid(unsafe_code)]
 
 pub mod addr;
 pub mod cli;
+pub mod client;
 pub mod daemon;
 pub mod exit;
 pub mod proto;
+pub mod run;
+pub mod status;
 pub mod table;
+
+pub use client::Client;

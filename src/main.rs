@@ -1,1 +1,174 @@
-fn main() {}
+//! kmutex: parses the command line, does what it says, reports the error, exits.
+#![forbid(unsafe_code)]
+
+use std::ffi::{OsStr, OsString};
+use std::fmt::Display;
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use clap::Parser;
+use clap::error::ErrorKind;
+use kmutex::addr::{self, Addr};
+use kmutex::cli::{self, Cli, Command, Keyedmutexd, LogLevel};
+use kmutex::client::Dial;
+use kmutex::daemon::{self, LogTarget};
+use kmutex::exit::Exit;
+use kmutex::proto::{Key, v2::Mode};
+use kmutex::run::{self, Child, Ended, Job, Wait};
+use kmutex::status::{self, Format};
+
+fn main() -> ExitCode {
+    report_panics();
+    let args: Vec<OsString> = std::env::args_os().collect();
+    let result = if args.first().is_some_and(|program| cli::is_keyedmutexd(program)) {
+        Keyedmutexd::try_parse_from(args).map_err(Failure::from).and_then(keyedmutexd)
+    } else {
+        Cli::try_parse_from(args).map_err(Failure::from).and_then(|cli| match cli.command {
+            Command::Run(args) => run(args),
+            Command::Status(args) => status(args),
+            Command::Serve(args) => serve(args),
+        })
+    };
+    let code = result.unwrap_or_else(|Failure { message, code }| {
+        if let Some(message) = message {
+            eprintln!("kmutex: {message}");
+        }
+        code
+    });
+    ExitCode::from(code)
+}
+
+fn run(args: cli::Run) -> Result<u8, Failure> {
+    let argv = match args.shell_command {
+        Some(command) => run::shell(command),
+        None if args.command.is_empty() => {
+            return Err(usage("nothing to run: give a COMMAND, or -c SHELL_COMMAND"));
+        }
+        None => args.command,
+    };
+    let wait = match args.wait {
+        _ if args.nonblock => Wait::Never,
+        None => Wait::Forever,
+        Some(Duration::ZERO) => Wait::Never,
+        Some(limit) => Wait::For(limit),
+    };
+    let child = match (args.no_fork, args.close) {
+        (true, _) => Child::Exec,
+        (false, true) => Child::Closed,
+        (false, false) => Child::Inherits,
+    };
+    let job = Job {
+        dial: dial(&args.daemon, !args.no_autostart)?,
+        key: key(args.key)?,
+        argv,
+        mode: if args.queue { Mode::Queue } else { Mode::Once },
+        shared: args.shared,
+        slots: args.slots,
+        wait,
+        child,
+        verbose: args.verbose,
+    };
+    let ended = job.run().map_err(|e| failure(e.exit(), e))?;
+    Ok(match ended {
+        Ended::Ran(status) => status,
+        Ended::Finished(_) => args.finished_exit_code,
+        Ended::Busy => args.conflict_exit_code,
+    })
+}
+
+fn status(args: cli::Status) -> Result<u8, Failure> {
+    let format = if args.json { Format::Json } else { Format::People };
+    let key = args.key.map(key).transpose()?;
+    let mut out = io::BufWriter::new(io::stdout().lock());
+    match status::print(&dial(&args.daemon, false)?, key, format, &mut out) {
+        // Whoever reads it has read enough.
+        Err(status::Error::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => Ok(0),
+        other => other.map(|()| 0).map_err(|e| failure(e.exit(), e)),
+    }
+}
+
+fn serve(args: cli::Serve) -> Result<u8, Failure> {
+    let level = if args.no_log { Some(LogLevel::Off) } else { args.log_level };
+    daemon::init_log(level.map(Into::into), LogTarget::Stderr);
+    let addrs = match &args.sock[..] {
+        [] => vec![Addr::or_default(None)],
+        given => given.iter().map(|text| Addr::parse(text)).collect(),
+    };
+    let config = daemon::Config {
+        access: daemon::Access { mode: args.mode, group: args.group },
+        connections_max: args.maxconn,
+        hold_limit: (args.timeout > Duration::ZERO).then_some(args.timeout),
+        idle_exit: args.idle_exit,
+        detach: args.detach,
+        ..daemon::Config::new(addrs.into_iter().collect::<Result<_, _>>().map_err(|e| failure(e.exit(), e))?)
+    };
+    daemon::serve(&config).map(|()| 0).map_err(|e| failure(e.exit(), e))
+}
+
+fn keyedmutexd(args: Keyedmutexd) -> Result<u8, Failure> {
+    // That daemon wrote a line on standard output for every event.
+    let level = if args.no_log { LogLevel::Off } else { LogLevel::Debug };
+    daemon::init_log(Some(level.into()), LogTarget::Stdout);
+    let config = daemon::Config {
+        connections_max: Some(args.maxconn),
+        hold_limit: (args.timeout > Duration::ZERO).then_some(args.timeout),
+        ..daemon::Config::new(vec![Addr::parse(&args.socket).map_err(|e| failure(e.exit(), e))?])
+    };
+    daemon::serve(&config).map(|()| 0).map_err(|e| failure(e.exit(), e))
+}
+
+fn dial(args: &cli::Daemon, autostart: bool) -> Result<Dial, Failure> {
+    let addr = Addr::or_default(args.sock.as_deref()).map_err(|e: addr::Error| failure(e.exit(), e))?;
+    Ok(Dial { addr, trusted_uids: args.trust_uid.clone(), autostart })
+}
+
+fn key(text: impl AsRef<OsStr>) -> Result<Key, Failure> {
+    let Some(text) = text.as_ref().to_str() else {
+        return Err(failure(Exit::BadData, "the key is not UTF-8"));
+    };
+    Key::new(text).map_err(|e| failure(Exit::BadData, e))
+}
+
+/// What main reports and exits with.
+struct Failure {
+    message: Option<String>,
+    code: u8,
+}
+
+fn failure(exit: Exit, message: impl Display) -> Failure {
+    Failure { message: Some(message.to_string()), code: exit.code() }
+}
+
+fn usage(message: &str) -> Failure {
+    failure(Exit::Usage, format_args!("{message}; see kmutex --help"))
+}
+
+impl From<clap::Error> for Failure {
+    /// Clap explains an error over several lines; its first paragraph says what is wrong.
+    fn from(error: clap::Error) -> Failure {
+        if matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion) {
+            // Standard output, and status 0: it is what was asked for.
+            let printed = write!(io::stdout(), "{}", error.render());
+            return match printed {
+                Ok(()) => Failure { message: None, code: 0 },
+                Err(e) => failure(Exit::Os, format_args!("cannot write the help: {e}")),
+            };
+        }
+        if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+            return usage("what to do is missing");
+        }
+        let text = error.render().to_string();
+        let first = text.lines().take_while(|line| !line.is_empty());
+        let joined = first.map(str::trim).collect::<Vec<_>>().join(" ");
+        usage(joined.trim_start_matches("error: "))
+    }
+}
+
+/// A panic is a bug; it gets one line and its own exit code, like any other error.
+fn report_panics() {
+    std::panic::set_hook(Box::new(|info| {
+        eprintln!("kmutex: internal error: {}", info.to_string().replace('\n', ": "));
+        std::process::exit(Exit::Internal.code().into());
+    }));
+}

@@ -75,6 +75,15 @@ impl Connection {
         recv(self.fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT)
     }
 
+    /// True when `bytes` are the middle of a line that began earlier: then there is nothing to decode, and whoever sends
+    /// a long line byte by byte does not have it searched from its beginning each time.
+    pub(super) fn continues_line(&self, bytes: &[u8]) -> bool {
+        matches!(self.protocol, Protocol::V2 { .. })
+            && !self.input.is_empty()
+            && self.input.len() + bytes.len() < v2::FRAME_BYTES_MAX
+            && memchr::memchr(b'\n', bytes).is_none()
+    }
+
     /// Where answers are written; they leave with the next [`Connection::send`].
     pub(super) fn output(&mut self) -> &mut Buffer {
         &mut self.output

@@ -116,8 +116,17 @@ pub(super) fn concerns_one_client(error: &io::Error) -> bool {
     matches!(
         error.raw_os_error().map(nix::Error::from_raw),
         Some(
-            E::EINTR | E::ECONNABORTED | E::EPERM | E::EPROTO | E::ENOPROTOOPT | E::EOPNOTSUPP
-                | E::ENETDOWN | E::ENETUNREACH | E::EHOSTDOWN | E::EHOSTUNREACH | E::ETIMEDOUT
+            E::EINTR
+                | E::ECONNABORTED
+                | E::EPERM
+                | E::EPROTO
+                | E::ENOPROTOOPT
+                | E::EOPNOTSUPP
+                | E::ENETDOWN
+                | E::ENETUNREACH
+                | E::EHOSTDOWN
+                | E::EHOSTUNREACH
+                | E::ETIMEDOUT
         )
     )
 }

@@ -1,0 +1,197 @@
+//! One connection of protocol 2.
+
+use std::io;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::time::{Duration, Instant};
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::unistd::{Uid, User};
+
+use super::{Dial, Error, Verdict, autostart};
+use crate::addr::{self, Addr};
+use crate::proto::v2::{Answer, FRAME_BYTES_MAX, LockRequest, PREAMBLE, Request, decode_answer, encode};
+
+/// How long a daemon may take to answer what needs no waiting.
+const ANSWER_WAIT: Duration = Duration::from_secs(10);
+
+/// One connection of protocol 2. Closing it, by dropping it, gives up whatever it holds or waits for.
+#[derive(Debug)]
+pub struct Session {
+    fd: OwnedFd,
+    /// What has arrived and was not yet taken.
+    input: Vec<u8>,
+    stage: Stage,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Stage {
+    /// Nothing was sent: the preamble goes out with the first request, so that the two cost one round trip.
+    Silent,
+    /// The greeting has not come.
+    Opening,
+    Open,
+}
+
+impl Session {
+    /// Connects, and starts a daemon first if there is none and `dial` says so. Nothing is sent yet.
+    ///
+    /// # Errors
+    /// When there is no daemon, or not one that can be trusted; [`Error::TimedOut`] at the deadline.
+    pub fn connect(dial: &Dial, deadline: Option<Instant>) -> Result<Session, Error> {
+        let fd = match (dial.addr.connect(deadline), &dial.addr) {
+            (Err(e), Addr::Unix(path)) if dial.autostart && is_nobody_there(&e) => {
+                autostart::start_and_connect(path, deadline)?
+            }
+            (other, _) => other?,
+        };
+        check_trust(dial, &fd)?;
+        Ok(Session { fd, input: Vec::new(), stage: Stage::Silent })
+    }
+
+    /// Asks for a lock and waits for the verdict, until `deadline` at the most.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`] at the deadline: the session is of no more use then, since the verdict may still come.
+    pub fn lock(&mut self, request: &LockRequest, deadline: Option<Instant>) -> Result<Verdict, Error> {
+        self.send(&Request::Lock(Box::new(request.clone())))?;
+        let limit = Instant::now() + ANSWER_WAIT;
+        loop {
+            let answer = match deadline {
+                // A request that does not wait needs an answer all the same, and soon.
+                None if request.nowait => self.receive(Some(limit)).map_err(|e| match e {
+                    Error::TimedOut => Error::Silent,
+                    other => other,
+                }),
+                _ => self.receive(deadline),
+            };
+            return Ok(match answer? {
+                Answer::Granted { token } => Verdict::Granted(token),
+                Answer::Finished { outcome, token } => Verdict::Finished(outcome, token),
+                Answer::Busy { holders } => Verdict::Busy(holders),
+                Answer::Waiting { .. } => continue,
+                other => return Err(Error::unexpected(other)),
+            });
+        }
+    }
+
+    /// Sends a request.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] when the daemon is gone.
+    pub fn send(&mut self, request: &Request) -> Result<(), Error> {
+        let mut message = Vec::with_capacity(512);
+        if self.stage == Stage::Silent {
+            message.extend_from_slice(&PREAMBLE);
+            self.stage = Stage::Opening;
+        }
+        encode(request, &mut message);
+        let mut rest = message.as_slice();
+        while !rest.is_empty() {
+            match nix::unistd::write(&self.fd, rest) {
+                Ok(bytes) => rest = &rest[bytes..],
+                Err(nix::Error::EINTR) => {}
+                Err(e) => return Err(lost_or("write to the daemon", e)),
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits for the next answer, until `deadline` at the most. The greeting is checked and passed over.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`] at the deadline, [`Error::Closed`] when the daemon is gone.
+    pub fn receive(&mut self, deadline: Option<Instant>) -> Result<Answer, Error> {
+        let answer = self.receive_any(deadline)?;
+        match (self.stage, answer) {
+            (Stage::Open, answer) => Ok(answer),
+            (_, Answer::Hello { .. }) => {
+                self.stage = Stage::Open;
+                self.receive_any(deadline)
+            }
+            (_, answer) => Err(Error::unexpected(answer)),
+        }
+    }
+
+    fn receive_any(&mut self, deadline: Option<Instant>) -> Result<Answer, Error> {
+        let mut searched = 0;
+        loop {
+            if let Some(end) = memchr::memchr(b'\n', &self.input[searched..]) {
+                let line: Vec<u8> = self.input.drain(..=searched + end).collect();
+                return decode_answer(&line).map_err(Error::Protocol);
+            }
+            searched = self.input.len();
+            if self.input.first().is_some_and(|&byte| byte != b'{') {
+                return Err(Error::Protocol("it answers like a daemon of protocol 1".into()));
+            }
+            if searched > FRAME_BYTES_MAX {
+                return Err(Error::Protocol(format!("its line is longer than {FRAME_BYTES_MAX} bytes")));
+            }
+            self.read(deadline)?;
+        }
+    }
+
+    fn read(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
+        let mut buffer = [0; 4096];
+        loop {
+            if let Some(deadline) = deadline {
+                self.wait_readable(deadline)?;
+            }
+            match nix::unistd::read(&self.fd, &mut buffer) {
+                Ok(0) => return Err(Error::Closed),
+                Ok(bytes) => {
+                    self.input.extend_from_slice(&buffer[..bytes]);
+                    return Ok(());
+                }
+                Err(nix::Error::EINTR) => {}
+                Err(e) => return Err(lost_or("read from the daemon", e)),
+            }
+        }
+    }
+
+    fn wait_readable(&self, deadline: Instant) -> Result<(), Error> {
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            // Rounded up, since poll(2) counts whole milliseconds, and would return too early.
+            let millis = left.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
+            let timeout = PollTimeout::try_from(millis).expect("it is from 0 to i32::MAX");
+            let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
+            match poll(&mut fds, timeout) {
+                Ok(0) if deadline <= Instant::now() => return Err(Error::TimedOut),
+                Ok(0) | Err(nix::Error::EINTR) => {}
+                Ok(_) => return Ok(()),
+                Err(e) => return Err(Error::Io("wait for the daemon", e.into())),
+            }
+        }
+    }
+}
+
+impl AsFd for Session {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+/// True when an address is free for a daemon to serve.
+pub(super) fn is_nobody_there(error: &addr::Error) -> bool {
+    use io::ErrorKind::{ConnectionRefused, NotFound};
+    matches!(error, addr::Error::Io { error, .. } if matches!(error.kind(), NotFound | ConnectionRefused))
+}
+
+/// Whoever runs the daemon decides who gets a lock, so it must be somebody who could as well replace this program: its
+/// own user, root, or a uid that the user named. Of a TCP port nothing is known.
+fn check_trust(dial: &Dial, fd: &OwnedFd) -> Result<(), Error> {
+    let Addr::Unix(_) = dial.addr else { return Ok(()) };
+    let uid = addr::peer(fd).map_err(|e| Error::Io("ask who serves the socket", e))?.uid;
+    if uid == 0 || uid == Uid::effective().as_raw() || dial.trusted_uids.contains(&uid) {
+        return Ok(());
+    }
+    let user = User::from_uid(Uid::from_raw(uid)).ok().flatten().map(|user| user.name);
+    Err(Error::Untrusted { addr: dial.addr.clone(), uid, user })
+}
+
+fn lost_or(doing: &'static str, error: nix::Error) -> Error {
+    match error {
+        nix::Error::EPIPE | nix::Error::ECONNRESET => Error::Closed,
+        other => Error::Io(doing, other.into()),
+    }
+}

@@ -1,0 +1,258 @@
+//! `kmutex run`: a lock, a command under it, and an exit code that tells what happened.
+
+mod child;
+
+use std::ffi::{OsStr, OsString};
+use std::fmt;
+use std::hash::{BuildHasher, RandomState};
+use std::io;
+use std::os::unix::process::CommandExt;
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+
+use crate::addr::Reason;
+use crate::client::{self, Dial, Session, Verdict};
+use crate::exit::{self, Exit};
+use crate::proto::v2::{LockRequest, Mode, Request, Who};
+use crate::proto::{Key, KeyError, Nonce, Outcome, Token};
+
+/// What to run, under which lock, and how.
+#[derive(Clone, Debug)]
+pub struct Job {
+    /// Where the lock is.
+    pub dial: Dial,
+    /// Which lock.
+    pub key: Key,
+    /// The program and its arguments; at least the program.
+    pub argv: Vec<OsString>,
+    /// What to do when somebody else holds the lock.
+    pub mode: Mode,
+    /// Share the lock.
+    pub shared: bool,
+    /// Run while fewer than so many hold it.
+    pub slots: u32,
+    /// How long to wait.
+    pub wait: Wait,
+    /// What the command gets of the lock, and who waits for it.
+    pub child: Child,
+    /// Tell what is done on standard error.
+    pub verbose: bool,
+}
+
+/// How long to wait for a lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Wait {
+    /// Until it comes.
+    Forever,
+    /// Not at all.
+    Never,
+    /// So long at the most.
+    For(Duration),
+}
+
+/// What becomes of the lock's descriptor, and of this process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Child {
+    /// The command inherits the descriptor, so that the lock lasts as long as either lives.
+    Inherits,
+    /// The command does not inherit it: the lock lasts as long as this process.
+    Closed,
+    /// This process becomes the command.
+    Exec,
+}
+
+/// How a job ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The command ran. This is its status, or 128 and the signal that it died of.
+    Ran(u8),
+    /// Another holder was done first; the command did not run.
+    Finished(Outcome),
+    /// Somebody else holds the lock, and there was no waiting, or no more.
+    Busy,
+}
+
+impl Job {
+    /// Does it. Does not return when the job is to become the command and does.
+    ///
+    /// # Errors
+    /// When the lock or the command cannot be had. Whatever was locked is released.
+    pub fn run(&self) -> Result<Ended, Error> {
+        let asked = Instant::now();
+        let deadline = match self.wait {
+            Wait::For(limit) => asked.checked_add(limit),
+            Wait::Forever | Wait::Never => None,
+        };
+        let (session, verdict) = match client::lock(&self.dial, &self.request(), deadline) {
+            Err(client::Error::TimedOut) => return Ok(Ended::Busy),
+            other => other?,
+        };
+        match verdict {
+            Verdict::Finished(outcome, _) => Ok(Ended::Finished(outcome)),
+            Verdict::Busy(_) => Ok(Ended::Busy),
+            Verdict::Granted(token) => {
+                self.say(|| {
+                    format!(
+                        "got the lock {:?} after {:.6} s",
+                        self.key.as_str(),
+                        asked.elapsed().as_secs_f64()
+                    )
+                });
+                self.say(|| format!("running {}", self.command_line()));
+                self.run_locked(session, token)
+            }
+        }
+    }
+
+    fn run_locked(&self, mut session: Session, token: Token) -> Result<Ended, Error> {
+        if self.child != Child::Closed {
+            // The one descriptor that is to be inherited; all others are closed on exec.
+            fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
+                .map_err(|e| Error::Os("pass the lock on", e.into()))?;
+        }
+        let mut command = self.command(token)?;
+        if self.child == Child::Exec {
+            let error = Error::Command { program: self.argv[0].clone(), error: command.exec() };
+            self.release(&mut session, Outcome::Exit(error.exit().code()))?;
+            return Err(error);
+        }
+        let outcome = match child::run(&mut command) {
+            Ok(outcome) => outcome,
+            Err(child::Error::Spawn(error)) => {
+                let error = Error::Command { program: self.argv[0].clone(), error };
+                self.release(&mut session, Outcome::Exit(error.exit().code()))?;
+                return Err(error);
+            }
+            Err(child::Error::Os(doing, error)) => return Err(Error::Os(doing, error)),
+        };
+        self.release(&mut session, outcome)?;
+        Ok(Ended::Ran(match outcome {
+            Outcome::Signal(number) => exit::of_signal(number),
+            Outcome::Exit(status) => status,
+            Outcome::Unknown | Outcome::Vanished => unreachable!("a child exits or dies of a signal"),
+        }))
+    }
+
+    /// Releases the lock with what those who wait are to be told. The daemon's confirmation is not waited for: whatever
+    /// is asked of it from now on, by anybody, it reads after this.
+    fn release(&self, session: &mut Session, outcome: Outcome) -> Result<(), Error> {
+        match session.send(&Request::Release { outcome }) {
+            // The daemon has gone while the command ran. There is nothing left to release.
+            Err(client::Error::Closed) => Ok(()),
+            other => Ok(other?),
+        }
+    }
+
+    fn request(&self) -> LockRequest {
+        LockRequest {
+            key: self.key.clone(),
+            nonce: Some(nonce()),
+            mode: self.mode,
+            shared: self.shared,
+            slots: self.slots,
+            nowait: self.wait == Wait::Never,
+            exec: self.child == Child::Exec,
+            who: self.who(),
+        }
+    }
+
+    fn who(&self) -> Who {
+        let user = ["USER", "LOGNAME"].into_iter().find_map(|name| std::env::var(name).ok());
+        let host = nix::unistd::gethostname().unwrap_or_default();
+        Who {
+            pid: std::process::id(),
+            host: (&*host.to_string_lossy()).into(),
+            user: user.unwrap_or_default().into(),
+            command: self.command_line().into(),
+            note: Default::default(),
+        }
+    }
+
+    fn command(&self, token: Token) -> Result<Command, Error> {
+        let sock = self.dial.addr.absolute().map_err(|e| Error::Os("tell the working directory", e))?;
+        let mut command = Command::new(&self.argv[0]);
+        command
+            .args(&self.argv[1..])
+            .env("KMUTEX_KEY", self.key.as_str())
+            .env("KMUTEX_TOKEN", token.to_string())
+            .env(crate::addr::VARIABLE, OsString::from(&sock));
+        Ok(command)
+    }
+
+    /// The command for people to read, as it was given.
+    fn command_line(&self) -> String {
+        self.argv.join(OsStr::new(" ")).to_string_lossy().into_owned()
+    }
+
+    fn say(&self, what: impl FnOnce() -> String) {
+        if self.verbose {
+            eprintln!("kmutex: {}", what());
+        }
+    }
+}
+
+/// A number that nobody else has chosen, nor can guess: from the keys that the standard library draws from the system.
+fn nonce() -> Nonce {
+    let draw = || u128::from(RandomState::new().hash_one(std::process::id()));
+    Nonce(draw() << 64 | draw())
+}
+
+/// What a shell command is run with: as flock(1) does, `$SHELL`, or else /bin/sh.
+pub fn shell(command: OsString) -> Vec<OsString> {
+    let shell = std::env::var_os("SHELL").filter(|shell| !shell.is_empty());
+    vec![shell.unwrap_or_else(|| "/bin/sh".into()), "-c".into(), command]
+}
+
+/// Why a job could not be done.
+#[derive(Debug)]
+pub enum Error {
+    /// The key is none, or not UTF-8.
+    Key(KeyError),
+    /// The lock cannot be had.
+    Client(client::Error),
+    /// The command cannot be started.
+    Command {
+        /// As it was given.
+        program: OsString,
+        /// Why.
+        error: io::Error,
+    },
+    /// The kernel refused something.
+    Os(&'static str, io::Error),
+}
+
+impl Error {
+    /// The exit code for it.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Error::Key(_) => Exit::BadData,
+            Error::Client(error) => error.exit(),
+            Error::Command { error, .. } if error.kind() == io::ErrorKind::NotFound => Exit::NotFound,
+            Error::Command { .. } => Exit::CannotExecute,
+            Error::Os(..) => Exit::Os,
+        }
+    }
+}
+
+impl From<client::Error> for Error {
+    fn from(error: client::Error) -> Error {
+        Error::Client(error)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Key(error) => error.fmt(f),
+            Error::Client(error) => error.fmt(f),
+            Error::Command { program, error } => {
+                write!(f, "cannot run {}: {}", program.to_string_lossy(), Reason(error))
+            }
+            Error::Os(doing, error) => write!(f, "cannot {doing}: {}", Reason(error)),
+        }
+    }
+}
+
+impl std::error::Error for Error {}

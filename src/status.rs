@@ -1,0 +1,177 @@
+//! `kmutex status`: what is held, and who waits; a table for people, JSON for programs.
+
+use std::fmt;
+use std::io::{self, Write};
+use std::time::{Duration, Instant};
+
+use nix::unistd::{Uid, User};
+
+use crate::client::{self, Dial, Session};
+use crate::exit::Exit;
+use crate::proto::Key;
+use crate::proto::v2::{Answer, LockStatus, Party, Request};
+
+/// How long the daemon may be silent.
+const ANSWER_WAIT: Duration = Duration::from_secs(10);
+
+/// In which form to print.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// A table.
+    People,
+    /// One JSON object a line, as the daemon sends it.
+    Json,
+}
+
+/// Prints the lock of `key`, or all locks.
+///
+/// # Errors
+/// When there is no daemon, or the output cannot be written.
+pub fn print(dial: &Dial, key: Option<Key>, format: Format, out: &mut impl Write) -> Result<(), Error> {
+    let mut session = Session::connect(dial, None)?;
+    session.send(&Request::Status { key })?;
+    let mut rows = Vec::new();
+    loop {
+        let answer = session.receive(Some(Instant::now() + ANSWER_WAIT)).map_err(|e| match e {
+            client::Error::TimedOut => client::Error::Silent,
+            other => other,
+        })?;
+        match (answer, format) {
+            (Answer::Lock(status), Format::Json) => {
+                let line = serde_json::to_string(&status).map_err(io::Error::from)?;
+                writeln!(out, "{line}")?;
+            }
+            (Answer::Lock(status), Format::People) => add_rows(&status, &mut rows),
+            (Answer::End, _) => break,
+            (other, _) => return Err(client::Error::Protocol(format!("unexpected answer {other:?}")).into()),
+        }
+    }
+    if format == Format::People {
+        print_table(&mut rows, out)?;
+    }
+    Ok(out.flush()?)
+}
+
+const HEADINGS: [&str; 7] = ["KEY", "STATE", "PID", "USER", "HOST", "FOR", "COMMAND"];
+type Row = [String; HEADINGS.len()];
+
+fn add_rows(lock: &LockStatus, rows: &mut Vec<Row>) {
+    // A key may hold what a terminal would obey.
+    let key = lock.key.as_deref().map_or(lock.id.clone(), |key| key.replace(char::is_control, "?"));
+    rows.extend(lock.holders.iter().map(|party| row(&key, "holds", party)));
+    rows.extend(lock.waiters.iter().map(|party| row(&key, "waits", party)));
+    let more = |count: u32, listed: usize| (count as usize).checked_sub(listed).filter(|&more| more > 0);
+    if let Some(more) = more(lock.holding, lock.holders.len()) {
+        rows.push(summary(&key, format!("{more} more hold")));
+    }
+    if let Some(more) = more(lock.waiting, lock.waiters.len()) {
+        rows.push(summary(&key, format!("{more} more wait")));
+    }
+}
+
+fn row(key: &str, state: &str, party: &Party) -> Row {
+    let dash = |text: &str| if text.is_empty() { "-".to_string() } else { text.to_string() };
+    let name =
+        party.uid.and_then(|uid| User::from_uid(Uid::from_raw(uid)).ok().flatten()).map(|user| user.name);
+    let user = match (name, party.uid) {
+        (Some(name), _) => name,
+        (None, Some(uid)) => uid.to_string(),
+        (None, None) => dash(party.who.user.as_str()),
+    };
+    let pid = if party.who.pid == 0 { "-".into() } else { party.who.pid.to_string() };
+    let command = match party.protocol {
+        1 => "(protocol 1)".into(),
+        _ => dash(party.who.command.as_str()),
+    };
+    [key.into(), state.into(), pid, user, dash(party.who.host.as_str()), span(party.for_ms), command]
+}
+
+fn summary(key: &str, state: String) -> Row {
+    let mut row = Row::default();
+    row[0] = key.into();
+    row[1] = state;
+    row
+}
+
+fn print_table(rows: &mut [Row], out: &mut impl Write) -> io::Result<()> {
+    // Stable, so that within a key the holders and waiters stay in order.
+    rows.sort_by(|a, b| a[0].cmp(&b[0]));
+    let headings = HEADINGS.map(String::from);
+    let width = |column: usize| {
+        let cells = rows.iter().chain([&headings]).map(|row| row[column].chars().count());
+        cells.max().unwrap_or(0)
+    };
+    let widths: [usize; HEADINGS.len()] = std::array::from_fn(width);
+    for row in [&headings].into_iter().chain(rows.iter()) {
+        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
+        writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
+    }
+    Ok(())
+}
+
+/// A span of time as people say it: its two largest units.
+fn span(millis: u64) -> String {
+    let seconds = millis / 1000;
+    match seconds {
+        0..60 => format!("{}.{}s", seconds, millis % 1000 / 100),
+        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        3600..86400 => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{}d{:02}h", seconds / 86400, seconds % 86400 / 3600),
+    }
+}
+
+/// Why there is no status.
+#[derive(Debug)]
+pub enum Error {
+    /// The daemon cannot be asked.
+    Client(client::Error),
+    /// The answer cannot be printed.
+    Output(io::Error),
+}
+
+impl Error {
+    /// The exit code for it.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Error::Client(error) => error.exit(),
+            Error::Output(_) => Exit::Os,
+        }
+    }
+}
+
+impl From<client::Error> for Error {
+    fn from(error: client::Error) -> Error {
+        Error::Client(error)
+    }
+}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Error {
+        Error::Output(error)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Client(error) => error.fmt(f),
+            Error::Output(error) => write!(f, "cannot write the status: {}", crate::addr::Reason(error)),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_span_is_told_in_its_two_largest_units() {
+        let spans =
+            [(0, "0.0s"), (59_999, "59.9s"), (61_000, "1m01s"), (3_660_000, "1h01m"), (90_000_000, "1d01h")];
+        for (millis, text) in spans {
+            assert_eq!(span(millis), text);
+        }
+    }
+}
