@@ -1,0 +1,377 @@
+//! A daemon of one's own in a private folder, commands that use it, raw connections to it, and waiting for what is to
+//! happen. Nothing here sleeps for a time that "should do": everything waits for a state, and gives up after
+//! [`PATIENCE`] with the reason.
+
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{Read, Write};
+use std::net::{Shutdown, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+/// How long anything may take before the test fails. Far more than it needs, even on a busy machine.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The program under test.
+pub const KMUTEX: &str = env!("CARGO_BIN_EXE_kmutex");
+
+/// Waits until `look` finds something, and returns it. `what` is for the failure.
+pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let give_up = Instant::now() + PATIENCE;
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(Instant::now() < give_up, "waited in vain for {what}");
+        // Only to leave the processor to those who are waited for.
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}
+
+/// Waits until `look` says true.
+pub fn wait_until(what: &str, mut look: impl FnMut() -> bool) {
+    wait_for(what, || look().then_some(()));
+}
+
+/// A daemon in a folder of its own. It is killed when this is dropped; a failing test shows its log.
+pub struct Daemon {
+    folder: TempDir,
+    process: Process,
+}
+
+impl Daemon {
+    /// Serves `sock` in a new folder.
+    pub fn start() -> Daemon {
+        Daemon::with(&[])
+    }
+
+    /// The same with further options for `kmutex serve`.
+    pub fn with(options: &[&str]) -> Daemon {
+        let folder = tempfile::tempdir().unwrap();
+        let process = Daemon::spawn(&folder, options);
+        let daemon = Daemon { folder, process };
+        daemon.wait_for_log("serving on");
+        daemon
+    }
+
+    fn spawn(folder: &TempDir, options: &[&str]) -> Process {
+        let log = File::create(folder.path().join("log")).unwrap();
+        let mut command = Command::new(KMUTEX);
+        command.args(["serve", "--log-level", "debug", "--sock"]).arg(folder.path().join("sock"));
+        command.args(options).env_remove("KMUTEX_SOCK").env_remove("RUST_LOG");
+        Process::spawn(command.stdin(Stdio::null()).stderr(log))
+    }
+
+    /// The private folder.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
+    /// The Unix socket.
+    pub fn sock(&self) -> PathBuf {
+        self.folder.path().join("sock")
+    }
+
+    pub fn pid(&self) -> Pid {
+        self.process.pid()
+    }
+
+    /// The process, to wait for its end.
+    pub fn process(&mut self) -> &mut Process {
+        &mut self.process
+    }
+
+    /// Everything that it has logged so far.
+    pub fn log(&self) -> String {
+        fs::read_to_string(self.folder.path().join("log")).unwrap()
+    }
+
+    /// Waits until the log has a line with `text` in it, and returns that line.
+    pub fn wait_for_log(&self, text: &str) -> String {
+        wait_for(&format!("{text:?} in the log:\n{}", self.log()), || {
+            self.log().lines().find(|line| line.contains(text)).map(String::from)
+        })
+    }
+
+    /// Waits until the log has `count` lines with `text` in them.
+    pub fn wait_for_logs(&self, text: &str, count: usize) {
+        wait_until(&format!("{count} times {text:?} in the log"), || {
+            self.log().lines().filter(|line| line.contains(text)).count() >= count
+        });
+    }
+
+    /// `kmutex ARGS...`, with this daemon and no other.
+    pub fn kmutex<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
+        let mut command = Command::new(KMUTEX);
+        command.args(args).env("KMUTEX_SOCK", self.sock()).current_dir(self.folder());
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// `kmutex run --no-autostart ARGS...`, with this daemon and no other.
+    pub fn run<S: AsRef<OsStr>>(&self, args: &[S]) -> Command {
+        let mut command = self.kmutex(&["run", "--no-autostart"]);
+        command.args(args);
+        command
+    }
+
+    /// `kmutex status --json`: one value a lock.
+    pub fn status(&self) -> Vec<serde_json::Value> {
+        let output = self.kmutex(&["status", "--json"]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
+    }
+
+    /// How many hold the key, and how many wait for it.
+    pub fn counts(&self, key: &str) -> (u64, u64) {
+        let count = |lock: &serde_json::Value, field: &str| lock[field].as_u64().unwrap();
+        let status = self.status();
+        let lock = status.iter().find(|lock| lock["key"] == key);
+        lock.map_or((0, 0), |lock| (count(lock, "holding"), count(lock, "waiting")))
+    }
+
+    /// Waits until so many hold the key and so many wait for it.
+    pub fn wait_for_counts(&self, key: &str, holding: u64, waiting: u64) {
+        wait_until(&format!("{holding} holders and {waiting} waiters of {key}"), || {
+            self.counts(key) == (holding, waiting)
+        });
+    }
+
+    /// Starts a holder of `key` that holds until [`Holder::finish`], and waits until it holds.
+    pub fn hold(&self, key: &str) -> Holder {
+        self.hold_with(&[], key)
+    }
+
+    /// The same with further options for `kmutex run`.
+    pub fn hold_with(&self, options: &[&str], key: &str) -> Holder {
+        let mut command = self.run(options);
+        // The command says that it runs, then waits for the end of its input, and exits with what it reads.
+        command.args([key, "--", "sh", "-c", "echo holding; read status; exit ${status:-0}"]);
+        let mut process = Process::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+        process.wait_for_line("holding");
+        Holder { process }
+    }
+
+    /// A raw connection.
+    pub fn wire(&self) -> Wire<UnixStream> {
+        Wire::new(UnixStream::connect(self.sock()).unwrap())
+    }
+}
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("--- the daemon's log ---\n{}---", self.log());
+        }
+    }
+}
+
+/// A `kmutex run` whose command runs until it is told to end.
+pub struct Holder {
+    pub process: Process,
+}
+
+impl Holder {
+    /// Lets the command end with this status, and waits for kmutex's.
+    pub fn finish(mut self, status: u8) -> i32 {
+        let mut stdin = self.process.child.stdin.take().unwrap();
+        writeln!(stdin, "{status}").unwrap();
+        drop(stdin);
+        self.process.wait()
+    }
+}
+
+/// A process that is killed, by pid, when this is dropped.
+pub struct Process {
+    pub child: Child,
+    /// What it has written to a piped standard output and was not yet asked for.
+    pending: Vec<u8>,
+}
+
+impl Process {
+    pub fn spawn(command: &mut Command) -> Process {
+        Process { child: command.spawn().unwrap(), pending: Vec::new() }
+    }
+
+    pub fn pid(&self) -> Pid {
+        Pid::from_raw(self.child.id() as i32)
+    }
+
+    pub fn signal(&self, signal: Signal) {
+        kill(self.pid(), signal).unwrap();
+    }
+
+    /// Waits for its end and returns its exit code; 128 and the signal if it died of one.
+    pub fn wait(&mut self) -> i32 {
+        use std::os::unix::process::ExitStatusExt;
+        let status = wait_for("the end of a process", || self.child.try_wait().unwrap());
+        status.code().unwrap_or_else(|| 128 + status.signal().unwrap())
+    }
+
+    pub fn is_running(&mut self) -> bool {
+        self.child.try_wait().unwrap().is_none()
+    }
+
+    /// Reads its piped standard output up to and with a line that is `text`, and returns the lines before it.
+    pub fn wait_for_line(&mut self, text: &str) -> Vec<String> {
+        let mut lines = Vec::new();
+        loop {
+            let line = self.line().unwrap_or_else(|| panic!("the output ends without {text:?}: {lines:?}"));
+            if line == text {
+                return lines;
+            }
+            lines.push(line);
+        }
+    }
+
+    /// The next line of its piped standard output, without its end. `None`: there is no more.
+    pub fn line(&mut self) -> Option<String> {
+        let stdout = self.child.stdout.as_mut().expect("standard output is piped");
+        loop {
+            if let Some(end) = self.pending.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = self.pending.drain(..=end).collect();
+                return Some(String::from_utf8_lossy(&line[..end]).into_owned());
+            }
+            let mut buffer = [0; 4096];
+            match stdout.read(&mut buffer).unwrap() {
+                0 => return None,
+                bytes => self.pending.extend_from_slice(&buffer[..bytes]),
+            }
+        }
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        // It may have ended, and been waited for, already.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// A raw connection, for tests of the protocols themselves. Whatever it waits for, it waits [`PATIENCE`] at the most.
+pub struct Wire<S: Stream> {
+    stream: S,
+    pending: Vec<u8>,
+}
+
+/// What a raw connection can be made of.
+pub trait Stream: Read + Write {
+    fn set_patience(&self);
+    fn end(&self);
+}
+
+impl Stream for UnixStream {
+    fn set_patience(&self) {
+        self.set_read_timeout(Some(PATIENCE)).unwrap();
+    }
+    fn end(&self) {
+        self.shutdown(Shutdown::Write).unwrap();
+    }
+}
+
+impl Stream for TcpStream {
+    fn set_patience(&self) {
+        self.set_nodelay(true).unwrap();
+        self.set_read_timeout(Some(PATIENCE)).unwrap();
+    }
+    fn end(&self) {
+        self.shutdown(Shutdown::Write).unwrap();
+    }
+}
+
+/// The preamble of protocol 2.
+pub const PREAMBLE: &[u8; 16] = b"\0kmutex proto 2\n";
+
+impl<S: Stream> Wire<S> {
+    pub fn new(stream: S) -> Wire<S> {
+        stream.set_patience();
+        Wire { stream, pending: Vec::new() }
+    }
+
+    pub fn send(&mut self, bytes: impl AsRef<[u8]>) -> &mut Self {
+        self.stream.write_all(bytes.as_ref()).unwrap();
+        self
+    }
+
+    /// Ends the sending direction.
+    pub fn end(&mut self) {
+        self.stream.end();
+    }
+
+    /// Reads as many bytes as `expected` has, and compares.
+    pub fn expect(&mut self, expected: impl AsRef<[u8]>) -> &mut Self {
+        let expected = expected.as_ref();
+        while self.pending.len() < expected.len() {
+            assert!(
+                self.fill() > 0,
+                "the daemon closed, {:?} was expected",
+                String::from_utf8_lossy(expected)
+            );
+        }
+        let got: Vec<u8> = self.pending.drain(..expected.len()).collect();
+        assert_eq!(String::from_utf8_lossy(&got), String::from_utf8_lossy(expected));
+        self
+    }
+
+    /// Waits for the end of the stream, before which nothing more may come.
+    pub fn expect_closed(&mut self) {
+        assert!(self.pending.is_empty(), "unread: {:?}", String::from_utf8_lossy(&self.pending));
+        let bytes = self.fill();
+        assert_eq!(
+            bytes,
+            0,
+            "the daemon should close, but sent {:?}",
+            String::from_utf8_lossy(&self.pending)
+        );
+    }
+
+    /// Sends the preamble and a request of protocol 2.
+    pub fn open(&mut self, request: &str) -> &mut Self {
+        self.send([PREAMBLE, request.as_bytes(), b"\n"].concat());
+        let hello = self.answer();
+        assert_eq!(hello["type"], "hello");
+        self
+    }
+
+    /// Sends a request of protocol 2.
+    pub fn request(&mut self, request: &str) -> &mut Self {
+        self.send(format!("{request}\n"))
+    }
+
+    /// The next answer of protocol 2.
+    pub fn answer(&mut self) -> serde_json::Value {
+        loop {
+            if let Some(end) = self.pending.iter().position(|&byte| byte == b'\n') {
+                let line: Vec<u8> = self.pending.drain(..=end).collect();
+                return serde_json::from_slice(&line).unwrap();
+            }
+            assert!(self.fill() > 0, "the daemon closed, an answer was expected");
+        }
+    }
+
+    /// The next answer of protocol 2, which must be of this type.
+    pub fn answer_of(&mut self, kind: &str) -> serde_json::Value {
+        let answer = self.answer();
+        assert_eq!(answer["type"], kind, "{answer}");
+        answer
+    }
+
+    /// Reads what comes; 0 is the end. A reset counts as the end: the daemon may close with bytes of ours unread.
+    fn fill(&mut self) -> usize {
+        let mut buffer = [0; 65536];
+        let bytes = match self.stream.read(&mut buffer) {
+            Err(e) if e.kind() == std::io::ErrorKind::ConnectionReset => 0,
+            other => other.expect("the daemon sends nothing"),
+        };
+        self.pending.extend_from_slice(&buffer[..bytes]);
+        bytes
+    }
+}

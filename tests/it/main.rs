@@ -1,0 +1,3 @@
+//! All integration tests: one binary, a file a topic, one harness.
+
+mod harness;
