@@ -103,6 +103,16 @@ pub struct Run {
     #[arg(short = 'F', long)]
     pub no_fork: bool,
 
+    /// What to do when the lock is lost while the command runs
+    ///
+    /// That happens when the journal of a daemon that died is lost too, or when somebody breaks the lock.
+    #[arg(long, value_name = "WHAT", default_value = "kill")]
+    pub on_lost: OnLost,
+
+    /// After SIGTERM for a lost lock, send SIGKILL to what is left after SECS seconds
+    #[arg(long, value_name = "SECS", default_value = "5", allow_negative_numbers = true, value_parser = seconds)]
+    pub kill_after: Duration,
+
     /// Do not start a daemon if none is there
     #[arg(long)]
     pub no_autostart: bool,
@@ -114,6 +124,15 @@ pub struct Run {
     /// Where the daemon is
     #[command(flatten)]
     pub daemon: Daemon,
+}
+
+/// What to do when a lock is lost.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnLost {
+    /// Stop the command and its descendants: SIGTERM, then SIGKILL; exit with 74
+    Kill,
+    /// Say so on standard error and let it run; exit with 74 when it has ended
+    Continue,
 }
 
 /// Show who holds which locks, and who waits
@@ -190,6 +209,27 @@ pub struct Serve {
     /// The group of Unix sockets: a name or a number
     #[arg(long, value_name = "GROUP")]
     pub group: Option<String>,
+
+    /// Serve at most N connections of one user on Unix sockets; more of them are closed
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
+    pub max_per_uid: Option<u32>,
+
+    /// Keep the journal in FILE instead of beside the first Unix socket
+    ///
+    /// The journal tells the next daemon which locks are held. It is needed where only TCP is served, and locks are to
+    /// survive the daemon.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub state: Option<PathBuf>,
+
+    /// After a restart, keep the lock of a holder that does not come back for SECS seconds
+    ///
+    /// This concerns holders that cannot be asked and whose end cannot be seen: those of protocol 1 and over TCP.
+    #[arg(long, value_name = "SECS", default_value = "30", allow_negative_numbers = true, value_parser = seconds)]
+    pub grace: Duration,
+
+    /// Write a newline to descriptor FD, and close it, when serving
+    #[arg(long, value_name = "FD")]
+    pub ready_fd: Option<u32>,
 
     /// End after SECS seconds without locks and connections
     #[arg(long, value_name = "SECS", allow_negative_numbers = true, value_parser = seconds)]

@@ -34,17 +34,20 @@
 //! ```
 
 mod autostart;
+mod hold;
 mod session;
 
 use std::fmt;
+use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::path::PathBuf;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crate::addr::{self, Addr};
 use crate::exit::Exit;
-use crate::proto::v2::{Answer, LockRequest, Mode, Party, Request};
-use crate::proto::{Key, KeyError, Outcome, Token};
+use crate::proto::v2::{Answer, LockRequest, Mode, Party};
+use crate::proto::{Key, KeyError, Nonce, Outcome, Token};
+pub use hold::{Hold, RELEASE_WAIT};
 pub use session::Session;
 
 /// Which daemon to connect to, and on what terms.
@@ -79,7 +82,8 @@ pub enum Verdict {
 /// Asks for a lock and waits for the verdict, until `deadline` at the most. The session holds the lock if it was
 /// granted.
 ///
-/// A daemon that ended before it answered has given nothing, so the request is put to the next one.
+/// A daemon that ends before it has answered has given nothing: the request is put to the next one, and whoever waited
+/// has the same place in the queue there.
 ///
 /// # Errors
 /// [`Error::TimedOut`] at the deadline; others when no daemon can be reached or trusted, or it does not speak the
@@ -89,15 +93,80 @@ pub fn lock(
     request: &LockRequest,
     deadline: Option<Instant>,
 ) -> Result<(Session, Verdict), Error> {
-    const DAEMONS_MAX: u32 = 1000;
-    for _ in 0..DAEMONS_MAX {
-        let mut session = Session::connect(dial, deadline)?;
-        match session.lock(request, deadline) {
-            Err(Error::Closed) => {}
+    let mut request = request.clone();
+    let mut retry = Retry::new(None);
+    loop {
+        let mut session = match Session::connect(dial, deadline) {
+            Err(e) if retry.is_worth(&e) => {
+                retry.pause(deadline)?;
+                continue;
+            }
+            other => other?,
+        };
+        match session.lock(&request, deadline) {
+            Err(Error::Closed) => {
+                // One that let us wait has been a good daemon, and its successor should be there soon.
+                if let Some(place) = session.place() {
+                    request.place = Some(place);
+                    retry = Retry::new(Some(Instant::now() + SUCCESSOR_WAIT));
+                }
+                retry.count()?;
+                retry.pause(deadline)?;
+            }
             verdict => return verdict.map(|verdict| (session, verdict)),
         }
     }
-    Err(Error::Closed)
+}
+
+/// How long those who waited for a daemon that ended wait for the next one.
+const SUCCESSOR_WAIT: Duration = Duration::from_secs(30);
+/// How many daemons may close the connection without a word before one gives up.
+const SILENT_MAX: u32 = 10;
+
+/// When to try again to reach a daemon.
+struct Retry {
+    /// Until when it may be away altogether. `None`: not at all.
+    away_until: Option<Instant>,
+    pause: Duration,
+    closed: u32,
+}
+
+impl Retry {
+    fn new(away_until: Option<Instant>) -> Retry {
+        Retry { away_until, pause: PAUSE_MIN, closed: 0 }
+    }
+
+    fn is_worth(&self, error: &Error) -> bool {
+        let is_away = matches!(error, Error::Addr(error) if session::is_nobody_there(error));
+        is_away && self.away_until.is_some_and(|until| Instant::now() < until)
+    }
+
+    fn count(&mut self) -> Result<(), Error> {
+        self.closed += 1;
+        if self.closed > SILENT_MAX { Err(Error::Closed) } else { Ok(()) }
+    }
+
+    /// There is no event that tells when a daemon is back, so this sleeps; longer from time to time.
+    fn pause(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
+        let left =
+            deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));
+        if left.is_zero() {
+            return Err(Error::TimedOut);
+        }
+        std::thread::sleep(self.pause.min(left));
+        self.pause = (self.pause * 2).min(PAUSE_MAX);
+        Ok(())
+    }
+}
+
+/// The first pause before trying again, and the longest.
+const PAUSE_MIN: Duration = Duration::from_millis(5);
+const PAUSE_MAX: Duration = Duration::from_secs(1);
+
+/// A number that nobody else has chosen, nor can guess: from the keys that the standard library draws from the system.
+pub fn nonce() -> Nonce {
+    let draw = || u128::from(RandomState::new().hash_one(std::process::id()));
+    Nonce(draw() << 64 | draw())
 }
 
 /// A client of one daemon, for a program that takes one lock at a time.
@@ -107,9 +176,18 @@ pub fn lock(
 #[derive(Debug)]
 pub struct Client {
     dial: Dial,
-    session: Option<Session>,
-    held: Option<Token>,
+    state: State,
     reconnects: bool,
+}
+
+#[derive(Debug)]
+enum State {
+    /// It holds nothing. There is a connection, unless the daemon closed it.
+    Idle(Option<Session>),
+    /// It holds a lock.
+    Holding(Hold),
+    /// It has released a lock and could not say so: the daemon is to be told before anything else.
+    Owing(Hold),
 }
 
 impl Client {
@@ -127,11 +205,11 @@ impl Client {
     /// When it cannot be reached, started or trusted.
     pub fn dial(dial: Dial) -> Result<Client, Error> {
         let session = Session::connect(&dial, None)?;
-        Ok(Client { dial, session: Some(session), held: None, reconnects: true })
+        Ok(Client { dial, state: State::Idle(Some(session)), reconnects: true })
     }
 
-    /// Whether to connect anew, in [`Client::acquire`], after the daemon closed the connection. It does, unless it is
-    /// told not to.
+    /// Whether to connect anew after the daemon closed the connection, and to resume the lock if one is held. It does,
+    /// unless it is told not to.
     pub fn set_reconnect(&mut self, reconnects: bool) {
         self.reconnects = reconnects;
     }
@@ -150,61 +228,79 @@ impl Client {
     /// # Errors
     /// When the key is none, this client holds a lock already, or the daemon cannot be reached.
     pub fn acquire(&mut self, key: &str) -> Result<Option<Token>, Error> {
-        if self.is_locked() {
-            return Err(Error::AlreadyHolding);
-        }
-        let request = LockRequest::new(Key::new(key).map_err(Error::Key)?, Mode::Once);
-        let verdict = self.ask(&request)?;
-        self.held = match verdict {
-            Verdict::Granted(token) => Some(token),
-            Verdict::Finished(..) | Verdict::Busy(_) => None,
+        let key = Key::new(key).map_err(Error::Key)?;
+        let mut request = LockRequest::new(key, Mode::Once);
+        request.nonce = Some(nonce());
+        request.who.pid = std::process::id();
+        let (session, verdict) = match std::mem::replace(&mut self.state, State::Idle(None)) {
+            State::Holding(hold) => {
+                self.state = State::Holding(hold);
+                return Err(Error::AlreadyHolding);
+            }
+            State::Owing(hold) => {
+                self.settle(hold)?;
+                return self.acquire(request.key.as_str());
+            }
+            State::Idle(Some(mut session)) => match session.lock(&request, None) {
+                Err(Error::Closed) if self.reconnects => lock(&self.dial, &request, None)?,
+                verdict => (session, verdict?),
+            },
+            State::Idle(None) if self.reconnects => lock(&self.dial, &request, None)?,
+            State::Idle(None) => return Err(Error::Closed),
         };
-        Ok(self.held)
+        if let Verdict::Granted(token) = verdict {
+            self.state = State::Holding(Hold::new(self.dial.clone(), request, session, token));
+            return Ok(Some(token));
+        }
+        self.state = State::Idle(Some(session));
+        Ok(None)
     }
 
     /// Releases the lock that this client holds; it does nothing if it holds none.
     ///
     /// # Errors
-    /// When the connection was lost. The lock was lost with it.
+    /// [`Error::Lost`] when the lock was lost before: whatever was done under it may not have been done alone. Others
+    /// when the daemon cannot be told at the moment: it is told before the next lock is taken.
     pub fn release(&mut self) -> Result<(), Error> {
-        if self.held.take().is_none() {
-            return Ok(());
-        }
-        let session = self.session.as_mut().ok_or(Error::Closed)?;
-        let released = session.send(&Request::Release { outcome: Outcome::Unknown }).and_then(|()| {
-            match session.receive(None)? {
-                Answer::Released => Ok(()),
-                other => Err(Error::unexpected(other)),
+        match std::mem::replace(&mut self.state, State::Idle(None)) {
+            State::Holding(hold) => self.settle(hold),
+            other => {
+                self.state = other;
+                Ok(())
             }
-        });
-        if released.is_err() {
-            self.session = None;
         }
-        released
     }
 
     /// True between an acquisition and its release.
     pub fn is_locked(&self) -> bool {
-        self.held.is_some()
+        matches!(self.state, State::Holding(_))
     }
 
-    fn ask(&mut self, request: &LockRequest) -> Result<Verdict, Error> {
-        if let Some(session) = &mut self.session {
-            match session.lock(request, None) {
-                Err(Error::Closed) if self.reconnects => {}
-                Ok(verdict) => return Ok(verdict),
-                Err(error) => {
-                    self.session = None;
-                    return Err(error);
-                }
-            }
-        } else if !self.reconnects {
-            return Err(Error::Closed);
+    /// Looks, without waiting, whether the lock that is held is held still, and takes it up again if the daemon was
+    /// restarted meanwhile. A program that holds a lock for long calls this from time to time.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] when the lock was lost.
+    pub fn check(&mut self) -> Result<(), Error> {
+        match &mut self.state {
+            State::Holding(hold) if self.reconnects => hold.tend(),
+            _ => Ok(()),
         }
-        self.session = None;
-        let (session, verdict) = lock(&self.dial, request, None)?;
-        self.session = Some(session);
-        Ok(verdict)
+    }
+
+    fn settle(&mut self, mut hold: Hold) -> Result<(), Error> {
+        let wait = if self.reconnects { RELEASE_WAIT } else { Duration::ZERO };
+        match hold.release(Outcome::Unknown, wait) {
+            Ok(session) => {
+                self.state = State::Idle(Some(session));
+                Ok(())
+            }
+            Err(error @ Error::Lost(_)) => Err(error),
+            Err(error) => {
+                self.state = State::Owing(hold);
+                Err(error)
+            }
+        }
     }
 }
 
@@ -262,12 +358,16 @@ pub enum Error {
     },
     /// The daemon closed the connection.
     Closed,
+    /// The lock was lost while it was held.
+    Lost(String),
     /// The deadline came first.
     TimedOut,
     /// The daemon does not answer a question that needs no waiting.
     Silent,
     /// The daemon says what no daemon may.
     Protocol(String),
+    /// The daemon gives no lock at the moment, because it cannot record it.
+    Unrecorded(String),
     /// The daemon refused the request.
     Refused(String),
     /// The kernel refused something.
@@ -279,6 +379,10 @@ pub enum Error {
 }
 
 impl Error {
+    fn not_version_2() -> Error {
+        Error::Protocol("it answers like a daemon of protocol 1".into())
+    }
+
     fn unexpected(answer: Answer) -> Error {
         match answer {
             Answer::Error { message, .. } => Error::Refused(message),
@@ -292,7 +396,8 @@ impl Error {
             Error::Addr(error) => error.exit(),
             Error::Autostart { exit, .. } => *exit,
             Error::Untrusted { .. } => Exit::NotPermitted,
-            Error::Closed | Error::Silent => Exit::Unavailable,
+            Error::Closed | Error::Silent | Error::Unrecorded(_) => Exit::Unavailable,
+            Error::Lost(_) => Exit::Lost,
             Error::TimedOut => Exit::Busy,
             Error::Protocol(_) | Error::Refused(_) => Exit::Protocol,
             Error::Io(..) => Exit::Os,
@@ -326,9 +431,11 @@ impl fmt::Display for Error {
                 )
             }
             Error::Closed => f.write_str("the daemon closed the connection"),
+            Error::Lost(why) => write!(f, "the lock was lost: {why}"),
             Error::TimedOut => f.write_str("timed out"),
             Error::Silent => f.write_str("the daemon does not answer"),
             Error::Protocol(what) => write!(f, "the daemon does not speak protocol 2: {what}"),
+            Error::Unrecorded(message) => write!(f, "the daemon cannot record the lock: {message}"),
             Error::Refused(message) => write!(f, "the daemon refused: {message}"),
             Error::Io(doing, error) => write!(f, "cannot {doing}: {}", addr::Reason(error)),
             Error::Key(error) => error.fmt(f),

@@ -1,47 +1,45 @@
 //! The daemon: one thread that waits for sockets, feeds what comes to the table, and sends what the table decides.
+//! Everything that is decided about locks is decided in the table.
 //!
-//! Each turn of the loop reads all that is ready, then writes: one write for each client that has something to be told,
-//! however many requests were found in one read. Everything that is decided about locks is decided in the table.
+//! | file | what it owns |
+//! | --- | --- |
+//! | `server.rs` | the loop, and who is told in which order |
+//! | `accept.rs` | taking connections, up to the limits |
+//! | `listener.rs` | the sockets that are listened on |
+//! | `claim.rs` | one daemon a socket |
+//! | `connection.rs` | one client's descriptor and buffers |
+//! | `v1.rs`, `v2.rs` | the protocols: bytes to the table, effects to bytes |
+//! | `recorder.rs` | the table's changes to the journal |
+//! | `orphans.rs` | holders that have not come back since a restart |
+//! | `log.rs` | what is logged |
 
+mod accept;
+mod claim;
 mod connection;
+mod failpoint;
 mod listener;
 mod log;
+mod orphans;
+mod recorder;
+mod server;
 mod v1;
 mod v2;
 
 use std::fmt;
-use std::hash::{BuildHasher, RandomState};
-use std::io::{self, Read};
-use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::net::UnixStream;
+use std::io::{self, Write};
 use std::path::PathBuf;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
-use ::log::{debug, error, info, warn};
-use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::sys::resource::{Resource, getrlimit, setrlimit};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use slab::Slab;
+use ::log::info;
 
 use crate::addr::{self, Addr, Reason};
 use crate::exit::Exit;
-use crate::proto::Token;
-use crate::table::{ClientId, Effect, Millis, Table, What};
-use connection::{Connection, OUTPUT_BYTES_MAX, Protocol, Sent};
+use claim::Claim;
 pub use listener::Access;
 use listener::Listener;
 pub use log::{Target as LogTarget, init as init_log};
-
-/// How many events are taken from the kernel at a time.
-const EVENTS_MAX: usize = 256;
-/// How many connections are accepted before those that are there get their turn again.
-const ACCEPTS_MAX: usize = 64;
-/// How much is read from one connection before the others get their turn.
-const READ_BYTES_MAX: usize = 16 * 1024;
-/// Descriptors that are kept free of connections: standard ones, listeners, the log, name lookups.
-const DESCRIPTORS_RESERVED: u64 = 32;
-/// After the kernel refused a descriptor, and none of ours was closed since, when to ask again.
-const ACCEPT_RETRY: Duration = Duration::from_secs(1);
+use recorder::Recorder;
+use server::Server;
 
 /// What to serve, and how.
 #[derive(Clone, Debug)]
@@ -54,6 +52,14 @@ pub struct Config {
     pub connections_max: Option<u32>,
     /// How long a protocol 1 client may hold. `None`: as long as it likes.
     pub hold_limit: Option<Duration>,
+    /// How many connections one user may have on the Unix sockets. `None`: as many as there are.
+    pub per_uid_max: Option<u32>,
+    /// After a restart, how long a lock is kept for a holder that has not come back and whose process cannot be watched.
+    pub grace: Duration,
+    /// Where to keep the journal. `None`: beside the first Unix socket, and nowhere if there is none.
+    pub state: Option<PathBuf>,
+    /// A descriptor to write a newline to when serving.
+    pub ready_fd: Option<u32>,
     /// End after so long without connections and locks. `None`: never.
     pub idle_exit: Option<Duration>,
     /// Go into the background, away from whoever started this, as soon as the sockets are listened on.
@@ -68,6 +74,10 @@ impl Config {
             access: Access { mode: 0o600, group: None },
             connections_max: None,
             hold_limit: Some(Duration::from_secs(30)),
+            per_uid_max: None,
+            grace: Duration::from_secs(30),
+            state: None,
+            ready_fd: None,
             idle_exit: None,
             detach: false,
         }
@@ -82,19 +92,56 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     if config.detach {
         close_inherited().map_err(|e| Error::Os("close inherited files", e))?;
     }
-    let mut listeners = Listener::bind_all(&config.addrs, &config.access)?;
+    let mut listeners = Listener::inherit()?;
+    if listeners.is_empty() {
+        listeners = Listener::bind_all(&config.addrs, &config.access)?;
+    }
+    let recorder = open_recorder(config, &listeners)?;
     if config.detach {
         // Whoever started this waits for the process that ends here, and may connect from then on.
         nix::unistd::daemon(false, false).map_err(|e| Error::Os("detach", e.into()))?;
         listeners.iter_mut().try_for_each(Listener::sign)?;
     }
-    let mut server = Server::new(config, listeners).map_err(|e| Error::Os("start", e))?;
-    for listener in &server.listeners {
+    for listener in &listeners {
         info!("serving on {}", listener.name());
     }
+    let mut server = Server::new(config, listeners, recorder).map_err(|e| Error::Os("start", e))?;
+    tell_ready(config.ready_fd).map_err(|e| Error::Os("tell that it serves", e))?;
     let reason = server.run().map_err(|e| Error::Os("wait for events", e))?;
     info!("stopping: {reason}");
+    server.finish();
     Ok(())
+}
+
+fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Error> {
+    // Elsewhere there is no way to tell one boot from another, nor one process from the next with its number.
+    if !cfg!(target_os = "linux") {
+        return Ok(Recorder::none());
+    }
+    if let Some(path) = &config.state {
+        let path = std::path::absolute(path).map_err(|error| Error::Journal { path: path.clone(), error })?;
+        let claim = Claim::take(&path)?;
+        return Recorder::open(&path, Some(claim));
+    }
+    let Some(socket) = listeners.iter().find_map(Listener::path) else {
+        info!("no Unix socket and no --state: what is held will not survive this daemon");
+        return Ok(Recorder::none());
+    };
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".journal");
+    Recorder::open(&PathBuf::from(path), None)
+}
+
+/// Tells whoever started this, if it asked: by a newline on a descriptor, or as systemd wants it (sd_notify(3)).
+fn tell_ready(descriptor: Option<u32>) -> io::Result<()> {
+    if let Some(number) = descriptor {
+        // Opened by its name, since there is no safe way to use a number that came from outside as a descriptor.
+        let mut file = std::fs::OpenOptions::new().write(true).open(format!("/dev/fd/{number}"))?;
+        file.write_all(b"\n")?;
+        let number = i32::try_from(number).map_err(io::Error::other)?;
+        nix::unistd::close(number)?;
+    }
+    sd_notify::notify(&[sd_notify::NotifyState::Ready])
 }
 
 /// Closes all files but the standard ones, so that nobody waits for the end of a pipe of which a daemon keeps an end.
@@ -108,408 +155,6 @@ fn close_inherited() -> io::Result<()> {
         }
     }
     Ok(())
-}
-
-struct Server {
-    epoll: Epoll,
-    signals: UnixStream,
-    listeners: Vec<Listener>,
-    connections: Slab<Connection>,
-    connections_max: usize,
-    generation: u32,
-    table: Table,
-    effects: Vec<Effect>,
-    /// Those with output, or doomed: they are seen to at the end of the turn.
-    dirty: Vec<ClientId>,
-    accepting: Accepting,
-    /// When the log last said that the kernel refused a connection.
-    refused_last: Option<Millis>,
-    started: Instant,
-    now: Millis,
-    idle_exit: Option<Duration>,
-    /// Since when nobody is connected.
-    idle_since: Option<Millis>,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Accepting {
-    Yes,
-    /// There are as many connections as there may be: until one of them goes.
-    Full,
-    /// The kernel has no descriptor to give: until a connection goes, or until then.
-    Refused(Millis),
-}
-
-/// What an event is about, packed into the 64 bits that the kernel keeps with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Source {
-    Signals,
-    Listener(usize),
-    Connection(ClientId, u32),
-}
-
-impl Source {
-    /// Generation 0 marks what is no connection.
-    fn pack(self) -> u64 {
-        match self {
-            Source::Signals => 0,
-            Source::Listener(index) => index as u64 + 1,
-            Source::Connection(client, generation) => u64::from(generation) << 32 | u64::from(client.0),
-        }
-    }
-
-    fn unpack(bits: u64) -> Source {
-        let (generation, low) = ((bits >> 32) as u32, bits as u32);
-        match (generation, low) {
-            (0, 0) => Source::Signals,
-            (0, number) => Source::Listener(number as usize - 1),
-            _ => Source::Connection(ClientId(low), generation),
-        }
-    }
-}
-
-impl Server {
-    fn new(config: &Config, listeners: Vec<Listener>) -> io::Result<Server> {
-        let (signals, writer) = UnixStream::pair()?;
-        signals.set_nonblocking(true)?;
-        for signal in [SIGHUP, SIGINT, SIGTERM] {
-            signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
-        }
-        let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(&signals, EpollEvent::new(EpollFlags::EPOLLIN, Source::Signals.pack()))?;
-        let descriptors = raise_descriptor_limit()?;
-        let connections_max =
-            usize::try_from(descriptors.saturating_sub(DESCRIPTORS_RESERVED)).unwrap_or(usize::MAX);
-        let wanted = config.connections_max.map_or(usize::MAX, |n| n as usize);
-        // The time of day makes tokens grow across restarts; half a million grants a second would not catch up.
-        let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_micros() as u64);
-        let hold_limit = config.hold_limit.map(|limit| Millis(limit.as_millis() as u64));
-        let mut server = Server {
-            epoll,
-            signals,
-            listeners,
-            connections: Slab::new(),
-            connections_max: wanted.min(connections_max.max(1)),
-            generation: 0,
-            table: Table::new(RandomState::new().hash_one(0), Token(micros), hold_limit),
-            effects: Vec::new(),
-            dirty: Vec::new(),
-            accepting: Accepting::Full,
-            refused_last: None,
-            started: Instant::now(),
-            now: Millis(0),
-            idle_exit: config.idle_exit,
-            idle_since: Some(Millis(0)),
-        };
-        server.resume_accepting()?;
-        Ok(server)
-    }
-
-    /// Returns why it ended.
-    fn run(&mut self) -> io::Result<&'static str> {
-        let mut events = [EpollEvent::empty(); EVENTS_MAX];
-        let mut buffer = vec![0; READ_BYTES_MAX].into_boxed_slice();
-        let mut turns_full = 0;
-        loop {
-            let mark = self.table.deferred();
-            let timeout = if mark.is_some() { EpollTimeout::ZERO } else { self.timeout() };
-            let ready = match self.epoll.wait(&mut events, timeout) {
-                Err(nix::Error::EINTR) => 0,
-                other => other?,
-            };
-            self.now = Millis(self.started.elapsed().as_millis() as u64);
-            for event in &events[..ready] {
-                match Source::unpack(event.data()) {
-                    Source::Signals => {
-                        if let Some(name) = self.signal() {
-                            return Ok(name);
-                        }
-                    }
-                    Source::Listener(index) => self.accept(index, &mut buffer)?,
-                    Source::Connection(client, generation) => {
-                        self.connection_ready(client, generation, event.events(), &mut buffer);
-                    }
-                }
-            }
-            // A turn with room for more events has seen all that was ready when it began. With more than one turn's
-            // worth, the kernel goes round, so that after enough full turns all has been seen as well.
-            turns_full = if ready < EVENTS_MAX { 0 } else { turns_full + 1 };
-            if let Some(mark) = mark
-                && (turns_full == 0 || turns_full > self.connections.len() / EVENTS_MAX + 1)
-            {
-                turns_full = 0;
-                self.feed(|table, now, effects| table.settle(now, mark, effects));
-            }
-            self.feed(|table, now, effects| table.expire(now, effects));
-            self.flush();
-            if let Accepting::Refused(until) = self.accepting
-                && until <= self.now
-            {
-                self.resume_accepting()?;
-            }
-            if self.idle_deadline().is_some_and(|deadline| deadline <= self.now) {
-                return Ok("nobody needs it");
-            }
-        }
-    }
-
-    fn timeout(&self) -> EpollTimeout {
-        let retry = match self.accepting {
-            Accepting::Refused(until) => Some(until),
-            _ => None,
-        };
-        match [self.table.next_deadline(), self.idle_deadline(), retry].into_iter().flatten().min() {
-            None => EpollTimeout::NONE,
-            Some(deadline) => {
-                // Not `self.now`: part of that millisecond has passed, and the rest would be waited for in a spin.
-                let now = self.started.elapsed().as_millis() as u64;
-                let millis = deadline.0.saturating_sub(now).min(i32::MAX as u64);
-                EpollTimeout::try_from(millis).expect("it is at most i32::MAX")
-            }
-        }
-    }
-
-    fn idle_deadline(&self) -> Option<Millis> {
-        let (since, limit) = (self.idle_since?, self.idle_exit?);
-        self.table.is_empty().then(|| Millis(since.0 + limit.as_millis() as u64))
-    }
-
-    /// The name of a signal that arrived: each of them ends the daemon.
-    fn signal(&mut self) -> Option<&'static str> {
-        let mut byte = [0];
-        match self.signals.read(&mut byte) {
-            Ok(1..) => Some("a signal asks for it"),
-            _ => None,
-        }
-    }
-
-    fn accept(&mut self, index: usize, buffer: &mut [u8]) -> io::Result<()> {
-        for _ in 0..ACCEPTS_MAX {
-            if self.accepting != Accepting::Yes {
-                break;
-            }
-            if self.connections.len() >= self.connections_max {
-                return self.pause_accepting(Accepting::Full);
-            }
-            match self.listeners[index].accept() {
-                Ok(fd) => self.welcome(index, fd, buffer),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) if listener::concerns_one_client(&e) => debug!("accept: {}", Reason(&e)),
-                Err(e) => {
-                    self.warn_of_refusal(&e);
-                    let until = Millis(self.now.0 + ACCEPT_RETRY.as_millis() as u64);
-                    return self.pause_accepting(Accepting::Refused(until));
-                }
-            }
-        }
-        Ok(())
-    }
-
-    /// Once a minute at the most: it may happen with each connection that closes.
-    fn warn_of_refusal(&mut self, error: &io::Error) {
-        let quiet = |last: Millis| self.now.0 < last.0 + 60_000;
-        if !self.refused_last.is_some_and(quiet) {
-            warn!("cannot accept: {}; trying again when there is room", Reason(error));
-            self.refused_last = Some(self.now);
-        }
-    }
-
-    fn welcome(&mut self, index: usize, fd: OwnedFd, buffer: &mut [u8]) {
-        let peer = if self.listeners[index].is_unix() { addr::peer(&fd).ok() } else { None };
-        // 0 is not for connections; four thousand million connections later a number may come again.
-        self.generation = self.generation.checked_add(1).unwrap_or(1);
-        let generation = self.generation;
-        let entry = self.connections.vacant_entry();
-        let client = ClientId(u32::try_from(entry.key()).expect("fewer connections than descriptors"));
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Connection(client, generation).pack());
-        if let Err(e) = self.epoll.add(&fd, event) {
-            warn!("cannot watch a connection: {e}");
-            return;
-        }
-        entry.insert(Connection::new(fd, peer, generation));
-        self.idle_since = None;
-        debug!("connect: {} on {}", self.name(client), self.listeners[index].name());
-        // Most clients have sent their request by now, and need not wait for another turn.
-        self.read(client, buffer);
-    }
-
-    fn connection_ready(&mut self, client: ClientId, generation: u32, events: EpollFlags, buffer: &mut [u8]) {
-        // An event that was waiting in line behind the one that closed its connection.
-        match self.connections.get(client.0 as usize) {
-            Some(connection) if connection.generation == generation => {}
-            _ => return,
-        }
-        if events.intersects(EpollFlags::EPOLLOUT) {
-            self.mark_dirty(client);
-        }
-        if events.intersects(!EpollFlags::EPOLLOUT) {
-            self.read(client, buffer);
-        }
-    }
-
-    fn read(&mut self, client: ClientId, buffer: &mut [u8]) {
-        let connection = &mut self.connections[client.0 as usize];
-        if connection.doomed {
-            return;
-        }
-        match connection.read(buffer) {
-            Ok(0) => self.doom(client, "end of stream"),
-            Ok(bytes) => self.received(client, &buffer[..bytes]),
-            Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
-            Err(e) => self.doom(client, e.desc()),
-        }
-    }
-
-    /// Takes the requests out of what has arrived; the beginning of one that has not arrived whole is kept.
-    fn received(&mut self, client: ClientId, bytes: &[u8]) {
-        let connection = &mut self.connections[client.0 as usize];
-        if connection.continues_line(bytes) {
-            connection.input.extend_from_slice(bytes);
-            return;
-        }
-        let earlier = std::mem::take(&mut connection.input);
-        let joined;
-        let mut rest = bytes;
-        if !earlier.is_empty() {
-            joined = [&earlier, bytes].concat();
-            rest = &joined;
-        }
-        while !self.connections[client.0 as usize].doomed {
-            let taken = match self.connections[client.0 as usize].protocol {
-                Protocol::V1 => self.received_v1(client, &mut rest),
-                Protocol::V2 { .. } => self.received_v2(client, &mut rest),
-            };
-            if !taken {
-                self.connections[client.0 as usize].input.extend_from_slice(rest);
-                break;
-            }
-        }
-    }
-
-    /// Lets the table handle something, and carries out what it says.
-    fn feed(&mut self, event: impl FnOnce(&mut Table, Millis, &mut Vec<Effect>)) {
-        let mut effects = std::mem::take(&mut self.effects);
-        event(&mut self.table, self.now, &mut effects);
-        for effect in effects.drain(..) {
-            self.log(effect);
-            match self.connections[effect.client.0 as usize].protocol {
-                Protocol::V1 => self.tell_v1(effect),
-                Protocol::V2 { .. } => self.tell_v2(effect),
-            }
-            if effect.what == What::Expired {
-                self.doom(effect.client, "it held for too long");
-            }
-        }
-        self.effects = effects;
-    }
-
-    /// Takes everything from a client that is gone or must go. It is closed at the end of the turn, after what it is
-    /// still to be told.
-    fn doom(&mut self, client: ClientId, why: &str) {
-        let connection = &mut self.connections[client.0 as usize];
-        if connection.doomed {
-            return;
-        }
-        connection.doomed = true;
-        debug!("close: {}: {why}", self.name(client));
-        self.mark_dirty(client);
-        self.feed(|table, now, effects| table.gone(now, client, effects));
-    }
-
-    fn mark_dirty(&mut self, client: ClientId) {
-        let connection = &mut self.connections[client.0 as usize];
-        if !std::mem::replace(&mut connection.dirty, true) {
-            self.dirty.push(client);
-        }
-    }
-
-    /// Sends what there is to send, and closes those that are doomed.
-    fn flush(&mut self) {
-        let mut next = 0;
-        // By index, because to close one client may give another something to be told.
-        while let Some(&client) = self.dirty.get(next) {
-            next += 1;
-            self.connections[client.0 as usize].dirty = false;
-            self.continue_status(client);
-            let connection = &mut self.connections[client.0 as usize];
-            let sent = connection.send();
-            if connection.doomed {
-                self.close(client);
-                continue;
-            }
-            match sent {
-                Sent::Gone => self.doom(client, "it is gone"),
-                Sent::Part if connection.output().len() > OUTPUT_BYTES_MAX => {
-                    self.doom(client, "it does not read what it is told");
-                }
-                Sent::Part => self.watch_output(client, true),
-                Sent::All => {
-                    let more = matches!(connection.protocol, Protocol::V2 { status: Some(_) });
-                    self.watch_output(client, more);
-                }
-            }
-        }
-        self.dirty.clear();
-    }
-
-    /// Sets whether the loop is to be told when the connection can be written to.
-    fn watch_output(&mut self, client: ClientId, blocked: bool) {
-        let connection = &mut self.connections[client.0 as usize];
-        if connection.blocked == blocked {
-            return;
-        }
-        connection.blocked = blocked;
-        let output = if blocked { EpollFlags::EPOLLOUT } else { EpollFlags::empty() };
-        let source = Source::Connection(client, connection.generation);
-        let mut event = EpollEvent::new(EpollFlags::EPOLLIN | output, source.pack());
-        if let Err(e) = self.epoll.modify(&*connection, &mut event) {
-            warn!("cannot watch a connection: {e}");
-            self.doom(client, "it cannot be watched");
-        }
-    }
-
-    fn close(&mut self, client: ClientId) {
-        // Closing takes it out of the epoll set too: nobody else has this open file (epoll(7), question 6).
-        self.connections.remove(client.0 as usize);
-        if self.connections.is_empty() {
-            self.idle_since = Some(self.now);
-        }
-        if self.accepting != Accepting::Yes
-            && let Err(e) = self.resume_accepting()
-        {
-            error!("cannot accept any more: {}", Reason(&e));
-        }
-    }
-
-    fn pause_accepting(&mut self, why: Accepting) -> io::Result<()> {
-        debug!("not accepting: {why:?}");
-        self.accepting = why;
-        for listener in &self.listeners {
-            self.epoll.delete(listener.as_fd())?;
-        }
-        Ok(())
-    }
-
-    fn resume_accepting(&mut self) -> io::Result<()> {
-        self.accepting = Accepting::Yes;
-        for (index, listener) in self.listeners.iter().enumerate() {
-            let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Listener(index).pack());
-            self.epoll.add(listener.as_fd(), event)?;
-        }
-        Ok(())
-    }
-}
-
-/// Raises the limit of open files as far as it goes, and returns it.
-fn raise_descriptor_limit() -> io::Result<u64> {
-    let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
-    match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {
-        Ok(()) => Ok(hard),
-        Err(e) => {
-            warn!("cannot raise the limit of open files from {soft} to {hard}: {e}");
-            Ok(soft)
-        }
-    }
 }
 
 /// Why the daemon cannot serve.
@@ -527,6 +172,13 @@ pub enum Error {
     /// The lock file that goes with a socket cannot be had.
     Claim {
         /// The lock file.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// The journal cannot be written.
+    Journal {
+        /// Where.
         path: PathBuf,
         /// Why.
         error: io::Error,
@@ -558,7 +210,7 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Error::Addr(error) => error.exit(),
-            Error::Bind { .. } | Error::Claim { .. } => Exit::CannotCreate,
+            Error::Bind { .. } | Error::Claim { .. } | Error::Journal { .. } => Exit::CannotCreate,
             Error::Served { .. } => Exit::Busy,
             Error::Group { .. } => Exit::Usage,
             Error::Os(..) => Exit::Os,
@@ -578,6 +230,9 @@ impl fmt::Display for Error {
             Error::Addr(error) => error.fmt(f),
             Error::Bind { addr, error } => write!(f, "cannot serve on {addr}: {}", Reason(error)),
             Error::Claim { path, error } => write!(f, "cannot lock {}: {}", path.display(), Reason(error)),
+            Error::Journal { path, error } => {
+                write!(f, "cannot use the journal {}: {}", path.display(), Reason(error))
+            }
             Error::Served { path, pid: Some(pid) } => {
                 write!(f, "cannot serve on {}: the daemon with pid {pid} does", path.display())
             }

@@ -13,6 +13,7 @@
 //! | [`client`] | the blocking client |
 //! | [`addr`] | where a daemon is |
 //! | [`exit`] | the exit codes |
+//! | [`journal`] | which locks are held, on disk, to survive a crash of the daemon |
 //! | [`table`] | the lock table: events in, effects out, nothing else |
 //! | [`proto`] | both wire protocols: bytes to messages and back, nothing else |
 //!
@@ -24,6 +25,7 @@ pub mod cli;
 pub mod client;
 pub mod daemon;
 pub mod exit;
+pub mod journal;
 pub mod proto;
 pub mod run;
 pub mod status;

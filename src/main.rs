@@ -15,7 +15,7 @@ use kmutex::client::Dial;
 use kmutex::daemon::{self, LogTarget};
 use kmutex::exit::Exit;
 use kmutex::proto::{Key, v2::Mode};
-use kmutex::run::{self, Child, Ended, Job, Wait};
+use kmutex::run::{self, Child, Ended, Job, OnLost, Wait};
 use kmutex::status::{self, Format};
 
 fn main() -> ExitCode {
@@ -67,6 +67,10 @@ fn run(args: cli::Run) -> Result<u8, Failure> {
         slots: args.slots,
         wait,
         child,
+        on_lost: match args.on_lost {
+            cli::OnLost::Kill => OnLost::Kill(args.kill_after),
+            cli::OnLost::Continue => OnLost::Continue,
+        },
         verbose: args.verbose,
     };
     let ended = job.run().map_err(|e| failure(e.exit(), e))?;
@@ -74,6 +78,7 @@ fn run(args: cli::Run) -> Result<u8, Failure> {
         Ended::Ran(status) => status,
         Ended::Finished(_) => args.finished_exit_code,
         Ended::Busy => args.conflict_exit_code,
+        Ended::Lost => Exit::Lost.code(),
     })
 }
 
@@ -99,6 +104,10 @@ fn serve(args: cli::Serve) -> Result<u8, Failure> {
         access: daemon::Access { mode: args.mode, group: args.group },
         connections_max: args.maxconn,
         hold_limit: (args.timeout > Duration::ZERO).then_some(args.timeout),
+        per_uid_max: args.max_per_uid,
+        grace: args.grace,
+        state: args.state,
+        ready_fd: args.ready_fd,
         idle_exit: args.idle_exit,
         detach: args.detach,
         ..daemon::Config::new(addrs.into_iter().collect::<Result<_, _>>().map_err(|e| failure(e.exit(), e))?)

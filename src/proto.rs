@@ -108,7 +108,7 @@ impl fmt::Display for Token {
 }
 
 /// Names one lock request. Sent again, it resumes that request. On the wire: 1 to 32 hexadecimal digits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct Nonce(pub u128);
 

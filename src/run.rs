@@ -1,10 +1,10 @@
 //! `kmutex run`: a lock, a command under it, and an exit code that tells what happened.
 
 mod child;
+mod descendants;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
-use std::hash::{BuildHasher, RandomState};
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
@@ -13,10 +13,10 @@ use std::time::{Duration, Instant};
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use crate::addr::Reason;
-use crate::client::{self, Dial, Session, Verdict};
+use crate::client::{self, Dial, Hold, RELEASE_WAIT, Verdict};
 use crate::exit::{self, Exit};
-use crate::proto::v2::{LockRequest, Mode, Request, Who};
-use crate::proto::{Key, KeyError, Nonce, Outcome, Token};
+use crate::proto::v2::{LockRequest, Mode, Who};
+use crate::proto::{Key, Outcome, Token};
 
 /// What to run, under which lock, and how.
 #[derive(Clone, Debug)]
@@ -37,6 +37,8 @@ pub struct Job {
     pub wait: Wait,
     /// What the command gets of the lock, and who waits for it.
     pub child: Child,
+    /// What to do when the lock is lost while the command runs.
+    pub on_lost: OnLost,
     /// Tell what is done on standard error.
     pub verbose: bool,
 }
@@ -63,6 +65,15 @@ pub enum Child {
     Exec,
 }
 
+/// What to do when the lock is lost while the command runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnLost {
+    /// SIGTERM to the command and its descendants, and SIGKILL to those that are left after so long.
+    Kill(Duration),
+    /// Say so, and let it run.
+    Continue,
+}
+
 /// How a job ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
@@ -72,6 +83,8 @@ pub enum Ended {
     Finished(Outcome),
     /// Somebody else holds the lock, and there was no waiting, or no more.
     Busy,
+    /// The lock was lost while the command ran.
+    Lost,
 }
 
 impl Job {
@@ -85,7 +98,8 @@ impl Job {
             Wait::For(limit) => asked.checked_add(limit),
             Wait::Forever | Wait::Never => None,
         };
-        let (session, verdict) = match client::lock(&self.dial, &self.request(), deadline) {
+        let request = self.request();
+        let (session, verdict) = match client::lock(&self.dial, &request, deadline) {
             Err(client::Error::TimedOut) => return Ok(Ended::Busy),
             other => other?,
         };
@@ -101,60 +115,64 @@ impl Job {
                     )
                 });
                 self.say(|| format!("running {}", self.command_line()));
-                self.run_locked(session, token)
+                if self.child != Child::Closed {
+                    // The one descriptor that is to be inherited; all others are closed on exec.
+                    fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
+                        .map_err(|e| Error::Os("pass the lock on", e.into()))?;
+                }
+                self.run_locked(Hold::new(self.dial.clone(), request, session, token))
             }
         }
     }
 
-    fn run_locked(&self, mut session: Session, token: Token) -> Result<Ended, Error> {
-        if self.child != Child::Closed {
-            // The one descriptor that is to be inherited; all others are closed on exec.
-            fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
-                .map_err(|e| Error::Os("pass the lock on", e.into()))?;
-        }
-        let mut command = self.command(token)?;
+    fn run_locked(&self, mut hold: Hold) -> Result<Ended, Error> {
+        let mut command = self.command(hold.token())?;
         if self.child == Child::Exec {
-            let error = Error::Command { program: self.argv[0].clone(), error: command.exec() };
-            self.release(&mut session, Outcome::Exit(error.exit().code()))?;
-            return Err(error);
+            let error = command.exec();
+            return Err(self.not_started(hold, error));
         }
-        let outcome = match child::run(&mut command) {
-            Ok(outcome) => outcome,
-            Err(child::Error::Spawn(error)) => {
-                let error = Error::Command { program: self.argv[0].clone(), error };
-                self.release(&mut session, Outcome::Exit(error.exit().code()))?;
-                return Err(error);
-            }
+        let inherits = self.child == Child::Inherits;
+        let ended = match child::run(&mut command, &mut hold, inherits, self.on_lost) {
+            Err(child::Error::Spawn(error)) => return Err(self.not_started(hold, error)),
             Err(child::Error::Os(doing, error)) => return Err(Error::Os(doing, error)),
+            Ok(ended) => ended,
         };
-        self.release(&mut session, outcome)?;
-        Ok(Ended::Ran(match outcome {
+        if ended.lost {
+            return Ok(Ended::Lost);
+        }
+        match hold.release(ended.outcome, RELEASE_WAIT) {
+            // No daemon came back in time. The lock ends with this process, which the next daemon can tell.
+            Ok(_) | Err(client::Error::Closed) => {}
+            Err(client::Error::Lost(why)) => {
+                eprintln!("kmutex: lost the lock {:?} while the command ran: {why}", self.key.as_str());
+                return Ok(Ended::Lost);
+            }
+            Err(e) => return Err(e.into()),
+        }
+        Ok(Ended::Ran(match ended.outcome {
             Outcome::Signal(number) => exit::of_signal(number),
             Outcome::Exit(status) => status,
             Outcome::Unknown | Outcome::Vanished => unreachable!("a child exits or dies of a signal"),
         }))
     }
 
-    /// Releases the lock with what those who wait are to be told. The daemon's confirmation is not waited for: whatever
-    /// is asked of it from now on, by anybody, it reads after this.
-    fn release(&self, session: &mut Session, outcome: Outcome) -> Result<(), Error> {
-        match session.send(&Request::Release { outcome }) {
-            // The daemon has gone while the command ran. There is nothing left to release.
-            Err(client::Error::Closed) => Ok(()),
-            other => Ok(other?),
-        }
+    /// The command could not be started: those who wait are told with which status that ends.
+    fn not_started(&self, mut hold: Hold, error: io::Error) -> Error {
+        let error = Error::Command { program: self.argv[0].clone(), error };
+        // If the daemon has gone meanwhile, the lock goes with this process.
+        let _ = hold.release(Outcome::Exit(error.exit().code()), RELEASE_WAIT);
+        error
     }
 
     fn request(&self) -> LockRequest {
         LockRequest {
-            key: self.key.clone(),
-            nonce: Some(nonce()),
-            mode: self.mode,
+            nonce: Some(client::nonce()),
             shared: self.shared,
             slots: self.slots,
             nowait: self.wait == Wait::Never,
             exec: self.child == Child::Exec,
             who: self.who(),
+            ..LockRequest::new(self.key.clone(), self.mode)
         }
     }
 
@@ -193,12 +211,6 @@ impl Job {
     }
 }
 
-/// A number that nobody else has chosen, nor can guess: from the keys that the standard library draws from the system.
-fn nonce() -> Nonce {
-    let draw = || u128::from(RandomState::new().hash_one(std::process::id()));
-    Nonce(draw() << 64 | draw())
-}
-
 /// What a shell command is run with: as flock(1) does, `$SHELL`, or else /bin/sh.
 pub fn shell(command: OsString) -> Vec<OsString> {
     let shell = std::env::var_os("SHELL").filter(|shell| !shell.is_empty());
@@ -208,8 +220,6 @@ pub fn shell(command: OsString) -> Vec<OsString> {
 /// Why a job could not be done.
 #[derive(Debug)]
 pub enum Error {
-    /// The key is none, or not UTF-8.
-    Key(KeyError),
     /// The lock cannot be had.
     Client(client::Error),
     /// The command cannot be started.
@@ -227,7 +237,6 @@ impl Error {
     /// The exit code for it.
     pub fn exit(&self) -> Exit {
         match self {
-            Error::Key(_) => Exit::BadData,
             Error::Client(error) => error.exit(),
             Error::Command { error, .. } if error.kind() == io::ErrorKind::NotFound => Exit::NotFound,
             Error::Command { .. } => Exit::CannotExecute,
@@ -245,7 +254,6 @@ impl From<client::Error> for Error {
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Error::Key(error) => error.fmt(f),
             Error::Client(error) => error.fmt(f),
             Error::Command { program, error } => {
                 write!(f, "cannot run {}: {}", program.to_string_lossy(), Reason(error))

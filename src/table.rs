@@ -13,14 +13,18 @@
 //!   run one after the other could be read before the first one's release, and would be told that it lost a race that
 //!   never was.
 //!
+//! - Resuming: a daemon that was restarted is told what was held ([`Table::restore`]); such a hold has no client until
+//!   its holder's request comes again, with the same nonce.
+//!
 //! A lock exists while a request for it does.
 
 mod list;
+mod resume;
 #[cfg(test)]
 mod simulation;
 mod view;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, DefaultHasher, Hasher};
 use std::num::NonZeroU32;
 
@@ -29,13 +33,24 @@ use slab::Slab;
 
 use crate::proto::v1::State;
 use crate::proto::v2::{LockRequest, Mode};
-use crate::proto::{LockId, Outcome, Token};
+use crate::proto::{LockId, Nonce, Outcome, Token};
 use list::{Links, List};
+pub use resume::{Held, NotYours};
 pub use view::{LockView, RequestView};
 
 /// Milliseconds of a monotonic clock. Where it starts does not matter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Millis(pub u64);
+
+impl Millis {
+    /// Later than any time.
+    const NEVER: Millis = Millis(u64::MAX);
+
+    /// So much later.
+    pub fn plus(self, span: Millis) -> Millis {
+        Millis(self.0.saturating_add(span.0))
+    }
+}
 
 /// A connected client, as the caller numbers them. The table keeps four bytes for each number up to the highest in
 /// use, so numbers should be used again; not before [`Table::gone`] was called for the last one that had it.
@@ -62,10 +77,12 @@ pub struct Effect {
 pub enum What {
     /// It holds the lock now.
     Granted(Token),
-    /// It waits, behind this many others of the queue.
+    /// It waits.
     Waiting {
-        /// 0 for a once waiter.
+        /// How many others of the queue come first; 0 for a once waiter.
         ahead: u32,
+        /// Its place in the order of arrival, which it may name when it resumes.
+        place: u64,
     },
     /// The holder that it waited for is done. The client is idle again.
     Finished(Outcome, Token),
@@ -73,6 +90,62 @@ pub enum What {
     Busy,
     /// It held the lock for longer than the limit: it is released, and the connection is to be closed.
     Expired,
+    /// It holds the lock no more, or never did.
+    Lost(Loss),
+    /// Its request is another connection's now; this one is to be closed.
+    Superseded,
+}
+
+/// Why a holder's lock is not its any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// The daemon knows nothing of the hold that is to be resumed: its journal was lost, or the hold has ended since.
+    Unknown,
+    /// Somebody broke the lock.
+    Broken,
+}
+
+/// What a change to the set of holds is, for the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// This client's hold began, or is this client's now.
+    Held(ClientId),
+    /// The hold with this token has ended.
+    Ended(Token),
+}
+
+/// What the table answers to an event: what is to be recorded first, and what is to be told then. Kept by the caller,
+/// so that the table need not allocate for each event.
+#[derive(Debug, Default)]
+pub struct Effects {
+    /// To be carried out in order.
+    pub tell: Vec<Effect>,
+    /// To be recorded before any of it is told.
+    pub record: Vec<Change>,
+}
+
+/// The terms of a request that matter while the lock is held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Terms {
+    /// 1 or 2.
+    pub protocol: u8,
+    /// Others who share may hold it too.
+    pub shared: bool,
+    /// The client becomes the command: the end of its stream is the end of the work.
+    pub exec: bool,
+    /// It may be had while fewer than so many hold it.
+    pub slots: u32,
+}
+
+impl Terms {
+    /// Those of protocol 1, which knows only one kind of lock.
+    pub const V1: Terms = Terms { protocol: 1, shared: false, exec: false, slots: 1 };
+}
+
+impl From<&LockRequest> for Terms {
+    fn from(asked: &LockRequest) -> Terms {
+        Terms { protocol: 2, shared: asked.shared, exec: asked.exec, slots: asked.slots }
+    }
 }
 
 /// Names a request while it exists. (Never zero, so that an `Option` of it is no larger.)
@@ -99,29 +172,41 @@ enum Stage {
     Holding,
 }
 
+/// In which line a request waits.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Line {
+    V1,
+    Once,
+    Queue,
+}
+
 /// One client's request for one lock, from the asking to the release.
 struct Request {
-    client: ClientId,
+    /// `None`: it has not resumed, after a restart of the daemon.
+    client: Option<ClientId>,
     /// Index of its lock.
     lock: u32,
     links: Links,
     stage: Stage,
+    line: Line,
+    terms: Terms,
     /// Of a holder, its token. Of a waiter, its place in the order of arrival.
     order: u64,
     /// When it was granted, or when it asked.
     since: Millis,
-    /// What a protocol 2 client asked for. `None`: protocol 1, which knows only one kind of request.
-    asked: Option<Box<LockRequest>>,
+    /// When its hold ends at the latest; [`Millis::NEVER`] unless there is a limit.
+    deadline: Millis,
+    /// What only protocol 2 has.
+    details: Option<Box<Details>>,
 }
 
-impl Request {
-    fn slots(&self) -> u32 {
-        self.asked.as_ref().map_or(1, |asked| asked.slots)
-    }
-
-    fn shared(&self) -> bool {
-        self.asked.as_ref().is_some_and(|asked| asked.shared)
-    }
+/// What there is to a request of protocol 2.
+struct Details {
+    nonce: Option<Nonce>,
+    /// Whose request it is, as the kernel says; only on Unix sockets.
+    uid: Option<u32>,
+    /// As it was asked. `None`: it has not resumed, after a restart of the daemon.
+    asked: Option<Box<LockRequest>>,
 }
 
 /// One lock that somebody holds or waits for.
@@ -147,31 +232,47 @@ pub struct Table {
     /// By client number.
     request_of: Vec<Option<RequestId>>,
     deferred: List,
-    /// When protocol 1 holds end.
+    /// When holds end that may not last.
     deadlines: BTreeSet<(Millis, RequestId)>,
+    /// Those of protocol 2 by what they can be resumed with.
+    nonces: BTreeMap<Nonce, RequestId>,
+    /// Holds that have not resumed.
+    orphans: BTreeMap<Token, RequestId>,
     hold_limit: Option<Millis>,
     next_token: u64,
+    first_arrival: u64,
     next_arrival: u64,
+}
+
+/// What the rules depend on, from outside.
+#[derive(Clone, Copy, Debug)]
+pub struct Config {
+    /// A number that clients cannot guess, so that they cannot choose locks that collide.
+    pub hash_key: u64,
+    /// The token of the first grant: larger than any that was given before, on any earlier day.
+    pub first_token: Token,
+    /// How long a protocol 1 owner may hold.
+    pub hold_limit: Option<Millis>,
 }
 
 impl Table {
     /// An empty table.
-    ///
-    /// - `hash_key`: a number that clients cannot guess, so that they cannot choose locks that collide.
-    /// - `first_token`: of the first grant. Larger than any that was given before, on any earlier day.
-    /// - `hold_limit`: how long a protocol 1 owner may hold.
-    pub fn new(hash_key: u64, first_token: Token, hold_limit: Option<Millis>) -> Table {
+    pub fn new(config: Config) -> Table {
         Table {
-            hasher: KeyedHasher(hash_key),
+            hasher: KeyedHasher(config.hash_key),
             by_id: HashTable::new(),
             locks: Slab::new(),
             requests: Slab::new(),
             request_of: Vec::new(),
             deferred: List::default(),
             deadlines: BTreeSet::new(),
-            hold_limit,
-            next_token: first_token.0,
-            next_arrival: 0,
+            nonces: BTreeMap::new(),
+            orphans: BTreeMap::new(),
+            hold_limit: config.hold_limit,
+            next_token: config.first_token.0,
+            // Tokens and places both grow across restarts, and have the same reason to.
+            first_arrival: config.first_token.0,
+            next_arrival: config.first_token.0,
         }
     }
 
@@ -185,8 +286,8 @@ impl Table {
     }
 
     /// An idle protocol 1 client asks for a lock.
-    pub fn lock_v1(&mut self, now: Millis, client: ClientId, lock: LockId, effects: &mut Vec<Effect>) {
-        let id = self.add_request(now, client, lock, None);
+    pub fn lock_v1(&mut self, now: Millis, client: ClientId, lock: LockId, effects: &mut Effects) {
+        let id = self.add_request(now, client, lock, Line::V1, Terms::V1, None);
         if self.admits(id) {
             self.grant(now, id, effects);
         } else {
@@ -194,16 +295,40 @@ impl Table {
         }
     }
 
-    /// An idle protocol 2 client asks for a lock.
+    /// An idle protocol 2 client asks for a lock, or resumes an earlier request. `uid` is whose client it is, as far as
+    /// the kernel tells.
+    ///
+    /// # Errors
+    /// When the nonce is that of somebody else's request.
     pub fn lock(
         &mut self,
         now: Millis,
         client: ClientId,
+        uid: Option<u32>,
         asked: Box<LockRequest>,
-        effects: &mut Vec<Effect>,
-    ) {
-        let undecided = asked.nowait || asked.mode == Mode::Once;
-        let id = self.add_request(now, client, asked.key.id(), Some(asked));
+        effects: &mut Effects,
+    ) -> Result<(), NotYours> {
+        if let Some(&id) = asked.nonce.and_then(|nonce| self.nonces.get(&nonce)) {
+            return self.resume(id, client, uid, asked, effects);
+        }
+        let lock = asked.key.id();
+        if asked.holds.is_some() {
+            effects.tell.push(Effect { client, lock, what: What::Lost(Loss::Unknown) });
+            return Ok(());
+        }
+        let line = if asked.mode == Mode::Once { Line::Once } else { Line::Queue };
+        // Whoever had a place before the daemon was restarted has it still.
+        let place = asked.place.filter(|&place| place < self.first_arrival);
+        let undecided = place.is_none() && (asked.nowait || line == Line::Once);
+        let (terms, nonce) = (Terms::from(&*asked), asked.nonce);
+        let details = Box::new(Details { nonce, uid, asked: Some(asked) });
+        let id = self.add_request(now, client, lock, line, terms, Some(details));
+        if let Some(place) = place {
+            self.requests[id.index()].order = place;
+        }
+        if let Some(nonce) = nonce {
+            self.nonces.insert(nonce, id);
+        }
         if self.admits(id) {
             self.grant(now, id, effects);
         } else if undecided {
@@ -211,10 +336,11 @@ impl Table {
         } else {
             self.wait(id, effects);
         }
+        Ok(())
     }
 
     /// A client that holds a lock releases it. Nothing happens if it holds none.
-    pub fn release(&mut self, now: Millis, client: ClientId, outcome: Outcome, effects: &mut Vec<Effect>) {
+    pub fn release(&mut self, now: Millis, client: ClientId, outcome: Outcome, effects: &mut Effects) {
         if let Some(id) = self.request(client)
             && self.requests[id.index()].stage == Stage::Holding
         {
@@ -223,13 +349,12 @@ impl Table {
     }
 
     /// The client's stream has ended, or is to be closed: whatever it holds or waits for is given up.
-    pub fn gone(&mut self, now: Millis, client: ClientId, effects: &mut Vec<Effect>) {
+    pub fn gone(&mut self, now: Millis, client: ClientId, effects: &mut Effects) {
         let Some(id) = self.request(client) else { return };
         let request = &self.requests[id.index()];
         match request.stage {
             Stage::Holding => {
-                let became_the_command = request.asked.as_ref().is_some_and(|asked| asked.exec);
-                let outcome = if became_the_command { Outcome::Unknown } else { Outcome::Vanished };
+                let outcome = request.outcome_of_silence();
                 self.end_hold(now, id, outcome, effects);
             }
             Stage::Waiting => {
@@ -251,16 +376,16 @@ impl Table {
 
     /// All that had happened before `mark` was taken is in the table: decides the requests that were deferred until
     /// then, in order of arrival.
-    pub fn settle(&mut self, now: Millis, mark: Mark, effects: &mut Vec<Effect>) {
+    pub fn settle(&mut self, now: Millis, mark: Mark, effects: &mut Effects) {
         while let Some(id) = self.deferred.head()
             && self.requests[id.index()].order < mark.0
         {
             self.deferred.unlink(&mut self.requests, id);
-            let request = &self.requests[id.index()];
+            let nowait = self.requests[id.index()].asked().is_some_and(|asked| asked.nowait);
             if self.admits(id) {
                 self.grant(now, id, effects);
-            } else if request.asked.as_ref().is_some_and(|asked| asked.nowait) {
-                effects.push(self.effect(id, What::Busy));
+            } else if nowait {
+                self.tell(id, What::Busy, effects);
                 self.remove_request(id);
             } else {
                 self.wait(id, effects);
@@ -274,11 +399,11 @@ impl Table {
     }
 
     /// Ends the holds whose time is up.
-    pub fn expire(&mut self, now: Millis, effects: &mut Vec<Effect>) {
+    pub fn expire(&mut self, now: Millis, effects: &mut Effects) {
         while let Some(&(deadline, id)) = self.deadlines.first()
             && deadline <= now
         {
-            effects.push(self.effect(id, What::Expired));
+            self.tell(id, What::Expired, effects);
             self.end_hold(now, id, Outcome::Vanished, effects);
         }
     }
@@ -297,9 +422,13 @@ impl Table {
         self.request_of.get(client.0 as usize).copied().flatten()
     }
 
-    fn effect(&self, id: RequestId, what: What) -> Effect {
+    /// Tells a request's client something, if it has one at the moment.
+    fn tell(&self, id: RequestId, what: What, effects: &mut Effects) {
         let request = &self.requests[id.index()];
-        Effect { client: request.client, lock: self.locks[request.lock as usize].id, what }
+        if let Some(client) = request.client {
+            let lock = self.locks[request.lock as usize].id;
+            effects.tell.push(Effect { client, lock, what });
+        }
     }
 
     /// Where everything about admission is decided: a request gets in when nobody queues before it, and those who hold
@@ -311,98 +440,110 @@ impl Table {
     }
 
     fn holders_admit(&self, lock: &Lock, request: &Request) -> bool {
-        // Holders are all shared or all not, so that one of them speaks for all.
-        match lock.holders.head() {
-            None => true,
-            Some(holder) if self.requests[holder.index()].shared() => request.shared(),
-            Some(_) => !request.shared() && lock.holding < request.slots(),
+        // One holder speaks for all: they are all shared or all not, and an exclusive one is alone.
+        let Some(holder) = lock.holders.head() else { return true };
+        let holder = &self.requests[holder.index()].terms;
+        if holder.shared || request.terms.shared {
+            return holder.shared && request.terms.shared;
         }
+        holder.slots > 1 && lock.holding < request.terms.slots
     }
 
     /// The one place where a lock is given. (Where each lock must also be won from other hosts, the step between
     /// "admitted here" and "held" belongs here.)
-    fn grant(&mut self, now: Millis, id: RequestId, effects: &mut Vec<Effect>) {
+    fn grant(&mut self, now: Millis, id: RequestId, effects: &mut Effects) {
         let token = self.next_token;
         self.next_token += 1;
         let request = &mut self.requests[id.index()];
         request.stage = Stage::Holding;
         request.order = token;
         request.since = now;
-        if let (None, Some(limit)) = (&request.asked, self.hold_limit) {
-            self.deadlines.insert((Millis(now.0 + limit.0), id));
+        if let (Line::V1, Some(limit)) = (request.line, self.hold_limit) {
+            request.deadline = now.plus(limit);
+            self.deadlines.insert((request.deadline, id));
         }
         let lock = &mut self.locks[request.lock as usize];
         lock.holding += 1;
         lock.holders.push_back(&mut self.requests, id);
-        effects.push(self.effect(id, What::Granted(Token(token))));
+        effects.record.extend(self.requests[id.index()].client.map(Change::Held));
+        self.tell(id, What::Granted(Token(token)), effects);
     }
 
-    fn wait(&mut self, id: RequestId, effects: &mut Vec<Effect>) {
+    fn wait(&mut self, id: RequestId, effects: &mut Effects) {
         let request = &mut self.requests[id.index()];
         request.stage = Stage::Waiting;
-        let mode = request.asked.as_ref().map(|asked| asked.mode);
+        let (line, resumed) = (request.line, request.order < self.first_arrival);
         let lock = &mut self.locks[request.lock as usize];
-        let ahead = match mode {
-            Some(Mode::Queue) => lock.queued,
-            _ => 0,
-        };
-        if mode == Some(Mode::Queue) {
+        if line == Line::Queue {
             lock.queued += 1;
         }
-        lock.line(mode).push_back(&mut self.requests, id);
-        effects.push(self.effect(id, What::Waiting { ahead }));
+        if resumed {
+            lock.line(line).insert_by_order(&mut self.requests, id);
+        } else {
+            lock.line(line).push_back(&mut self.requests, id);
+        }
+        self.tell_waiting(id, effects);
+    }
+
+    fn tell_waiting(&self, id: RequestId, effects: &mut Effects) {
+        let request = &self.requests[id.index()];
+        let lock = &self.locks[request.lock as usize];
+        let ahead = match request.line {
+            // It is the last one, but for those with a place from before a restart.
+            Line::Queue if lock.queue.tail() == Some(id) => lock.queued - 1,
+            Line::Queue => lock.queue.iter(&self.requests).take_while(|&other| other != id).count() as u32,
+            Line::V1 | Line::Once => 0,
+        };
+        self.tell(id, What::Waiting { ahead, place: request.order }, effects);
     }
 
     /// Takes a waiting request out of its line.
     fn leave_line(&mut self, id: RequestId) {
         let request = &self.requests[id.index()];
-        let mode = request.asked.as_ref().map(|asked| asked.mode);
+        let line = request.line;
         let lock = &mut self.locks[request.lock as usize];
-        if mode == Some(Mode::Queue) {
+        if line == Line::Queue {
             lock.queued -= 1;
         }
-        lock.line(mode).unlink(&mut self.requests, id);
+        lock.line(line).unlink(&mut self.requests, id);
     }
 
-    fn end_hold(&mut self, now: Millis, id: RequestId, outcome: Outcome, effects: &mut Vec<Effect>) {
+    fn end_hold(&mut self, now: Millis, id: RequestId, outcome: Outcome, effects: &mut Effects) {
         let request = &self.requests[id.index()];
         let (index, token) = (request.lock, Token(request.order));
-        if let (None, Some(limit)) = (&request.asked, self.hold_limit) {
-            self.deadlines.remove(&(Millis(request.since.0 + limit.0), id));
+        if request.deadline != Millis::NEVER {
+            self.deadlines.remove(&(request.deadline, id));
+        }
+        if request.client.is_none() {
+            self.orphans.remove(&token);
         }
         let lock = &mut self.locks[index as usize];
         lock.holding -= 1;
         lock.holders.unlink(&mut self.requests, id);
         self.remove_request(id);
+        effects.record.push(Change::Ended(token));
 
-        self.tell_line(index, None, outcome, token, effects);
+        self.tell_line(index, Line::V1, outcome, token, effects);
         if outcome == Outcome::Vanished {
             self.succeed(now, index, effects);
         } else {
-            self.tell_line(index, Some(Mode::Once), outcome, token, effects);
+            self.tell_line(index, Line::Once, outcome, token, effects);
         }
         self.admit_queue(now, index, effects);
         self.remove_if_unused(index);
     }
 
     /// Tells everybody in a line that a holder is done, and sends them home.
-    fn tell_line(
-        &mut self,
-        lock: u32,
-        mode: Option<Mode>,
-        outcome: Outcome,
-        token: Token,
-        effects: &mut Vec<Effect>,
-    ) {
-        while let Some(id) = self.locks[lock as usize].line(mode).head() {
-            effects.push(self.effect(id, What::Finished(outcome, token)));
+    fn tell_line(&mut self, lock: u32, line: Line, outcome: Outcome, token: Token, effects: &mut Effects) {
+        while let Some(id) = self.locks[lock as usize].line(line).head() {
+            self.tell(id, What::Finished(outcome, token), effects);
             self.leave_line(id);
             self.remove_request(id);
         }
     }
 
     /// A holder vanished: the oldest protocol 2 waiter, once or queue, takes its place.
-    fn succeed(&mut self, now: Millis, lock: u32, effects: &mut Vec<Effect>) {
+    fn succeed(&mut self, now: Millis, lock: u32, effects: &mut Effects) {
         let Lock { once_waiters, queue, .. } = &self.locks[lock as usize];
         let arrival = |id: &RequestId| self.requests[id.index()].order;
         // The head of the queue needs no help: `admit_queue` comes next.
@@ -418,7 +559,7 @@ impl Table {
     }
 
     /// Lets in as many from the head of the queue as the holders admit.
-    fn admit_queue(&mut self, now: Millis, lock: u32, effects: &mut Vec<Effect>) {
+    fn admit_queue(&mut self, now: Millis, lock: u32, effects: &mut Effects) {
         while let Some(id) = self.locks[lock as usize].queue.head()
             && self.admits(id)
         {
@@ -432,34 +573,54 @@ impl Table {
         now: Millis,
         client: ClientId,
         lock: LockId,
-        asked: Option<Box<LockRequest>>,
+        line: Line,
+        terms: Terms,
+        details: Option<Box<Details>>,
     ) -> RequestId {
-        debug_assert!(self.request(client).is_none(), "a client has one request at a time");
-        let index = self.find_or_add_lock(lock);
-        self.locks[index as usize].requests += 1;
         let order = self.next_arrival;
         self.next_arrival += 1;
-        let id = RequestId::new(self.requests.insert(Request {
-            client,
-            lock: index,
+        let lock = self.find_or_add_lock(lock);
+        let id = self.insert_request(Request {
+            client: None,
+            lock,
             links: Links::default(),
             stage: Stage::Deferred,
+            line,
+            terms,
             order,
             since: now,
-            asked,
-        }));
+            deadline: Millis::NEVER,
+            details,
+        });
+        self.attach(id, client);
+        id
+    }
+
+    fn insert_request(&mut self, request: Request) -> RequestId {
+        self.locks[request.lock as usize].requests += 1;
+        RequestId::new(self.requests.insert(request))
+    }
+
+    /// Makes a request a client's, which has none.
+    fn attach(&mut self, id: RequestId, client: ClientId) {
+        debug_assert!(self.request(client).is_none(), "a client has one request at a time");
+        self.requests[id.index()].client = Some(client);
         let client = client.0 as usize;
         if client >= self.request_of.len() {
             self.request_of.resize(client + 1, None);
         }
         self.request_of[client] = Some(id);
-        id
     }
 
     /// Forgets a request that is in no list any more.
     fn remove_request(&mut self, id: RequestId) {
         let request = self.requests.remove(id.index());
-        self.request_of[request.client.0 as usize] = None;
+        if let Some(client) = request.client {
+            self.request_of[client.0 as usize] = None;
+        }
+        if let Some(nonce) = request.details.and_then(|details| details.nonce) {
+            self.nonces.remove(&nonce);
+        }
         self.locks[request.lock as usize].requests -= 1;
     }
 
@@ -498,13 +659,23 @@ impl Table {
 }
 
 impl Lock {
-    /// The line in which a waiter of this mode waits. `None` is protocol 1.
-    fn line(&mut self, mode: Option<Mode>) -> &mut List {
-        match mode {
-            None => &mut self.v1_waiters,
-            Some(Mode::Once) => &mut self.once_waiters,
-            Some(Mode::Queue) => &mut self.queue,
+    fn line(&mut self, line: Line) -> &mut List {
+        match line {
+            Line::V1 => &mut self.v1_waiters,
+            Line::Once => &mut self.once_waiters,
+            Line::Queue => &mut self.queue,
         }
+    }
+}
+
+impl Request {
+    fn asked(&self) -> Option<&LockRequest> {
+        self.details.as_ref()?.asked.as_deref()
+    }
+
+    /// How the hold ended when nobody says.
+    fn outcome_of_silence(&self) -> Outcome {
+        if self.terms.exec { Outcome::Unknown } else { Outcome::Vanished }
     }
 }
 

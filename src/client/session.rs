@@ -1,15 +1,18 @@
 //! One connection of protocol 2.
 
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv};
 use nix::unistd::{Uid, User};
 
 use super::{Dial, Error, Verdict, autostart};
 use crate::addr::{self, Addr};
-use crate::proto::v2::{Answer, FRAME_BYTES_MAX, LockRequest, PREAMBLE, Request, decode_answer, encode};
+use crate::proto::v2::{
+    Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, PREAMBLE, Request, decode_answer, encode,
+};
 
 /// How long a daemon may take to answer what needs no waiting.
 const ANSWER_WAIT: Duration = Duration::from_secs(10);
@@ -21,6 +24,8 @@ pub struct Session {
     /// What has arrived and was not yet taken.
     input: Vec<u8>,
     stage: Stage,
+    /// Where it stands in the order of arrival, if it waits.
+    place: Option<u64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +50,7 @@ impl Session {
             (other, _) => other?,
         };
         check_trust(dial, &fd)?;
-        Ok(Session { fd, input: Vec::new(), stage: Stage::Silent })
+        Ok(Session { fd, input: Vec::new(), stage: Stage::Silent, place: None })
     }
 
     /// Asks for a lock and waits for the verdict, until `deadline` at the most.
@@ -68,10 +73,21 @@ impl Session {
                 Answer::Granted { token } => Verdict::Granted(token),
                 Answer::Finished { outcome, token } => Verdict::Finished(outcome, token),
                 Answer::Busy { holders } => Verdict::Busy(holders),
-                Answer::Waiting { .. } => continue,
+                Answer::Waiting { place, .. } => {
+                    self.place = Some(place);
+                    continue;
+                }
+                Answer::Error { code: ErrorCode::CannotRecord, message } => {
+                    return Err(Error::Unrecorded(message));
+                }
                 other => return Err(Error::unexpected(other)),
             });
         }
+    }
+
+    /// The place in the order of arrival that the daemon has told, if it has let this session wait.
+    pub(super) fn place(&self) -> Option<u64> {
+        self.place
     }
 
     /// Sends a request.
@@ -101,32 +117,54 @@ impl Session {
     /// # Errors
     /// [`Error::TimedOut`] at the deadline, [`Error::Closed`] when the daemon is gone.
     pub fn receive(&mut self, deadline: Option<Instant>) -> Result<Answer, Error> {
-        let answer = self.receive_any(deadline)?;
-        match (self.stage, answer) {
-            (Stage::Open, answer) => Ok(answer),
-            (_, Answer::Hello { .. }) => {
-                self.stage = Stage::Open;
-                self.receive_any(deadline)
+        loop {
+            if let Some(answer) = self.take()? {
+                return Ok(answer);
             }
-            (_, answer) => Err(Error::unexpected(answer)),
+            self.read(deadline)?;
         }
     }
 
-    fn receive_any(&mut self, deadline: Option<Instant>) -> Result<Answer, Error> {
-        let mut searched = 0;
+    /// The next answer, if it has come.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] when the daemon is gone.
+    pub(super) fn try_receive(&mut self) -> Result<Option<Answer>, Error> {
         loop {
-            if let Some(end) = memchr::memchr(b'\n', &self.input[searched..]) {
-                let line: Vec<u8> = self.input.drain(..=searched + end).collect();
-                return decode_answer(&line).map_err(Error::Protocol);
+            if let Some(answer) = self.take()? {
+                return Ok(Some(answer));
             }
-            searched = self.input.len();
-            if self.input.first().is_some_and(|&byte| byte != b'{') {
-                return Err(Error::Protocol("it answers like a daemon of protocol 1".into()));
+            let mut buffer = [0; 4096];
+            match recv(self.fd.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
+                Ok(0) => return Err(Error::Closed),
+                Ok(bytes) => self.input.extend_from_slice(&buffer[..bytes]),
+                Err(nix::Error::EAGAIN) => return Ok(None),
+                Err(nix::Error::EINTR) => {}
+                Err(e) => return Err(lost_or("read from the daemon", e)),
             }
-            if searched > FRAME_BYTES_MAX {
-                return Err(Error::Protocol(format!("its line is longer than {FRAME_BYTES_MAX} bytes")));
+        }
+    }
+
+    /// Takes an answer out of what has arrived.
+    fn take(&mut self) -> Result<Option<Answer>, Error> {
+        // Not memchr's search: it would begin by asking what the processor can do, which costs more than it saves.
+        while let Some(end) = self.input.iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = self.input.drain(..=end).collect();
+            if line[0] != b'{' {
+                return Err(Error::not_version_2());
             }
-            self.read(deadline)?;
+            match (self.stage, decode_answer(&line).map_err(Error::Protocol)?) {
+                (Stage::Open, answer) => return Ok(Some(answer)),
+                (_, Answer::Hello { .. }) => self.stage = Stage::Open,
+                (_, answer) => return Err(Error::unexpected(answer)),
+            }
+        }
+        match self.input.first() {
+            Some(&byte) if byte != b'{' => Err(Error::not_version_2()),
+            _ if self.input.len() > FRAME_BYTES_MAX => {
+                Err(Error::Protocol(format!("its line is longer than {FRAME_BYTES_MAX} bytes")))
+            }
+            _ => Ok(None),
         }
     }
 
@@ -148,7 +186,7 @@ impl Session {
         }
     }
 
-    fn wait_readable(&self, deadline: Instant) -> Result<(), Error> {
+    pub(super) fn wait_readable(&self, deadline: Instant) -> Result<(), Error> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
             // Rounded up, since poll(2) counts whole milliseconds, and would return too early.

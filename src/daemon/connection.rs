@@ -10,6 +10,7 @@ use smallvec::SmallVec;
 
 use crate::addr::Peer;
 use crate::proto::v2;
+use crate::table::Millis;
 
 /// How much a client may leave unread before it is cut off: a whole frame, and then some.
 pub(super) const OUTPUT_BYTES_MAX: usize = 2 * v2::FRAME_BYTES_MAX;
@@ -30,6 +31,10 @@ pub(super) struct Connection {
     pub(super) doomed: bool,
     /// Who it is; only on Unix sockets.
     pub(super) peer: Option<Peer>,
+    /// The process that has inherited the lock from this client; 0: none that is known.
+    pub(super) child: u32,
+    /// When it is cut off if the message that it has begun does not end.
+    pub(super) unfinished: Option<Millis>,
     /// The beginning of a message whose end has not arrived.
     pub(super) input: Buffer,
     output: Buffer,
@@ -65,6 +70,8 @@ impl Connection {
             blocked: false,
             doomed: false,
             peer,
+            child: 0,
+            unfinished: None,
             input: Buffer::new(),
             output: Buffer::new(),
         }

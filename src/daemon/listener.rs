@@ -5,20 +5,20 @@
 //! socket that refuses connections may belong to a daemon that is just starting.
 
 use std::fmt;
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read, Seek, Write};
+use std::fs;
+use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use nix::fcntl::{Flock, FlockArg};
 use nix::sys::socket::{Backlog, listen};
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::{Gid, Group, Uid};
+use nix::unistd::{Gid, Group};
 
 use super::Error;
+use super::claim::Claim;
 use crate::addr::{self, Addr};
 
 /// Who may connect to a Unix socket.
@@ -37,7 +37,13 @@ pub(super) struct Listener {
 }
 
 enum Socket {
-    Unix { listener: UnixListener, path: PathBuf, claim: Claim },
+    Unix {
+        listener: UnixListener,
+        path: PathBuf,
+        claim: Claim,
+        /// It was made here, and goes with this daemon.
+        ours: bool,
+    },
     Tcp(TcpListener),
 }
 
@@ -53,6 +59,24 @@ impl Listener {
                     listeners.push(bind_unix(&path, access.mode, gid)?);
                 }
                 _ => bind_tcp(addr, &mut listeners)?,
+            }
+        }
+        Ok(listeners)
+    }
+
+    /// Takes over the sockets that systemd listens on already (sd_listen_fds(3)). None: it does not.
+    pub(super) fn inherit() -> Result<Vec<Listener>, Error> {
+        let error = |e| Error::Os("take over the sockets from systemd", e);
+        let mut given = listenfd::ListenFd::from_env();
+        let mut listeners = Vec::new();
+        for index in 0..given.len() {
+            // Each kind is tried in turn; one that does not fit leaves the socket where it is.
+            if let Ok(Some(listener)) = given.take_unix_listener(index) {
+                listeners.push(inherit_unix(listener)?);
+            } else if let Some(listener) = given.take_tcp_listener(index).map_err(error)? {
+                listener.set_nonblocking(true).map_err(error)?;
+                let name = listener.local_addr().map_err(error)?.to_string();
+                listeners.push(Listener { socket: Socket::Tcp(listener), name });
             }
         }
         Ok(listeners)
@@ -74,6 +98,14 @@ impl Listener {
 
     pub(super) fn is_unix(&self) -> bool {
         matches!(self.socket, Socket::Unix { .. })
+    }
+
+    /// The path of a Unix socket.
+    pub(super) fn path(&self) -> Option<&Path> {
+        match &self.socket {
+            Socket::Unix { path, .. } => Some(path),
+            Socket::Tcp(_) => None,
+        }
     }
 
     /// The address that is listened on, for the log.
@@ -101,7 +133,7 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Socket::Unix { path, .. } = &self.socket {
+        if let Socket::Unix { path, ours: true, .. } = &self.socket {
             // The claim is still held, so the name is surely ours. Whoever comes next replaces a socket that could not
             // be removed, so there is nothing to say of it.
             let _ = fs::remove_file(path);
@@ -143,7 +175,7 @@ fn bind_unix(path: &Path, mode: u32, gid: Option<Gid>) -> Result<Listener, Error
     listener.set_nonblocking(true).map_err(error)?;
     listen(&listener, Backlog::MAXCONN).map_err(|e| error(e.into()))?;
     let listener = Listener {
-        socket: Socket::Unix { listener, path: path.into(), claim },
+        socket: Socket::Unix { listener, path: path.into(), claim, ours: true },
         name: path.display().to_string(),
     };
     // The group first: a mode that lets the group in must not let the old group in.
@@ -152,6 +184,16 @@ fn bind_unix(path: &Path, mode: u32, gid: Option<Gid>) -> Result<Listener, Error
     }
     fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(error)?;
     Ok(listener)
+}
+
+fn inherit_unix(listener: UnixListener) -> Result<Listener, Error> {
+    let error = |e| Error::Os("take over a socket from systemd", e);
+    listener.set_nonblocking(true).map_err(error)?;
+    let addr = listener.local_addr().map_err(error)?;
+    let path = addr.as_pathname().ok_or_else(|| error(io::Error::other("it has no path")))?.to_owned();
+    let claim = Claim::take(&path)?;
+    let name = path.display().to_string();
+    Ok(Listener { socket: Socket::Unix { listener, path, claim, ours: false }, name })
 }
 
 /// Makes room for a socket at a path that this process has claimed.
@@ -220,89 +262,6 @@ fn group_id(name: &str) -> Result<Gid, Error> {
         Ok(None) => Err(unknown("there is no such group")),
         Err(e) => Err(unknown(e.desc())),
     }
-}
-
-/// The right to serve a path: a lock on the file beside it, which the kernel gives back when this process ends.
-struct Claim {
-    file: Flock<File>,
-    path: PathBuf,
-}
-
-impl Claim {
-    fn take(socket: &Path) -> Result<Claim, Error> {
-        let mut path = socket.as_os_str().to_owned();
-        path.push(".lock");
-        let path = PathBuf::from(path);
-        let error = |e| Error::Claim { path: path.clone(), error: e };
-        // The name may vanish between opening and locking, when the daemon that had it ends. Then it is not the file
-        // that the next one will look at, and the lock is worth nothing.
-        for _ in 0..100 {
-            let file = open_own(&path).map_err(error)?;
-            let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
-                Ok(file) => file,
-                Err((file, nix::Error::EWOULDBLOCK)) => return Err(served(socket, file)),
-                Err((_, e)) => return Err(error(e.into())),
-            };
-            if is_named(&file, &path).map_err(error)? {
-                let mut claim = Claim { file, path };
-                claim.sign()?;
-                return Ok(claim);
-            }
-        }
-        Err(error(io::Error::other("daemons come and go too fast")))
-    }
-
-    fn sign(&mut self) -> Result<(), Error> {
-        let text = format!("{}\n", std::process::id());
-        let file = &mut *self.file;
-        let write = |file: &mut File| {
-            file.set_len(0)?;
-            file.rewind()?;
-            file.write_all(text.as_bytes())
-        };
-        write(file).map_err(|error| Error::Claim { path: self.path.clone(), error })
-    }
-}
-
-impl Drop for Claim {
-    fn drop(&mut self) {
-        // While the lock is still held, so that the name is surely ours. Whoever comes next takes over a file that
-        // could not be removed, so there is nothing to say of it.
-        let _ = fs::remove_file(&self.path);
-    }
-}
-
-/// True when the path still leads to this file.
-fn is_named(file: &File, path: &Path) -> io::Result<bool> {
-    let file = file.metadata()?;
-    match fs::symlink_metadata(path) {
-        Ok(named) => Ok((named.dev(), named.ino()) == (file.dev(), file.ino())),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(false),
-        Err(e) => Err(e),
-    }
-}
-
-/// Opens the lock file, which must be a plain file of ours: in a directory like /tmp anybody could have put it there.
-fn open_own(path: &Path) -> io::Result<File> {
-    let mut options = OpenOptions::new();
-    options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    options.custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK);
-    let file = options.open(path)?;
-    let meta = file.metadata()?;
-    if !meta.is_file() {
-        return Err(io::Error::other("it is not a plain file"));
-    }
-    if meta.uid() != Uid::effective().as_raw() {
-        return Err(io::Error::other(format!("it belongs to uid {}", meta.uid())));
-    }
-    Ok(file)
-}
-
-fn served(socket: &Path, mut lock_file: File) -> Error {
-    let mut text = String::new();
-    // The pid is for people only; that the file is locked is what counts.
-    let pid = lock_file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
-    Error::Served { path: socket.into(), pid }
 }
 
 impl fmt::Debug for Listener {

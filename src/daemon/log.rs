@@ -2,7 +2,7 @@
 
 use log::{LevelFilter, debug, log_enabled};
 
-use super::Server;
+use super::server::Server;
 use crate::proto::Outcome;
 use crate::table::{ClientId, Effect, What};
 
@@ -38,12 +38,14 @@ impl Server {
         let (client, lock) = (self.name(effect.client), self.lock_name(effect.lock));
         match effect.what {
             What::Granted(token) => debug!("grant: {lock} to {client}, token {token}"),
-            What::Waiting { ahead } => debug!("wait: {client} for {lock}, behind {ahead}"),
+            What::Waiting { ahead, .. } => debug!("wait: {client} for {lock}, behind {ahead}"),
             What::Finished(outcome, token) => {
                 debug!("finished: {lock}, token {token}: {outcome}, told {client}")
             }
             What::Busy => debug!("busy: {lock}, told {client}"),
             What::Expired => debug!("expire: {lock}, held by {client}"),
+            What::Lost(why) => debug!("lost: {lock}, told {client}: {why:?}"),
+            What::Superseded => debug!("resume: {lock}, no longer by {client}"),
         }
     }
 

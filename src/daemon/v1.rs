@@ -1,7 +1,8 @@
 //! Protocol 1 in the daemon: its bytes to the table, and the table's effects to its bytes.
 
 use super::connection::Protocol;
-use super::{Server, v2};
+use super::server::Server;
+use super::v2;
 use crate::proto::v1::{OWNER, RELEASE, Request, decode};
 use crate::proto::{LockId, Outcome, v2::PREAMBLE};
 use crate::table::{ClientId, Effect, What};
@@ -32,7 +33,8 @@ impl Server {
             What::Granted(_) => OWNER,
             What::Finished(..) => RELEASE,
             // Protocol 1 has no words for these: the answer does not come yet, or the connection ends.
-            What::Waiting { .. } | What::Busy | What::Expired => return,
+            What::Waiting { .. } | What::Busy | What::Expired | What::Superseded => return,
+            What::Lost(_) => return self.doom(effect.client, "its lock was broken"),
         };
         self.connections[effect.client.0 as usize].output().push(byte);
         self.mark_dirty(effect.client);

@@ -1,20 +1,27 @@
 //! Protocol 2 in the daemon: its lines to the table, and the table's effects to its lines.
 
-use super::Server;
+use log::warn;
+use nix::unistd::Uid;
+
 use super::connection::{OUTPUT_BYTES_MAX, Protocol};
+use super::server::Server;
 use crate::proto::v1::State;
 use crate::proto::v2::{
-    Answer, ErrorCode, FRAME_BYTES_MAX, LISTED_MAX, LockStatus, Mode, Party, Request, decode_request, encode,
-    error,
+    Answer, ErrorCode, FRAME_BYTES_MAX, LISTED_MAX, LockRequest, LockStatus, Mode, Party, Request,
+    decode_request, encode, error,
 };
 use crate::proto::{Key, LockId};
-use crate::table::{ClientId, Effect, LockView, RequestView, What};
+use crate::table::{ClientId, Effect, LockView, Loss, RequestView, What};
 
 /// A status goes on when less than this waits to be sent. A lock of it may be as long as a frame.
 const STATUS_BYTES_AHEAD: usize = OUTPUT_BYTES_MAX - FRAME_BYTES_MAX;
 
 pub(super) fn hello() -> Answer {
     Answer::Hello { version: env!("CARGO_PKG_VERSION").into(), pid: std::process::id() }
+}
+
+pub(super) fn cannot_record() -> Answer {
+    error(ErrorCode::CannotRecord, "the lock cannot be recorded, so it is not given; see the daemon's log")
 }
 
 impl Server {
@@ -46,12 +53,17 @@ impl Server {
     fn request(&mut self, client: ClientId, request: Request) {
         let wrong_state = |message: &str| error(ErrorCode::WrongState, message);
         match (request, self.table.state(client)) {
-            (Request::Lock(asked), State::Idle) => {
-                self.feed(|table, now, effects| table.lock(now, client, asked, effects));
-            }
+            (Request::Lock(asked), State::Idle) => self.lock(client, asked),
             (Request::Lock(_), _) => {
                 self.answer(client, &wrong_state("lock: this connection has a lock, or waits for one"));
             }
+            (Request::Child { pid }, State::Owner) => {
+                self.connections[client.0 as usize].child = pid;
+                self.record_hold(client);
+            }
+            // It has lost the lock meanwhile, and was told.
+            (Request::Child { .. }, _) => {}
+            (Request::Break { key }, _) => self.break_lock(client, &key),
             (Request::Release { outcome }, State::Owner) => {
                 self.log_release(client, outcome);
                 self.feed(|table, now, effects| table.release(now, client, outcome, effects));
@@ -72,6 +84,45 @@ impl Server {
         }
     }
 
+    fn lock(&mut self, client: ClientId, mut asked: Box<LockRequest>) {
+        let connection = &mut self.connections[client.0 as usize];
+        connection.child = asked.child.unwrap_or(0);
+        let uid = connection.peer.map(|peer| peer.uid);
+        if self.now > self.started.plus(self.grace) {
+            // Whoever waited for the daemon before has come by now, and nobody else goes before those who wait.
+            asked.place = None;
+        }
+        if self.feed(|table, now, effects| table.lock(now, client, uid, asked, effects)).is_err() {
+            let message = "lock: this nonce names another request";
+            self.answer(client, &error(ErrorCode::NotPermitted, message));
+        }
+    }
+
+    /// Root, the daemon's own user, and whoever holds the lock may break it.
+    fn break_lock(&mut self, client: ClientId, key: &Key) {
+        let by = self.connections[client.0 as usize].peer.map(|peer| peer.uid);
+        let lock = self.table.find(key.id());
+        let holders: Vec<_> =
+            lock.iter().flat_map(LockView::holders).map(|holder| self.uid(&holder)).collect();
+        let permitted = by.is_some_and(|uid| {
+            uid == 0 || uid == Uid::effective().as_raw() || holders.iter().all(|holder| *holder == Some(uid))
+        });
+        if !permitted {
+            let message = "break: only root, the daemon's user, or the holder's may";
+            return self.answer(client, &error(ErrorCode::NotPermitted, message));
+        }
+        warn!("{} breaks the lock {:?}", self.name(client), key.as_str());
+        self.feed(|table, now, effects| table.break_lock(now, key.id(), effects));
+        self.answer(client, &Answer::Broken);
+    }
+
+    fn uid(&self, request: &RequestView<'_>) -> Option<u32> {
+        match request.client {
+            Some(client) => self.connections[client.0 as usize].peer.map(|peer| peer.uid),
+            None => request.held.and_then(|held| held.uid),
+        }
+    }
+
     pub(super) fn answer(&mut self, client: ClientId, answer: &Answer) {
         encode(answer, self.connections[client.0 as usize].output());
         self.mark_dirty(client);
@@ -81,11 +132,14 @@ impl Server {
         let holders = || self.table.find(effect.lock).map_or(Vec::new(), |lock| self.holders(&lock));
         let answer = match effect.what {
             What::Granted(token) => Answer::Granted { token },
-            What::Waiting { ahead } => Answer::Waiting { holders: holders(), ahead },
+            What::Waiting { ahead, place } => Answer::Waiting { holders: holders(), ahead, place },
             What::Finished(outcome, token) => Answer::Finished { outcome, token },
             What::Busy => Answer::Busy { holders: holders() },
-            // Only protocol 1 holds expire.
-            What::Expired => return,
+            What::Lost(Loss::Unknown) => Answer::Lost { why: "the daemon does not know of it".into() },
+            What::Lost(Loss::Broken) => Answer::Lost { why: "it was broken".into() },
+            What::Expired => Answer::Lost { why: "its time is up".into() },
+            // That connection is not listened to any more.
+            What::Superseded => return,
         };
         self.answer(effect.client, &answer);
     }
@@ -137,20 +191,24 @@ impl Server {
     }
 
     fn party(&self, request: &RequestView<'_>) -> Party {
-        let peer = self.connections[request.client.0 as usize].peer;
+        let orphan = match (request.client, request.held) {
+            (None, Some(held)) => self.recorder.orphans.record(held.token),
+            _ => None,
+        };
+        let peer = request.client.and_then(|client| self.connections[client.0 as usize].peer);
         let mut who = request.asked.map(|asked| asked.who.clone()).unwrap_or_default();
-        if let Some(peer) = peer {
-            who.pid = peer.pid;
+        if let Some(pid) = peer.map(|peer| peer.pid).or(orphan.map(|record| record.pid)) {
+            who.pid = pid;
         }
-        let waits_for = request.asked.map_or(Mode::Once, |asked| asked.mode);
         Party {
-            protocol: if request.asked.is_some() { 2 } else { 1 },
-            uid: peer.map(|peer| peer.uid),
+            protocol: request.terms.protocol,
+            uid: self.uid(request),
             who,
             for_ms: self.now.0.saturating_sub(request.since.0),
-            token: request.token,
-            mode: request.token.is_none().then_some(waits_for),
-            shared: request.asked.is_some_and(|asked| asked.shared),
+            token: request.held.map(|held| held.token),
+            mode: request.held.is_none().then_some(request.asked.map_or(Mode::Once, |asked| asked.mode)),
+            shared: request.terms.shared,
+            orphan: request.client.is_none(),
         }
     }
 

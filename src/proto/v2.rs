@@ -24,6 +24,16 @@ pub enum Request {
         /// How it ended.
         outcome: Outcome,
     },
+    /// The lock that I hold has been inherited by this process: it lasts as long as it lives, too. Not answered.
+    Child {
+        /// Its process id.
+        pid: u32,
+    },
+    /// Take this lock from whoever holds it.
+    Break {
+        /// The lock.
+        key: Key,
+    },
     /// Which locks are there? One, or all.
     Status {
         /// The one that is wanted.
@@ -57,6 +67,15 @@ pub struct LockRequest {
     /// the end of the work, with the outcome `unknown`, and not a holder that vanished.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub exec: bool,
+    /// When a hold is resumed: the token of its grant. The lock is not asked for anew if the daemon knows nothing of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub holds: Option<Token>,
+    /// When a hold is resumed: the process that has inherited the lock, as in [`Request::Child`].
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub child: Option<u32>,
+    /// When waiting is resumed: the place that the daemon before gave.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub place: Option<u64>,
     /// Who asks, for other people to read.
     pub who: Who,
 }
@@ -64,8 +83,19 @@ pub struct LockRequest {
 impl LockRequest {
     /// An exclusive request that waits, with nothing said of who asks.
     pub fn new(key: Key, mode: Mode) -> LockRequest {
-        let who = Who::default();
-        LockRequest { key, nonce: None, mode, shared: false, slots: 1, nowait: false, exec: false, who }
+        LockRequest {
+            key,
+            nonce: None,
+            mode,
+            shared: false,
+            slots: 1,
+            nowait: false,
+            exec: false,
+            holds: None,
+            child: None,
+            place: None,
+            who: Who::default(),
+        }
     }
 }
 
@@ -174,6 +204,8 @@ pub enum Answer {
         holders: Vec<Party>,
         /// How many queue waiters come before you.
         ahead: u32,
+        /// Your place in the order of arrival, to resume with.
+        place: u64,
     },
     /// The holder that you waited for is done. You hold nothing.
     Finished {
@@ -187,8 +219,15 @@ pub enum Answer {
         /// Those who hold it, [`LISTED_MAX`] at the most.
         holders: Vec<Party>,
     },
+    /// You hold the lock no more, whatever you do.
+    Lost {
+        /// Why, for people.
+        why: Text,
+    },
     /// You have released.
     Released,
+    /// The lock that you wanted broken is, if anybody held it.
+    Broken,
     /// One lock of a status.
     Lock(LockStatus),
     /// The status is complete.
@@ -218,6 +257,10 @@ pub enum ErrorCode {
     BadKey,
     /// A lock request while one is under way on this connection, or a release while none is held.
     WrongState,
+    /// It is not for you to ask.
+    NotPermitted,
+    /// The daemon cannot record the lock, so it does not give it. The connection is closed.
+    CannotRecord,
     /// What a newer daemon may say.
     #[serde(other)]
     Other,
@@ -262,6 +305,9 @@ pub struct Party {
     /// It shares the lock.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub shared: bool,
+    /// The daemon was restarted, and has not heard of this holder since.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub orphan: bool,
 }
 
 /// Every field of every request. One flat struct, because serde would copy a tagged enum twice on the daemon's hot path.
@@ -282,7 +328,11 @@ struct Frame<'a> {
     exec: bool,
     #[serde(default)]
     who: Who,
+    holds: Option<Token>,
+    child: Option<u32>,
+    place: Option<u64>,
     outcome: Option<Outcome>,
+    pid: Option<u32>,
 }
 
 /// Reads one request from one line, with or without its newline.
@@ -301,6 +351,14 @@ pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
     match &*frame.kind {
         "lock" => Ok(Request::Lock(Box::new(frame.into_lock()?))),
         "release" => Ok(Request::Release { outcome: frame.outcome.unwrap_or(Outcome::Unknown) }),
+        "child" => match frame.pid {
+            Some(pid @ 1..) => Ok(Request::Child { pid }),
+            _ => Err(error(ErrorCode::BadRequest, "child: pid is missing")),
+        },
+        "break" => match frame.key {
+            Some(text) => Ok(Request::Break { key: key(text)? }),
+            None => Err(error(ErrorCode::BadRequest, "break: key is missing")),
+        },
         "status" => Ok(Request::Status { key: frame.key.map(key).transpose()? }),
         "ping" => Ok(Request::Ping),
         kind => {
@@ -330,6 +388,9 @@ impl Frame<'_> {
             slots,
             nowait: self.nowait,
             exec: self.exec,
+            holds: self.holds,
+            child: self.child,
+            place: self.place,
             who: self.who,
         })
     }

@@ -4,16 +4,19 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::Command;
+use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{WaitPidFlag, WaitStatus, waitpid};
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
 use nix::unistd::Pid;
 use signal_hook::consts::*;
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::WithOrigin;
 use signal_hook::low_level::siginfo::{Cause, Origin};
 
+use super::{OnLost, descendants};
+use crate::client::{self, Hold};
 use crate::proto::Outcome;
 
 /// What reaches the command when it is sent to kmutex.
@@ -27,24 +30,86 @@ pub(super) enum Error {
     Os(&'static str, io::Error),
 }
 
-/// Runs a command to its end and returns how it ended: an exit status or a signal.
-pub(super) fn run(command: &mut Command) -> Result<Outcome, Error> {
+/// How a command ended.
+pub(super) struct Ended {
+    /// An exit status or a signal.
+    pub(super) outcome: Outcome,
+    /// The lock was lost before that.
+    pub(super) lost: bool,
+}
+
+/// Runs a command to its end, and keeps up the lock meanwhile. `inherits`: the command has the lock's descriptor.
+pub(super) fn run(
+    command: &mut Command,
+    hold: &mut Hold,
+    inherits: bool,
+    on_lost: OnLost,
+) -> Result<Ended, Error> {
     // Before the child is there, so that no signal is lost between the two.
     let mut signals = Signals::catch().map_err(|e| Error::Os("catch signals", e))?;
     let pid = spawn(command).map_err(Error::Spawn)?;
-    let mut child = Child { pid, stopped: false };
+    if inherits {
+        hold.name_child(pid.as_raw() as u32);
+    }
+    let mut child = Child { pid, job: Job::Running };
+    let mut lock = Lock::Held;
     loop {
         if let Some(outcome) = child.wait().map_err(|e| Error::Os("wait for the command", e.into()))? {
-            return Ok(outcome);
+            return Ok(Ended { outcome, lost: lock != Lock::Held });
         }
-        for origin in signals.next().map_err(|e| Error::Os("wait for signals", e.into()))? {
-            if let Some(outcome) =
-                child.signal(&origin).map_err(|e| Error::Os("pass on a signal", e.into()))?
-            {
-                return Ok(outcome);
+        let (signalled, tended) =
+            wait_for_event(&signals, hold, lock).map_err(|e| Error::Os("wait", e.into()))?;
+        if signalled {
+            for origin in signals.0.pending() {
+                child.signal(&origin).map_err(|e| Error::Os("pass on a signal", e.into()))?;
             }
         }
+        if tended
+            && lock == Lock::Held
+            && let Err(error) = hold.tend()
+        {
+            lock = child.lost(&error, on_lost);
+        }
+        if let Lock::KillAt(time) = lock
+            && time <= Instant::now()
+        {
+            descendants::signal(pid, Signal::SIGKILL);
+            lock = Lock::Lost;
+        }
     }
+}
+
+/// What has become of the lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lock {
+    Held,
+    /// It is lost. What is left of the command then is killed.
+    KillAt(Instant),
+    /// It is lost, and there is nothing more to do about it.
+    Lost,
+}
+
+/// Waits until there are signals, until there is something of the daemon's to tend to, or until it is time to kill.
+fn wait_for_event(signals: &Signals, hold: &Hold, lock: Lock) -> nix::Result<(bool, bool)> {
+    let (daemon, time) = match lock {
+        Lock::Held => (hold.readable(), hold.retry_at()),
+        Lock::KillAt(time) => (None, Some(time)),
+        Lock::Lost => (None, None),
+    };
+    let timeout = time.map_or(PollTimeout::NONE, |time| {
+        let left = time.saturating_duration_since(Instant::now());
+        // Rounded up, since poll(2) counts whole milliseconds, and would return too early.
+        let millis = left.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
+        PollTimeout::try_from(millis).expect("it is from 0 to i32::MAX")
+    });
+    let mut fds = vec![PollFd::new(signals.0.get_read().as_fd(), PollFlags::POLLIN)];
+    fds.extend(daemon.map(|daemon| PollFd::new(daemon, PollFlags::POLLIN)));
+    match poll(&mut fds, timeout) {
+        Err(nix::Error::EINTR) => return Ok((false, false)),
+        other => other?,
+    };
+    let ready = |fd: Option<&PollFd<'_>>| fd.and_then(PollFd::any).unwrap_or(false);
+    Ok((ready(fds.first()), ready(fds.get(1)) || daemon.is_none()))
 }
 
 /// Starts the command. As execvp(3) does, a file that the kernel cannot execute is given to the shell.
@@ -63,7 +128,17 @@ fn spawn(command: &mut Command) -> io::Result<Pid> {
 
 struct Child {
     pid: Pid,
-    stopped: bool,
+    job: Job,
+}
+
+/// Where the command stands as a job of a shell's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Job {
+    Running,
+    /// Stopped from the terminal, and kmutex with it.
+    Stopped,
+    /// Continued since, which kmutex has not been told of yet.
+    Continued,
 }
 
 impl Child {
@@ -74,11 +149,15 @@ impl Child {
             match waitpid(self.pid, Some(flags)) {
                 Ok(WaitStatus::Exited(_, status)) => return Ok(Some(Outcome::Exit(status as u8))),
                 Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(Some(Outcome::Signal(signal as u8))),
-                Ok(WaitStatus::Stopped(_, signal)) => {
-                    self.stopped = true;
-                    follow_stop(signal)?;
+                Ok(WaitStatus::Stopped(_, signal)) if is_from_terminal(signal) => {
+                    self.job = Job::Stopped;
+                    // So that the shell sees the whole job stop. Returns when kmutex is continued.
+                    kill(Pid::this(), Signal::SIGSTOP)?;
                 }
-                Ok(WaitStatus::Continued(_)) => self.stopped = false,
+                // By somebody who will continue this one process: nothing to do with kmutex.
+                Ok(WaitStatus::Stopped(..)) => {}
+                Ok(WaitStatus::Continued(_)) if self.job == Job::Stopped => self.job = Job::Continued,
+                Ok(WaitStatus::Continued(_)) => {}
                 Ok(_) => return Ok(None),
                 Err(nix::Error::EINTR) => {}
                 Err(e) => return Err(e),
@@ -86,7 +165,7 @@ impl Child {
         }
     }
 
-    /// The policy of passing signals on: each reaches the command exactly once. `Some`: it has ended meanwhile.
+    /// The policy of passing signals on: each reaches the command exactly once.
     ///
     /// - What the kernel sends (Ctrl-C, Ctrl-\, Ctrl-Z, a hangup), it sends to all of the terminal's foreground process
     ///   group, and the command is in the same group as kmutex: it has got its own.
@@ -94,36 +173,50 @@ impl Child {
     /// - A shell that continues a job sends SIGCONT to the group. The kernel then goes through the group from its newest
     ///   process to its oldest, so a command that was stopped has been continued before kmutex runs again.
     /// - All else was sent to kmutex alone, and is meant for the command.
-    fn signal(&mut self, origin: &Origin) -> nix::Result<Option<Outcome>> {
+    fn signal(&mut self, origin: &Origin) -> nix::Result<()> {
         let by_command = origin.process.is_some_and(|process| process.pid == self.pid.as_raw());
         if origin.signal == SIGCHLD || origin.cause == Cause::Kernel || by_command {
-            return Ok(None);
+            return Ok(());
         }
-        if origin.signal == SIGCONT && self.stopped {
-            if let Some(outcome) = self.wait()? {
-                return Ok(Some(outcome));
-            }
-            if !self.stopped {
-                return Ok(None);
+        if origin.signal == SIGCONT {
+            let job = std::mem::replace(&mut self.job, Job::Running);
+            if job == Job::Continued || (job == Job::Stopped && self.was_continued()?) {
+                return Ok(());
             }
         }
         // It is not reaped before `wait` says so, and until then its process id is nobody else's.
         match kill(self.pid, Signal::try_from(origin.signal)?) {
-            Ok(()) | Err(nix::Error::ESRCH) => Ok(None),
-            // The command has changed its user. What it may not be sent cannot be passed on.
-            Err(nix::Error::EPERM) => Ok(None),
+            // It has ended, or has changed its user: what it may not be sent cannot be passed on.
+            Ok(()) | Err(nix::Error::ESRCH | nix::Error::EPERM) => Ok(()),
             Err(e) => Err(e),
+        }
+    }
+
+    /// True when the command runs again after it was stopped. Leaves its end for `wait` to find.
+    fn was_continued(&self) -> nix::Result<bool> {
+        let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WCONTINUED;
+        Ok(matches!(waitid(Id::Pid(self.pid), flags)?, WaitStatus::Continued(_)))
+    }
+
+    /// The lock was lost: does what was asked for that case.
+    fn lost(&self, error: &client::Error, on_lost: OnLost) -> Lock {
+        match on_lost {
+            OnLost::Continue => {
+                eprintln!("kmutex: {error}; the command goes on without it");
+                Lock::Lost
+            }
+            OnLost::Kill(after) => {
+                eprintln!("kmutex: {error}; stopping the command");
+                descendants::signal(self.pid, Signal::SIGTERM);
+                Instant::now().checked_add(after).map_or(Lock::Lost, Lock::KillAt)
+            }
         }
     }
 }
 
-/// The command was stopped from the terminal: kmutex stops too, so that the shell sees the job stop. (A SIGSTOP is sent
-/// to one process by somebody who will continue that one, and says nothing to kmutex.)
-fn follow_stop(signal: Signal) -> nix::Result<()> {
-    match signal {
-        Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU => kill(Pid::this(), Signal::SIGSTOP),
-        _ => Ok(()),
-    }
+/// True for the signals by which a terminal stops a job.
+fn is_from_terminal(signal: Signal) -> bool {
+    matches!(signal, Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU)
 }
 
 /// The signals that kmutex is sent, and those about its child, each with its origin.
@@ -137,18 +230,6 @@ impl Signals {
         let wanted = PASSED_ON.into_iter().filter(|&number| ignored & 1 << (number - 1) == 0);
         let signals = wanted.chain([SIGCHLD]).collect::<Vec<i32>>();
         Ok(Signals(SignalDelivery::with_pipe(reader, writer, WithOrigin::default(), signals)?))
-    }
-
-    /// Waits for at least one signal.
-    fn next(&mut self) -> nix::Result<impl Iterator<Item = Origin>> {
-        loop {
-            let mut fds = [PollFd::new(self.0.get_read().as_fd(), PollFlags::POLLIN)];
-            match poll(&mut fds, PollTimeout::NONE) {
-                Ok(_) => return Ok(self.0.pending()),
-                Err(nix::Error::EINTR) => {}
-                Err(e) => return Err(e),
-            }
-        }
     }
 }
 

@@ -24,6 +24,10 @@ impl List {
         self.head
     }
 
+    pub(super) fn tail(&self) -> Option<RequestId> {
+        self.tail
+    }
+
     pub(super) fn is_empty(&self) -> bool {
         self.head.is_none()
     }
@@ -34,6 +38,27 @@ impl List {
             Some(old) => requests[old.index()].links.next = Some(id),
             None => self.head = Some(id),
         }
+    }
+
+    /// Puts `id` behind all that come before it in the order of arrival, and before the others. Searched from the end,
+    /// since those who come again come about in order.
+    pub(super) fn insert_by_order(&mut self, requests: &mut Slab<Request>, id: RequestId) {
+        let order = requests[id.index()].order;
+        let mut prev = self.tail;
+        while let Some(other) = prev
+            && requests[other.index()].order > order
+        {
+            prev = requests[other.index()].links.prev;
+        }
+        let next = match prev {
+            Some(prev) => requests[prev.index()].links.next.replace(id),
+            None => self.head.replace(id),
+        };
+        match next {
+            Some(next) => requests[next.index()].links.prev = Some(id),
+            None => self.tail = Some(id),
+        }
+        requests[id.index()].links = Links { prev, next };
     }
 
     /// `id` must be in this list.

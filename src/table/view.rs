@@ -4,8 +4,8 @@ use std::hash::BuildHasher;
 
 use slab::Slab;
 
-use super::{ClientId, Lock, Millis, Request, RequestId, Table};
-use crate::proto::v2::LockRequest;
+use super::{ClientId, Held, Lock, Millis, Request, RequestId, Stage, Table, Terms};
+use crate::proto::v2::{LISTED_MAX, LockRequest};
 use crate::proto::{LockId, Token};
 
 /// A lock that somebody holds or waits for.
@@ -17,22 +17,27 @@ pub struct LockView<'a> {
 
 /// A holder or a waiter.
 pub struct RequestView<'a> {
-    /// Who it is.
-    pub client: ClientId,
+    /// Who it is. `None`: it was not heard of since a restart of the daemon.
+    pub client: Option<ClientId>,
     /// When it was granted the lock, or asked for it.
     pub since: Millis,
-    /// Of a holder: the token of its grant.
-    pub token: Option<Token>,
-    /// What a protocol 2 client asked. `None`: it speaks protocol 1.
+    /// What a protocol 2 client asked, if it has.
     pub asked: Option<&'a LockRequest>,
+    /// Of a holder: the hold.
+    pub held: Option<Held>,
+    /// On what terms it holds or waits.
+    pub terms: Terms,
 }
 
 impl Table {
     /// The lock with this identity, if there is one.
     pub fn find(&self, id: LockId) -> Option<LockView<'_>> {
+        Some(self.view(self.index_of(id)?))
+    }
+
+    pub(super) fn index_of(&self, id: LockId) -> Option<usize> {
         let hash = self.hasher.hash_one(id.0);
-        let index = self.by_id.find(hash, |&index| self.locks[index as usize].id == id)?;
-        Some(self.view(*index as usize))
+        self.by_id.find(hash, |&index| self.locks[index as usize].id == id).map(|&index| index as usize)
     }
 
     /// The first lock at `cursor` or behind it, and the cursor of the one after it. Begin with 0. Locks that come or go
@@ -47,8 +52,7 @@ impl Table {
     pub fn request_of(&self, client: ClientId) -> Option<(LockView<'_>, RequestView<'_>)> {
         let id = self.request(client)?;
         let view = self.view(self.requests[id.index()].lock as usize);
-        let request = view.request(id, None);
-        Some((view, request))
+        Some((view, view.request(id)))
     }
 
     fn view(&self, index: usize) -> LockView<'_> {
@@ -64,10 +68,10 @@ impl<'a> LockView<'a> {
 
     /// The lock's key, when one of its holders or waiters has told it.
     pub fn key(&self) -> Option<&'a str> {
-        // Whoever of protocol 2 stands first in a line has told it; only a line of holders may mix the protocols.
+        // The first of a line knows it, unless it is of protocol 1 (then all of its line are) or has not resumed yet.
         let lines = [self.lock.holders, self.lock.once_waiters, self.lock.queue];
-        let told = lines.into_iter().flat_map(|line| line.iter(self.requests).take(2));
-        told.filter_map(|id| self.requests[id.index()].asked.as_ref()).map(|asked| asked.key.as_str()).next()
+        let first = lines.into_iter().flat_map(|line| line.iter(self.requests).take(LISTED_MAX));
+        first.filter_map(|id| self.requests[id.index()].asked()).map(|asked| asked.key.as_str()).next()
     }
 
     /// How many hold it.
@@ -82,22 +86,34 @@ impl<'a> LockView<'a> {
 
     /// Those who hold it, the oldest first.
     pub fn holders(&self) -> impl Iterator<Item = RequestView<'a>> {
-        let (requests, this) = (self.requests, *self);
-        self.lock.holders.iter(requests).map(move |id| {
-            let token = Token(requests[id.index()].order);
-            this.request(id, Some(token))
-        })
+        let this = *self;
+        self.lock.holders.iter(self.requests).map(move |id| this.request(id))
     }
 
     /// Those who wait: the queue, then the once waiters, then those of protocol 1; in each the oldest first.
     pub fn waiters(&self) -> impl Iterator<Item = RequestView<'a>> {
         let (requests, this) = (self.requests, *self);
         let lines = [self.lock.queue, self.lock.once_waiters, self.lock.v1_waiters];
-        lines.into_iter().flat_map(move |line| line.iter(requests)).map(move |id| this.request(id, None))
+        lines.into_iter().flat_map(move |line| line.iter(requests)).map(move |id| this.request(id))
     }
 
-    fn request(&self, id: RequestId, token: Option<Token>) -> RequestView<'a> {
+    fn request(&self, id: RequestId) -> RequestView<'a> {
         let request = &self.requests[id.index()];
-        RequestView { client: request.client, since: request.since, token, asked: request.asked.as_deref() }
+        let details = request.details.as_deref();
+        let held = (request.stage == Stage::Holding).then(|| Held {
+            lock: self.lock.id,
+            token: Token(request.order),
+            terms: request.terms,
+            nonce: details.and_then(|details| details.nonce),
+            uid: details.and_then(|details| details.uid),
+            until: (request.deadline != Millis::NEVER).then_some(request.deadline),
+        });
+        RequestView {
+            client: request.client,
+            since: request.since,
+            asked: request.asked(),
+            held,
+            terms: request.terms,
+        }
     }
 }

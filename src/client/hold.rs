@@ -1,0 +1,179 @@
+//! A lock that is held, and goes on being held when the daemon is restarted: the connection is made anew, and the same
+//! request, named by its nonce, resumes the same grant.
+
+use std::os::fd::{AsFd, BorrowedFd};
+use std::time::{Duration, Instant};
+
+use super::{Dial, Error, PAUSE_MAX, PAUSE_MIN, Session};
+use crate::proto::v2::{Answer, LockRequest, Request};
+use crate::proto::{Outcome, Token};
+
+/// How long to look for a daemon to release a lock to.
+pub const RELEASE_WAIT: Duration = Duration::from_secs(2);
+/// How long connecting may take. (A Unix socket accepts at once, unless many wait before it.)
+const CONNECT_WAIT: Duration = Duration::from_secs(1);
+
+/// A lock that is held. Dropping it closes the connection, and the lock goes with it.
+#[derive(Debug)]
+pub struct Hold {
+    dial: Dial,
+    /// What resumes it.
+    request: LockRequest,
+    token: Token,
+    link: Link,
+}
+
+/// How the daemon is reached at the moment.
+#[derive(Debug)]
+enum Link {
+    Up(Session),
+    /// Asked to resume, and not answered yet.
+    Resuming(Session),
+    /// The daemon is away. Nobody else can get the lock while it is, so there is no hurry.
+    Down {
+        retry_at: Instant,
+        pause: Duration,
+    },
+}
+
+impl Hold {
+    /// A lock that was just granted to `request` with this token, on this session.
+    pub fn new(dial: Dial, request: LockRequest, session: Session, token: Token) -> Hold {
+        let request = LockRequest { holds: Some(token), ..request };
+        Hold { dial, request, token, link: Link::Up(session) }
+    }
+
+    /// The fencing token.
+    pub fn token(&self) -> Token {
+        self.token
+    }
+
+    /// What becomes readable when [`Hold::tend`] should be called. `None`: while the daemon is away.
+    pub fn readable(&self) -> Option<BorrowedFd<'_>> {
+        match &self.link {
+            Link::Up(session) | Link::Resuming(session) => Some(session.as_fd()),
+            Link::Down { .. } => None,
+        }
+    }
+
+    /// When [`Hold::tend`] should be called although nothing is readable.
+    pub fn retry_at(&self) -> Option<Instant> {
+        match self.link {
+            Link::Down { retry_at, .. } => Some(retry_at),
+            Link::Up(_) | Link::Resuming(_) => None,
+        }
+    }
+
+    /// Tells the daemon that a process has inherited the lock, which therefore lasts as long as it lives too.
+    pub fn name_child(&mut self, pid: u32) {
+        self.request.child = Some(pid);
+        // Where this fails the daemon is gone; it is told when the lock is resumed.
+        if let Link::Up(session) = &mut self.link
+            && session.send(&Request::Child { pid }).is_err()
+        {
+            self.link = Link::down();
+        }
+    }
+
+    /// Hears what the daemon says, and resumes if it was restarted. Does not wait for an answer.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] when the lock was lost.
+    pub fn tend(&mut self) -> Result<(), Error> {
+        loop {
+            match std::mem::replace(&mut self.link, Link::down()) {
+                Link::Up(mut session) => match session.try_receive() {
+                    Ok(None) => {
+                        self.link = Link::Up(session);
+                        return Ok(());
+                    }
+                    Ok(Some(Answer::Lost { why })) => return Err(Error::Lost(why.as_str().into())),
+                    // An answer to the naming of the child from a daemon that does not know that, at worst.
+                    Ok(Some(_)) => self.link = Link::Up(session),
+                    Err(_) => {}
+                },
+                Link::Resuming(mut session) => match session.try_receive() {
+                    Ok(None) => {
+                        self.link = Link::Resuming(session);
+                        return Ok(());
+                    }
+                    Ok(Some(Answer::Granted { token })) if token == self.token => {
+                        self.link = Link::Up(session)
+                    }
+                    Ok(Some(Answer::Lost { why })) => return Err(Error::Lost(why.as_str().into())),
+                    Ok(Some(other)) => return Err(Error::Lost(Error::unexpected(other).to_string())),
+                    Err(_) => {
+                        self.link = Link::Down { retry_at: Instant::now() + PAUSE_MIN, pause: PAUSE_MIN }
+                    }
+                },
+                Link::Down { retry_at, pause } if retry_at > Instant::now() => {
+                    self.link = Link::Down { retry_at, pause };
+                    return Ok(());
+                }
+                Link::Down { pause, .. } => match self.ask_again() {
+                    Ok(session) => self.link = Link::Resuming(session),
+                    Err(_) => {
+                        let pause = (pause * 2).min(PAUSE_MAX);
+                        self.link = Link::Down { retry_at: Instant::now() + pause, pause };
+                    }
+                },
+            }
+        }
+    }
+
+    /// Releases the lock with what those who wait are to be told. If the daemon is away, waits so long for it to come
+    /// back. The confirmation is not waited for: whatever anybody asks of the daemon from now on, it reads after this.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] when the lock was lost before, [`Error::Closed`] when the daemon did not come back.
+    pub fn release(&mut self, outcome: Outcome, wait: Duration) -> Result<Session, Error> {
+        let give_up = Instant::now() + wait;
+        loop {
+            if let Link::Up(session) = &mut self.link
+                && session.send(&Request::Release { outcome }).is_ok()
+            {
+                match std::mem::replace(&mut self.link, Link::down()) {
+                    Link::Up(session) => return Ok(session),
+                    _ => unreachable!("it was up a moment ago"),
+                }
+            }
+            if Instant::now() >= give_up {
+                return Err(Error::Closed);
+            }
+            if let Link::Up(_) = self.link {
+                self.link = Link::down();
+            }
+            self.tend()?;
+            self.wait(give_up)?;
+        }
+    }
+
+    /// Waits until there is something to tend to, or until `deadline`.
+    fn wait(&self, deadline: Instant) -> Result<(), Error> {
+        match &self.link {
+            Link::Up(_) => Ok(()),
+            Link::Resuming(session) => match session.wait_readable(deadline) {
+                Err(Error::TimedOut) => Ok(()),
+                other => other,
+            },
+            Link::Down { retry_at, .. } => {
+                let until = (*retry_at).min(deadline);
+                std::thread::sleep(until.saturating_duration_since(Instant::now()));
+                Ok(())
+            }
+        }
+    }
+
+    fn ask_again(&self) -> Result<Session, Error> {
+        let mut session = Session::connect(&self.dial, Some(Instant::now() + CONNECT_WAIT))?;
+        session.send(&Request::Lock(Box::new(self.request.clone())))?;
+        Ok(session)
+    }
+}
+
+impl Link {
+    /// Away since just now: to be looked for at once.
+    fn down() -> Link {
+        Link::Down { retry_at: Instant::now(), pause: PAUSE_MIN }
+    }
+}

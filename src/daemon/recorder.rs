@@ -1,0 +1,211 @@
+//! Recording what is held: from the table's changes to the journal.
+
+use std::io;
+use std::path::Path;
+
+use log::{error, info, warn};
+
+use super::claim::Claim;
+use super::connection::Protocol;
+use super::failpoint;
+use super::orphans::Orphans;
+use super::server::Server;
+use super::{Error, v2};
+use crate::addr::Reason;
+use crate::journal::{self, BootId, Journal, Record};
+use crate::proto::Token;
+use crate::table::{Change, ClientId, RequestView};
+
+/// The journal, if there is one, and what it said at the start.
+pub(super) struct Recorder {
+    journal: Option<Journal>,
+    /// Beside a socket, the socket's claim covers the journal too.
+    _claim: Option<Claim>,
+    /// Those to whom the changes that are not written yet gave a lock.
+    granted: Vec<ClientId>,
+    /// The last write failed: the log says so once.
+    failing: bool,
+    /// Held when the daemon before ended.
+    inherited: Vec<Record>,
+    last_token: Option<Token>,
+    /// Holders that are not connected.
+    pub(super) orphans: Orphans,
+}
+
+impl Recorder {
+    /// Records nothing: what is held does not survive the daemon.
+    pub(super) fn none() -> Recorder {
+        Recorder {
+            journal: None,
+            _claim: None,
+            granted: Vec::new(),
+            failing: false,
+            inherited: Vec::new(),
+            last_token: None,
+            orphans: Orphans::default(),
+        }
+    }
+
+    /// Reads the journal at `path`, and goes on with it.
+    pub(super) fn open(path: &Path, claim: Option<Claim>) -> Result<Recorder, Error> {
+        let error = |error| Error::Journal { path: path.into(), error };
+        let boot = boot_id().map_err(error)?;
+        let loaded = journal::load(path, &boot);
+        if let Some(complaint) = &loaded.complaint {
+            warn!("journal {}: {complaint}", path.display());
+        }
+        let journal = Journal::create(path, boot, &loaded.records).map_err(error)?;
+        Ok(Recorder {
+            journal: Some(journal),
+            _claim: claim,
+            inherited: loaded.records,
+            last_token: loaded.last_token,
+            ..Recorder::none()
+        })
+    }
+
+    /// The highest token that was ever given, as far as the journal tells.
+    pub(super) fn last_token(&self) -> Option<Token> {
+        self.last_token
+    }
+
+    /// What was held when the daemon before ended; once.
+    pub(super) fn take_inherited(&mut self) -> Vec<Record> {
+        std::mem::take(&mut self.inherited)
+    }
+
+    /// Nothing is held any more, so nothing is to be remembered.
+    pub(super) fn remove(self) {
+        if let Some(journal) = self.journal {
+            let name = journal.to_string();
+            if let Err(e) = journal.remove() {
+                warn!("cannot remove {name}: {}", Reason(&e));
+            }
+        }
+    }
+
+    /// A hold that was in the journal has ended before the table knew of it.
+    pub(super) fn strike(&mut self, token: Token) {
+        if let Some(journal) = &mut self.journal {
+            journal.strike(token);
+        }
+    }
+}
+
+/// This boot of the machine (random(4)).
+fn boot_id() -> io::Result<BootId> {
+    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let number = u128::from_str_radix(&digits, 16).map_err(io::Error::other)?;
+    Ok(number.to_be_bytes())
+}
+
+impl Server {
+    /// Notes a change, to be written with the others of this turn.
+    pub(super) fn record(&mut self, change: Change) {
+        match change {
+            Change::Held(client) => {
+                if let Some((_, request)) = self.table.request_of(client)
+                    && let Some(held) = &request.held
+                {
+                    self.recorder.orphans.forget(held.token);
+                }
+                self.record_hold(client);
+                self.recorder.granted.push(client);
+            }
+            Change::Ended(token) => {
+                self.recorder.orphans.forget(token);
+                self.recorder.strike(token);
+            }
+        }
+    }
+
+    /// Notes what a client holds, as it is now.
+    pub(super) fn record_hold(&mut self, client: ClientId) {
+        let Some((_, request)) = self.table.request_of(client) else { return };
+        let record = self.record_of(&request);
+        if let (Some(record), Some(journal)) = (record, &mut self.recorder.journal) {
+            journal.grant(&record);
+        }
+    }
+
+    pub(super) fn record_of(&self, request: &RequestView<'_>) -> Option<Record> {
+        let held = request.held?;
+        let Some(client) = request.client else {
+            return self.recorder.orphans.record(held.token).cloned();
+        };
+        let connection = &self.connections[client.0 as usize];
+        // Over TCP no process is known, and what the client says of it means nothing here.
+        let (pid, child) = connection.peer.map_or((0, 0), |peer| (peer.pid, connection.child));
+        Some(Record { held, pid, child, granted: request.since, recorded: self.now })
+    }
+
+    /// Writes what was noted. Where that fails, the locks that were given in this turn are not: whoever got one is
+    /// refused, and so is whoever is next, until it works again.
+    pub(super) fn commit(&mut self) {
+        while let Some(journal) = self.recorder.journal.as_mut().filter(|journal| journal.is_dirty()) {
+            failpoint::hit("before-journal");
+            match journal.write() {
+                Ok(()) => {
+                    failpoint::hit("after-journal");
+                    if std::mem::take(&mut self.recorder.failing) {
+                        info!("the journal can be written again");
+                    }
+                    break;
+                }
+                Err(e) => {
+                    journal.drop_grants();
+                    if !std::mem::replace(&mut self.recorder.failing, true) {
+                        error!("cannot write {journal}: {}; no lock is given until I can", Reason(&e));
+                    }
+                    let refused = std::mem::take(&mut self.recorder.granted);
+                    if refused.is_empty() {
+                        // That a hold has ended may be told all the same: at worst it lasts longer after a restart.
+                        break;
+                    }
+                    for client in refused {
+                        self.refuse(client);
+                    }
+                }
+            }
+        }
+        self.recorder.granted.clear();
+        self.compact_if_overgrown();
+    }
+
+    /// Takes back what a client was given in this turn, before it hears of it.
+    fn refuse(&mut self, client: ClientId) {
+        let connection = &mut self.connections[client.0 as usize];
+        if connection.doomed {
+            return;
+        }
+        connection.output().clear();
+        if let Protocol::V2 { .. } = connection.protocol {
+            self.answer(client, &v2::cannot_record());
+        }
+        self.doom(client, "its lock cannot be recorded");
+    }
+
+    fn compact_if_overgrown(&mut self) {
+        if !self.recorder.journal.as_ref().is_some_and(Journal::is_overgrown) {
+            return;
+        }
+        let records = self.records();
+        if let Some(journal) = &mut self.recorder.journal
+            && let Err(e) = journal.compact(&records)
+        {
+            warn!("cannot write {journal} anew: {}", Reason(&e));
+        }
+    }
+
+    /// All that is held.
+    fn records(&self) -> Vec<Record> {
+        let mut records = Vec::new();
+        let mut cursor = 0;
+        while let Some((lock, next)) = self.table.next_lock(cursor) {
+            records.extend(lock.holders().filter_map(|holder| self.record_of(&holder)));
+            cursor = next;
+        }
+        records
+    }
+}

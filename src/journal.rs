@@ -1,0 +1,362 @@
+//! The journal: which locks are held, in a file, so that a daemon that is killed at any moment can be followed by one
+//! that knows.
+//!
+//! The file is a header and then records of one size, appended: one when a lock is granted, before the grant is sent;
+//! one when the hold ends, before those who wait are told. All that one turn of the daemon's loop has to record goes
+//! out in one write. When the file has grown well beyond what is held, it is written anew beside itself and renamed.
+//!
+//! Nothing is ever synced to disk: what the kernel was handed survives the death of a process, and a crash of the
+//! machine ends all holders as well, which the boot id in the header tells.
+//!
+//! What is read is not trusted further than its checksums go: a record that is damaged is passed over, and the file is
+//! only read at all if it belongs to this user alone. This module knows nothing of sockets or processes.
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read};
+use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::unistd::Uid;
+
+use crate::proto::{LockId, Nonce, Token};
+use crate::table::{Held, Millis, Terms};
+
+/// The length of a record, and of the header.
+const RECORD_BYTES: usize = 88;
+/// The first bytes of the file. Another layout gets another number.
+const MAGIC: &[u8; 16] = b"kmutex journal1\n";
+/// The file may always grow to this size before it is written anew, and then to [`GROWTH_MAX`] times what is held.
+const SIZE_MIN: u64 = 4 * 1024 * 1024;
+const GROWTH_MAX: u64 = 4;
+
+/// Identifies a boot of this machine (random(4), boot_id).
+pub type BootId = [u8; 16];
+
+/// A held lock, as the journal keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Record {
+    /// The hold itself.
+    pub held: Held,
+    /// The process that holds it; 0: it is not known.
+    pub pid: u32,
+    /// The command that it runs, which has inherited the lock; 0: there is none.
+    pub child: u32,
+    /// When it was granted, by the clock that counts from boot.
+    pub granted: Millis,
+    /// When this was recorded. Both processes lived then: one that was started later is another.
+    pub recorded: Millis,
+}
+
+/// An open journal.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    file: File,
+    boot: BootId,
+    /// How far the file is good. What lies behind it was written in part, and is written over.
+    length: u64,
+    /// How large it was when it was last written anew.
+    compacted: u64,
+    /// What is to be written.
+    pending: Vec<u8>,
+}
+
+impl Journal {
+    /// Begins a new journal that holds `records`, in the place of whatever is at `path`.
+    ///
+    /// # Errors
+    /// When the file cannot be written or put into its place.
+    pub fn create<'a>(
+        path: &Path,
+        boot: BootId,
+        records: impl IntoIterator<Item = &'a Record>,
+    ) -> io::Result<Journal> {
+        let mut bytes = header(&boot).to_vec();
+        bytes.extend(records.into_iter().flat_map(|record| encode(Entry::Grant(record))));
+        let file = replace(path, &bytes)?;
+        let length = bytes.len() as u64;
+        Ok(Journal { path: path.into(), file, boot, length, compacted: length, pending: Vec::new() })
+    }
+
+    /// Notes that a lock is held, for the next [`Journal::write`]. One with the same token as before replaces it.
+    pub fn grant(&mut self, record: &Record) {
+        self.pending.extend_from_slice(&encode(Entry::Grant(record)));
+    }
+
+    /// Notes that the hold with this token has ended, for the next [`Journal::write`].
+    pub fn strike(&mut self, token: Token) {
+        self.pending.extend_from_slice(&encode(Entry::Strike(token)));
+    }
+
+    /// True when there is something to write.
+    pub fn is_dirty(&self) -> bool {
+        !self.pending.is_empty()
+    }
+
+    /// Hands all that was noted to the kernel. If that fails, none of it counts, and it is still to be written.
+    ///
+    /// # Errors
+    /// As pwrite(2) gives them; a full disk among them.
+    pub fn write(&mut self) -> io::Result<()> {
+        self.file.write_all_at(&self.pending, self.length)?;
+        self.length += self.pending.len() as u64;
+        self.pending.clear();
+        Ok(())
+    }
+
+    /// Forgets the grants that were noted and not written: they are not given. Strikes stay; they are true.
+    pub fn drop_grants(&mut self) {
+        let strikes = self.pending.chunks(RECORD_BYTES).filter(|bytes| bytes[4] == STRIKE);
+        self.pending = strikes.collect::<Vec<_>>().concat();
+    }
+
+    /// True when most of the file is of the past.
+    pub fn is_overgrown(&self) -> bool {
+        self.length > SIZE_MIN.max(self.compacted * GROWTH_MAX)
+    }
+
+    /// Writes the file anew with only what is held now. If that fails, the old file goes on.
+    ///
+    /// # Errors
+    /// When the new file cannot be written.
+    pub fn compact<'a>(&mut self, held: impl IntoIterator<Item = &'a Record>) -> io::Result<()> {
+        match Journal::create(&self.path, self.boot, held) {
+            Ok(new) => *self = new,
+            Err(e) => {
+                // Not again with every lock: when it has grown as much once more.
+                self.compacted = self.length;
+                return Err(e);
+            }
+        }
+        Ok(())
+    }
+
+    /// Removes the file: nothing is held any more.
+    ///
+    /// # Errors
+    /// As unlink(2) gives them.
+    pub fn remove(self) -> io::Result<()> {
+        fs::remove_file(self.path)
+    }
+}
+
+/// What a journal says, and what is wrong with it.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Loaded {
+    /// The holds that had not ended, in the order of their tokens.
+    pub records: Vec<Record>,
+    /// The highest token in it: new ones must be larger.
+    pub last_token: Option<Token>,
+    /// What an administrator should know.
+    pub complaint: Option<String>,
+}
+
+/// Reads a journal, of which nothing is believed that cannot be.
+pub fn load(path: &Path, boot: &BootId) -> Loaded {
+    match read_own(path) {
+        Ok(bytes) => parse(&bytes, boot),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Loaded::default(),
+        Err(e) => complaint(format!("not used: {e}")),
+    }
+}
+
+fn complaint(text: String) -> Loaded {
+    Loaded { complaint: Some(text), ..Loaded::default() }
+}
+
+/// Whoever can write the journal decides who holds what, so only a file that this user alone can write is read.
+fn read_own(path: &Path) -> io::Result<Vec<u8>> {
+    let mut options = OpenOptions::new();
+    let mut file =
+        options.read(true).custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK).open(path).map_err(
+            |e| match e.raw_os_error() {
+                Some(nix::libc::ELOOP) => io::Error::other("it is a symbolic link"),
+                _ => e,
+            },
+        )?;
+    let meta = file.metadata()?;
+    if !meta.is_file() {
+        return Err(io::Error::other("it is not a plain file"));
+    }
+    if meta.uid() != Uid::effective().as_raw() {
+        return Err(io::Error::other(format!("it belongs to uid {}", meta.uid())));
+    }
+    if meta.mode() & 0o077 != 0 {
+        return Err(io::Error::other(format!("its mode {:o} lets others in", meta.mode() & 0o777)));
+    }
+    let mut bytes = Vec::new();
+    file.read_to_end(&mut bytes)?;
+    Ok(bytes)
+}
+
+/// Reads the bytes of a journal file.
+pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
+    let Some((head, body)) = bytes.split_first_chunk::<RECORD_BYTES>() else {
+        return match bytes.len() {
+            0 => Loaded::default(),
+            _ => complaint("not used: it is cut off in its header".into()),
+        };
+    };
+    if &head[..16] != MAGIC || !is_whole(head) {
+        return complaint("not used: its header is damaged, or of another version".into());
+    }
+    if &head[16..32] != boot {
+        // Nobody who held a lock then lives now.
+        return Loaded::default();
+    }
+    let mut held = BTreeMap::new();
+    let mut last_token = None;
+    let mut damaged = 0;
+    let (records, cut) = body.as_chunks::<RECORD_BYTES>();
+    for bytes in records {
+        let token = match decode(bytes) {
+            Some(Decoded::Grant(record)) => {
+                let token = record.held.token;
+                held.insert(token, record);
+                token
+            }
+            Some(Decoded::Strike(token)) => {
+                held.remove(&token);
+                token
+            }
+            None => {
+                damaged += 1;
+                continue;
+            }
+        };
+        last_token = last_token.max(Some(token));
+    }
+    damaged += usize::from(!cut.is_empty());
+    let complaint = (damaged > 0).then(|| format!("{damaged} damaged records were passed over"));
+    Loaded { records: held.into_values().collect(), last_token, complaint }
+}
+
+/// Writes a new file beside `path`, and renames it to that: at no moment is there half a file, or none.
+fn replace(path: &Path, bytes: &[u8]) -> io::Result<File> {
+    let mut new = path.as_os_str().to_owned();
+    new.push(".new");
+    let new = PathBuf::from(new);
+    match fs::remove_file(&new) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
+        _ => {}
+    }
+    // `create_new` follows no link that somebody may have put there since.
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&new)?;
+    let written = file.write_all_at(bytes, 0).and_then(|()| fs::rename(&new, path));
+    if let Err(e) = written {
+        // It is of no use, and the next attempt removes it too.
+        let _ = fs::remove_file(&new);
+        return Err(e);
+    }
+    Ok(file)
+}
+
+// The layout. All numbers are little endian; the checksum is the CRC-32 of all that follows it.
+//
+//   header  16 magic | 16 boot id | 52 zero | 4 checksum of these
+//   record   4 checksum | 1 kind | 1 protocol | 1 flags | 1 zero | 4 slots | 4 uid | 4 pid | 4 child
+//          | 8 token | 16 lock | 16 nonce | 8 granted | 8 until | 8 recorded
+//   (88 bytes each; of a strike, only kind and token count)
+
+const GRANT: u8 = 1;
+const STRIKE: u8 = 2;
+const SHARED: u8 = 1;
+const EXEC: u8 = 2;
+const HAS_NONCE: u8 = 4;
+const HAS_UID: u8 = 8;
+const HAS_UNTIL: u8 = 16;
+
+enum Entry<'a> {
+    Grant(&'a Record),
+    Strike(Token),
+}
+
+enum Decoded {
+    Grant(Record),
+    Strike(Token),
+}
+
+fn header(boot: &BootId) -> [u8; RECORD_BYTES] {
+    let mut bytes = [0; RECORD_BYTES];
+    bytes[..16].copy_from_slice(MAGIC);
+    bytes[16..32].copy_from_slice(boot);
+    let sum = crc32fast::hash(&bytes[..84]);
+    bytes[84..].copy_from_slice(&sum.to_le_bytes());
+    bytes
+}
+
+fn is_whole(header: &[u8; RECORD_BYTES]) -> bool {
+    header[84..] == crc32fast::hash(&header[..84]).to_le_bytes()
+}
+
+fn encode(entry: Entry<'_>) -> [u8; RECORD_BYTES] {
+    let mut bytes = [0; RECORD_BYTES];
+    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+    match entry {
+        Entry::Grant(Record { held, pid, child, granted, recorded }) => {
+            let flags = [
+                (held.terms.shared, SHARED),
+                (held.terms.exec, EXEC),
+                (held.nonce.is_some(), HAS_NONCE),
+                (held.uid.is_some(), HAS_UID),
+                (held.until.is_some(), HAS_UNTIL),
+            ];
+            let flags = flags.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum::<u8>();
+            put(4, &[GRANT, held.terms.protocol, flags]);
+            put(8, &held.terms.slots.to_le_bytes());
+            put(12, &held.uid.unwrap_or(0).to_le_bytes());
+            put(16, &pid.to_le_bytes());
+            put(20, &child.to_le_bytes());
+            put(24, &held.token.0.to_le_bytes());
+            put(32, &held.lock.0);
+            put(48, &held.nonce.map_or(0, |nonce| nonce.0).to_le_bytes());
+            put(64, &granted.0.to_le_bytes());
+            put(72, &held.until.map_or(0, |until| until.0).to_le_bytes());
+            put(80, &recorded.0.to_le_bytes());
+        }
+        Entry::Strike(token) => {
+            put(4, &[STRIKE]);
+            put(24, &token.0.to_le_bytes());
+        }
+    }
+    let sum = crc32fast::hash(&bytes[4..]);
+    bytes[..4].copy_from_slice(&sum.to_le_bytes());
+    bytes
+}
+
+fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
+    if bytes[..4] != crc32fast::hash(&bytes[4..]).to_le_bytes() {
+        return None;
+    }
+    let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));
+    let u64_at = |at: usize| u64::from_le_bytes(bytes[at..at + 8].try_into().expect("eight bytes"));
+    let token = Token(u64_at(24));
+    let flag = |bit: u8| bytes[6] & bit != 0;
+    match bytes[4] {
+        STRIKE => Some(Decoded::Strike(token)),
+        GRANT if matches!(bytes[5], 1 | 2) => {
+            let terms =
+                Terms { protocol: bytes[5], shared: flag(SHARED), exec: flag(EXEC), slots: u32_at(8).max(1) };
+            let held = Held {
+                lock: LockId(bytes[32..48].try_into().expect("sixteen bytes")),
+                token,
+                terms,
+                nonce: flag(HAS_NONCE)
+                    .then(|| Nonce(u128::from_le_bytes(bytes[48..64].try_into().expect("sixteen bytes")))),
+                uid: flag(HAS_UID).then(|| u32_at(12)),
+                until: flag(HAS_UNTIL).then(|| Millis(u64_at(72))),
+            };
+            let (granted, recorded) = (Millis(u64_at(64)), Millis(u64_at(80)));
+            Some(Decoded::Grant(Record { held, pid: u32_at(16), child: u32_at(20), granted, recorded }))
+        }
+        _ => None,
+    }
+}
+
+impl fmt::Display for Journal {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.path.display().fmt(f)
+    }
+}

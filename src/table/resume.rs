@@ -1,0 +1,147 @@
+//! Holds that outlive the daemon's knowledge of their holder: restored from the journal, resumed by the holder, or ended
+//! without it. And one that ends against the holder's will.
+
+use super::{
+    Change, ClientId, Details, Effects, Line, Links, Loss, Millis, Request, RequestId, Stage, Table, Terms,
+    What,
+};
+use crate::proto::v2::LockRequest;
+use crate::proto::{LockId, Nonce, Outcome, Token};
+
+/// A hold as it survives a restart of the daemon.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Held {
+    /// Which lock.
+    pub lock: LockId,
+    /// The token of its grant.
+    pub token: Token,
+    /// On what terms.
+    pub terms: Terms,
+    /// What its holder can resume it with.
+    pub nonce: Option<Nonce>,
+    /// Whose it is.
+    pub uid: Option<u32>,
+    /// When it ends at the latest.
+    pub until: Option<Millis>,
+}
+
+/// A nonce was sent that is somebody else's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NotYours;
+
+impl Table {
+    /// A lock that was held when the last daemon ended is held still, by a holder that is not connected. Called before
+    /// any client is; `since` is when it was granted. It ends when its holder resumes and releases it, at `held.until`,
+    /// or with [`Table::orphan_ended`]. False: it cannot be, because others hold the lock already.
+    pub fn restore(&mut self, since: Millis, held: Held) -> bool {
+        let index = self.find_or_add_lock(held.lock);
+        let beside = |other: &Terms| {
+            let mine = &held.terms;
+            other.shared == mine.shared && (mine.shared || (other.slots > 1 && mine.slots > 1))
+        };
+        let holder = self.locks[index as usize].holders.head();
+        if holder.is_some_and(|holder| !beside(&self.requests[holder.index()].terms)) {
+            return false;
+        }
+        let line = if held.terms.protocol == 1 { Line::V1 } else { Line::Queue };
+        let details = Details { nonce: held.nonce, uid: held.uid, asked: None };
+        let id = self.insert_request(Request {
+            client: None,
+            lock: index,
+            links: Links::default(),
+            stage: Stage::Holding,
+            line,
+            terms: held.terms,
+            order: held.token.0,
+            since,
+            deadline: held.until.unwrap_or(Millis::NEVER),
+            details: (line != Line::V1).then(|| Box::new(details)),
+        });
+        if let Some(until) = held.until {
+            self.deadlines.insert((until, id));
+        }
+        if let Some(nonce) = held.nonce {
+            self.nonces.insert(nonce, id);
+        }
+        let lock = &mut self.locks[index as usize];
+        lock.holding += 1;
+        lock.holders.push_back(&mut self.requests, id);
+        self.orphans.insert(held.token, id);
+        true
+    }
+
+    /// A client is gone, but what it holds goes on being held, until [`Table::orphan_ended`] or a resumption. Nothing
+    /// happens if it holds nothing.
+    pub fn detach(&mut self, client: ClientId) {
+        if let Some(id) = self.request(client)
+            && self.requests[id.index()].stage == Stage::Holding
+        {
+            let request = &mut self.requests[id.index()];
+            request.client = None;
+            self.orphans.insert(Token(request.order), id);
+            self.request_of[client.0 as usize] = None;
+        }
+    }
+
+    /// A holder that has not resumed never will: its process has ended.
+    pub fn orphan_ended(&mut self, now: Millis, token: Token, effects: &mut Effects) {
+        if let Some(&id) = self.orphans.get(&token) {
+            let outcome = self.requests[id.index()].outcome_of_silence();
+            self.end_hold(now, id, outcome, effects);
+        }
+    }
+
+    /// Takes a lock from all who hold it, and lets whoever is next have it.
+    pub fn break_lock(&mut self, now: Millis, lock: LockId, effects: &mut Effects) {
+        let Some(index) = self.index_of(lock) else { return };
+        // Listed first: those who are let in on the way are not to be broken in turn.
+        let holders: Vec<RequestId> = self.locks[index].holders.iter(&self.requests).collect();
+        for id in holders {
+            self.tell(id, What::Lost(Loss::Broken), effects);
+            self.end_hold(now, id, Outcome::Vanished, effects);
+        }
+    }
+
+    /// A request comes again, on a new connection.
+    pub(super) fn resume(
+        &mut self,
+        id: RequestId,
+        client: ClientId,
+        uid: Option<u32>,
+        asked: Box<LockRequest>,
+        effects: &mut Effects,
+    ) -> Result<(), NotYours> {
+        let request = &mut self.requests[id.index()];
+        let details = request.details.as_mut().expect("only protocol 2 has nonces");
+        let token = (request.stage == Stage::Holding).then_some(Token(request.order));
+        let same_lock = self.locks[request.lock as usize].id == asked.key.id();
+        if details.uid != uid || !same_lock || (asked.holds.is_some() && asked.holds != token) {
+            return Err(NotYours);
+        }
+        details.asked = Some(asked);
+        if request.client.is_none() && request.deadline != Millis::NEVER {
+            // It was given so long to come back, and it has.
+            self.deadlines.remove(&(request.deadline, id));
+            request.deadline = Millis::NEVER;
+        }
+        match (request.client, token) {
+            (Some(old), _) => {
+                self.tell(id, What::Superseded, effects);
+                self.request_of[old.0 as usize] = None;
+            }
+            (None, Some(token)) => drop(self.orphans.remove(&token)),
+            (None, None) => unreachable!("only holds are restored"),
+        }
+        self.attach(id, client);
+        match self.requests[id.index()].stage {
+            Stage::Holding => {
+                let token = Token(self.requests[id.index()].order);
+                effects.record.push(Change::Held(client));
+                self.tell(id, What::Granted(token), effects);
+            }
+            Stage::Waiting => self.tell_waiting(id, effects),
+            Stage::Deferred => {}
+        }
+        Ok(())
+    }
+}
