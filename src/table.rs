@@ -304,12 +304,13 @@ impl Table {
     }
 
     fn holders_admit(&self, lock: &Lock, request: &Request) -> bool {
-        // Holders are all shared or all not, so that one of them speaks for all.
-        match lock.holders.head() {
-            None => true,
-            Some(holder) if self.requests[holder.index()].shared() => request.shared(),
-            Some(_) => !request.shared() && lock.holding < request.slots(),
+        // One holder speaks for all: they are all shared or all not, and an exclusive one is alone.
+        let Some(holder) = lock.holders.head() else { return true };
+        let holder = &self.requests[holder.index()];
+        if holder.shared() || request.shared() {
+            return holder.shared() && request.shared();
         }
+        holder.slots() > 1 && lock.holding < request.slots()
     }
 
     /// The one place where a lock is given. (Where each lock must also be won from other hosts, the step between

@@ -64,10 +64,10 @@ impl<'a> LockView<'a> {
 
     /// The lock's key, when one of its holders or waiters has told it.
     pub fn key(&self) -> Option<&'a str> {
-        // Whoever of protocol 2 stands first in a line has told it; only a line of holders may mix the protocols.
-        let lines = [self.lock.holders, self.lock.once_waiters, self.lock.queue];
-        let told = lines.into_iter().flat_map(|line| line.iter(self.requests).take(2));
-        told.filter_map(|id| self.requests[id.index()].asked.as_ref()).map(|asked| asked.key.as_str()).next()
+        // Each of these lines is of one protocol: one of protocol 1 that holds is alone.
+        let heads = [self.lock.holders, self.lock.once_waiters, self.lock.queue].map(|line| line.head());
+        let mut asked = heads.into_iter().flatten().filter_map(|id| self.requests[id.index()].asked.as_ref());
+        asked.next().map(|asked| asked.key.as_str())
     }
 
     /// How many hold it.
