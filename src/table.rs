@@ -18,6 +18,8 @@
 mod list;
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use std::collections::BTreeSet;
