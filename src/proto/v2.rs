@@ -359,3 +359,6 @@ pub fn encode(message: &impl Serialize, mut buffer: impl std::io::Write) {
     serde_json::to_writer(&mut buffer, message).expect("a message has no part that JSON lacks");
     buffer.write_all(b"\n").expect("memory takes what is written");
 }
+
+#[cfg(test)]
+mod tests;
