@@ -18,15 +18,18 @@
 //!
 //! A lock exists while a request for it does.
 
+mod effect;
 mod list;
+mod request;
 mod resume;
 #[cfg(test)]
 mod simulation;
+#[cfg(test)]
+mod tests;
 mod view;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::hash::{BuildHasher, DefaultHasher, Hasher};
-use std::num::NonZeroU32;
 
 use hashbrown::HashTable;
 use slab::Slab;
@@ -34,7 +37,10 @@ use slab::Slab;
 use crate::proto::v1::State;
 use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{LockId, Nonce, Outcome, Token};
+pub use effect::{Change, Effect, Effects, Loss, What};
 use list::{Links, List};
+pub use request::Terms;
+use request::{Details, Line, Lock, Request, RequestId, Stage};
 pub use resume::{Held, NotYours};
 pub use view::{LockView, RequestView};
 
@@ -60,168 +66,6 @@ pub struct ClientId(pub u32);
 /// A moment in the order of arrival: it lies behind the requests that had arrived, and before those to come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mark(u64);
-
-/// What the caller has to do: tell `client` something about `lock`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Effect {
-    /// Who is to be told.
-    pub client: ClientId,
-    /// The lock that it asked for.
-    pub lock: LockId,
-    /// What.
-    pub what: What,
-}
-
-/// What a client is to be told.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum What {
-    /// It holds the lock now.
-    Granted(Token),
-    /// It waits.
-    Waiting {
-        /// How many others of the queue come first; 0 for a once waiter.
-        ahead: u32,
-        /// Its place in the order of arrival, which it may name when it resumes.
-        place: u64,
-    },
-    /// The holder that it waited for is done. The client is idle again.
-    Finished(Outcome, Token),
-    /// The lock is held and it did not want to wait. The client is idle again.
-    Busy,
-    /// It held the lock for longer than the limit: it is released, and the connection is to be closed.
-    Expired,
-    /// It holds the lock no more, or never did.
-    Lost(Loss),
-    /// Its request is another connection's now; this one is to be closed.
-    Superseded,
-}
-
-/// Why a holder's lock is not its any more.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Loss {
-    /// The daemon knows nothing of the hold that is to be resumed: its journal was lost, or the hold has ended since.
-    Unknown,
-    /// Somebody broke the lock.
-    Broken,
-}
-
-/// What a change to the set of holds is, for the journal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
-    /// This client's hold began, or is this client's now.
-    Held(ClientId),
-    /// The hold with this token has ended.
-    Ended(Token),
-}
-
-/// What the table answers to an event: what is to be recorded first, and what is to be told then. Kept by the caller,
-/// so that the table need not allocate for each event.
-#[derive(Debug, Default)]
-pub struct Effects {
-    /// To be carried out in order.
-    pub tell: Vec<Effect>,
-    /// To be recorded before any of it is told.
-    pub record: Vec<Change>,
-}
-
-/// The terms of a request that matter while the lock is held.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Terms {
-    /// 1 or 2.
-    pub protocol: u8,
-    /// Others who share may hold it too.
-    pub shared: bool,
-    /// The client becomes the command: the end of its stream is the end of the work.
-    pub exec: bool,
-    /// It may be had while fewer than so many hold it.
-    pub slots: u32,
-}
-
-impl Terms {
-    /// Those of protocol 1, which knows only one kind of lock.
-    pub const V1: Terms = Terms { protocol: 1, shared: false, exec: false, slots: 1 };
-}
-
-impl From<&LockRequest> for Terms {
-    fn from(asked: &LockRequest) -> Terms {
-        Terms { protocol: 2, shared: asked.shared, exec: asked.exec, slots: asked.slots }
-    }
-}
-
-/// Names a request while it exists. (Never zero, so that an `Option` of it is no larger.)
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-struct RequestId(NonZeroU32);
-
-impl RequestId {
-    fn new(index: usize) -> RequestId {
-        let number = u32::try_from(index + 1).expect("fewer requests than descriptors");
-        RequestId(NonZeroU32::new(number).expect("one more than an index"))
-    }
-
-    fn index(self) -> usize {
-        self.0.get() as usize - 1
-    }
-}
-
-/// Where a request stands.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Stage {
-    /// Not decided until all that had already happened is in.
-    Deferred,
-    Waiting,
-    Holding,
-}
-
-/// In which line a request waits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Line {
-    V1,
-    Once,
-    Queue,
-}
-
-/// One client's request for one lock, from the asking to the release.
-struct Request {
-    /// `None`: it has not resumed, after a restart of the daemon.
-    client: Option<ClientId>,
-    /// Index of its lock.
-    lock: u32,
-    links: Links,
-    stage: Stage,
-    line: Line,
-    terms: Terms,
-    /// Of a holder, its token. Of a waiter, its place in the order of arrival.
-    order: u64,
-    /// When it was granted, or when it asked.
-    since: Millis,
-    /// When its hold ends at the latest; [`Millis::NEVER`] unless there is a limit.
-    deadline: Millis,
-    /// What only protocol 2 has.
-    details: Option<Box<Details>>,
-}
-
-/// What there is to a request of protocol 2.
-struct Details {
-    nonce: Option<Nonce>,
-    /// Whose request it is, as the kernel says; only on Unix sockets.
-    uid: Option<u32>,
-    /// As it was asked. `None`: it has not resumed, after a restart of the daemon.
-    asked: Option<Box<LockRequest>>,
-}
-
-/// One lock that somebody holds or waits for.
-struct Lock {
-    id: LockId,
-    hash: u64,
-    holders: List,
-    v1_waiters: List,
-    once_waiters: List,
-    queue: List,
-    holding: u32,
-    queued: u32,
-    /// How many requests, of all stages, name this lock. It goes when they are gone.
-    requests: u32,
-}
 
 /// The locks and the requests for them.
 pub struct Table {
@@ -655,27 +499,6 @@ impl Table {
             Err(_) => unreachable!("every lock is found by its identity"),
         };
         self.locks.remove(index as usize);
-    }
-}
-
-impl Lock {
-    fn line(&mut self, line: Line) -> &mut List {
-        match line {
-            Line::V1 => &mut self.v1_waiters,
-            Line::Once => &mut self.once_waiters,
-            Line::Queue => &mut self.queue,
-        }
-    }
-}
-
-impl Request {
-    fn asked(&self) -> Option<&LockRequest> {
-        self.details.as_ref()?.asked.as_deref()
-    }
-
-    /// How the hold ended when nobody says.
-    fn outcome_of_silence(&self) -> Outcome {
-        if self.terms.exec { Outcome::Unknown } else { Outcome::Vanished }
     }
 }
 

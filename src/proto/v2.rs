@@ -8,8 +8,9 @@ use super::{Key, Nonce, Outcome, Token};
 pub const PREAMBLE: [u8; 16] = *b"\0kmutex proto 2\n";
 /// The longest frame, in bytes, its newline included.
 pub const FRAME_BYTES_MAX: usize = 64 * 1024;
-/// How many holders, and how many waiters, one frame lists at the most. The counts beside the lists are always whole.
-pub const LISTED_MAX: usize = 16;
+/// How many holders, and how many waiters, one frame lists at the most: as many as fit in it however long their texts
+/// are. The counts beside the lists are always whole.
+pub const LISTED_MAX: usize = 12;
 /// The most holders that `slots` can ask for.
 pub const SLOTS_MAX: u32 = 1_000_000;
 
@@ -402,7 +403,8 @@ fn key(text: String) -> Result<Key, Answer> {
 
 /// An [`Answer::Error`].
 pub fn error(code: ErrorCode, message: impl Into<String>) -> Answer {
-    Answer::Error { code, message: message.into() }
+    // serde quotes what it did not expect, which may be as long as a frame.
+    Answer::Error { code, message: Text::from(message.into()).into() }
 }
 
 /// Reads one answer from one line, with or without its newline.
@@ -418,3 +420,6 @@ pub fn encode(message: &impl Serialize, mut buffer: impl std::io::Write) {
     serde_json::to_writer(&mut buffer, message).expect("a message has no part that JSON lacks");
     buffer.write_all(b"\n").expect("memory takes what is written");
 }
+
+#[cfg(test)]
+mod tests;

@@ -77,4 +77,15 @@ impl List {
     pub(super) fn iter<'a>(self, requests: &'a Slab<Request>) -> impl Iterator<Item = RequestId> + 'a {
         std::iter::successors(self.head, |id| requests[id.index()].links.next)
     }
+
+    /// All members in order. Panics when they are not linked in both directions.
+    #[cfg(test)]
+    pub(super) fn audit(self, requests: &Slab<Request>) -> Vec<RequestId> {
+        let forward: Vec<_> = self.iter(requests).collect();
+        let mut backward: Vec<_> =
+            std::iter::successors(self.tail, |id| requests[id.index()].links.prev).collect();
+        backward.reverse();
+        assert_eq!(forward, backward, "a list reads otherwise from its end");
+        forward
+    }
 }

@@ -1,3 +1,4 @@
 //! All integration tests: one binary, a file a topic, one harness.
 
 mod harness;
+mod purity;

@@ -1,0 +1,67 @@
+//! What the table answers to an event: who is to be told what, and what is to be recorded before that.
+
+use super::ClientId;
+use crate::proto::{LockId, Outcome, Token};
+
+/// What the caller has to do: tell `client` something about `lock`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Effect {
+    /// Who is to be told.
+    pub client: ClientId,
+    /// The lock that it asked for.
+    pub lock: LockId,
+    /// What.
+    pub what: What,
+}
+
+/// What a client is to be told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum What {
+    /// It holds the lock now.
+    Granted(Token),
+    /// It waits.
+    Waiting {
+        /// How many others of the queue come first; 0 for a once waiter.
+        ahead: u32,
+        /// Its place in the order of arrival, which it may name when it resumes.
+        place: u64,
+    },
+    /// The holder that it waited for is done. The client is idle again.
+    Finished(Outcome, Token),
+    /// The lock is held and it did not want to wait. The client is idle again.
+    Busy,
+    /// It held the lock for longer than the limit: it is released, and the connection is to be closed.
+    Expired,
+    /// It holds the lock no more, or never did.
+    Lost(Loss),
+    /// Its request is another connection's now; this one is to be closed.
+    Superseded,
+}
+
+/// Why a holder's lock is not its any more.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// The daemon knows nothing of the hold that is to be resumed: its journal was lost, or the hold has ended since.
+    Unknown,
+    /// Somebody broke the lock.
+    Broken,
+}
+
+/// What a change to the set of holds is, for the journal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// This client's hold began, or is this client's now.
+    Held(ClientId),
+    /// The hold with this token has ended.
+    Ended(Token),
+}
+
+/// What the table answers to an event: what is to be recorded first, and what is to be told then. Kept by the caller,
+/// so that the table need not allocate for each event.
+#[derive(Debug, Default)]
+pub struct Effects {
+    /// To be carried out in order.
+    pub tell: Vec<Effect>,
+    /// To be recorded before any of it is told.
+    pub record: Vec<Change>,
+}

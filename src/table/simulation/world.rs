@@ -1,0 +1,350 @@
+//! Time, chance, and clients that ask, release, die and overstay.
+
+use std::collections::{BTreeSet, VecDeque};
+
+use super::super::{ClientId, Effect, Millis, RequestView, Table, What};
+use super::model::{Event, Model, Stage, Wish};
+use super::tally::Tally;
+use crate::proto::v1::State;
+use crate::proto::v2::Mode;
+use crate::proto::{LockId, Outcome, Token};
+
+const COLD_KEYS: usize = 1000;
+/// How often everything is compared, and not only the locks that a step had to do with.
+const STEPS_PER_FULL_CHECK: u64 = 64;
+/// How much of the past is shown when an invariant breaks.
+const EVENTS_SHOWN: usize = 12;
+
+/// Splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+struct Chance(u64);
+
+impl Chance {
+    fn draw(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ (mixed >> 31)
+    }
+
+    fn below(&mut self, bound: u64) -> u64 {
+        self.draw() % bound
+    }
+
+    fn percent(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+}
+
+/// How this world is inclined. Every figure but the first three is a percentage.
+struct Odds {
+    hot_keys: u64,
+    slots_max: u64,
+    events_per_settle_max: u64,
+    cold: u64,
+    v1: u64,
+    queue: u64,
+    nowait: u64,
+    shared: u64,
+    exec: u64,
+    /// A holder goes without releasing.
+    death: u64,
+    /// A waiter gives up.
+    despair: u64,
+    /// Time leaps.
+    leap: u64,
+}
+
+impl Odds {
+    fn draw(chance: &mut Chance) -> Odds {
+        Odds {
+            hot_keys: 1 + chance.below(8),
+            slots_max: 1 + chance.below(4),
+            events_per_settle_max: 1 + chance.below(30),
+            cold: chance.below(60),
+            v1: chance.below(70),
+            queue: chance.below(100),
+            nowait: chance.below(40),
+            shared: chance.below(80),
+            exec: chance.below(30),
+            death: chance.below(80),
+            despair: chance.below(20),
+            leap: chance.below(4),
+        }
+    }
+}
+
+pub(super) struct World {
+    seed: u64,
+    step: u64,
+    past: VecDeque<(Millis, Event)>,
+    chance: Chance,
+    odds: Odds,
+    now: Millis,
+    table: Table,
+    model: Model,
+    /// Which protocol each client speaks, until another comes under its number.
+    speaks_v1: Vec<bool>,
+    effects: Vec<Effect>,
+}
+
+impl World {
+    pub(super) fn new(seed: u64) -> World {
+        let mut chance = Chance(seed);
+        let odds = Odds::draw(&mut chance);
+        let clients = 3 + chance.below(500) as u32;
+        let hold_limit = chance.percent(80).then(|| Millis(1 + chance.below(2_000)));
+        let (hash_key, first_token) = (chance.draw(), Token(chance.below(1 << 52)));
+        World {
+            seed,
+            step: 0,
+            past: VecDeque::new(),
+            now: Millis(chance.below(1_000_000)),
+            table: Table::new(hash_key, first_token, hold_limit),
+            model: Model::new(clients, odds.hot_keys as usize + COLD_KEYS, hold_limit),
+            speaks_v1: (0..clients).map(|_| chance.percent(odds.v1)).collect(),
+            effects: Vec::new(),
+            chance,
+            odds,
+        }
+    }
+
+    /// Lives for so many steps, and then until everybody has an answer.
+    pub(super) fn run(mut self, steps: u64) -> Tally {
+        let mut until_settle = 0;
+        while self.step < steps {
+            self.pass_time();
+            if until_settle == 0 {
+                until_settle = 1 + self.chance.below(self.odds.events_per_settle_max);
+                self.act(Event::Settle);
+            } else if self.table.next_deadline().is_some_and(|at| at <= self.now) && self.chance.percent(70) {
+                self.act(Event::Expire);
+            } else {
+                until_settle -= 1;
+                let event = self.draw_event();
+                self.act(event);
+            }
+        }
+        self.drain();
+        self.model.seen
+    }
+
+    /// Nobody gives up any more, and every holder ends: then every waiter must be answered.
+    fn drain(&mut self) {
+        self.act(Event::Settle);
+        for _ in 0..=self.model.clients.len() {
+            for client in 0..self.model.clients.len() as u32 {
+                if matches!(self.model.client(client).stage, Stage::Holding(_)) {
+                    let event = self.end_of_hold(client);
+                    self.act(event);
+                }
+            }
+        }
+        assert!(
+            self.model.clients.iter().all(|client| client.stage == Stage::Idle),
+            "somebody waits for ever"
+        );
+        self.check_everything();
+        assert!(self.table.is_empty(), "a lock outlives all requests");
+        assert_eq!(self.table.next_deadline(), None, "a deadline outlives all holds");
+    }
+
+    fn pass_time(&mut self) {
+        let next = self.table.next_deadline().filter(|&at| at > self.now);
+        self.now = match next {
+            Some(at) if self.chance.percent(1) => Millis(at.0 - self.chance.below(2)),
+            _ if self.chance.percent(self.odds.leap) => Millis(self.now.0 + self.chance.below(3_000)),
+            _ => Millis(self.now.0 + self.chance.below(3)),
+        };
+    }
+
+    fn draw_event(&mut self) -> Event {
+        if self.chance.percent(2) {
+            return Event::Expire;
+        }
+        let hot = self.chance.below(self.odds.hot_keys) as usize;
+        let holders = &self.model.locks[hot].holders;
+        // Among hundreds of waiters a holder would hardly ever be drawn, and nothing would move.
+        if !holders.is_empty() && self.chance.percent(25) {
+            let client = holders[self.chance.below(holders.len() as u64) as usize];
+            return self.end_of_hold(client);
+        }
+        let client = self.chance.below(self.model.clients.len() as u64) as u32;
+        match self.model.client(client).stage {
+            Stage::Idle if self.chance.percent(85) => self.ask(client),
+            Stage::Holding(_) if self.chance.percent(30) => self.end_of_hold(client),
+            Stage::Undecided | Stage::Waiting if self.chance.percent(self.odds.despair) => {
+                Event::Gone { client }
+            }
+            Stage::Idle if self.chance.percent(50) => Event::Gone { client },
+            // What only a confused client does, and what must change nothing.
+            Stage::Idle | Stage::Undecided | Stage::Waiting => {
+                Event::Release { client, outcome: Outcome::Exit(0) }
+            }
+            Stage::Holding(_) => Event::Expire,
+        }
+    }
+
+    fn ask(&mut self, client: u32) -> Event {
+        let (chance, odds) = (&mut self.chance, &self.odds);
+        let cold = chance.percent(odds.cold);
+        let key =
+            if cold { odds.hot_keys + chance.below(COLD_KEYS as u64) } else { chance.below(odds.hot_keys) };
+        let shared = chance.percent(odds.shared);
+        let wish = Wish {
+            v1: false,
+            mode: if chance.percent(odds.queue) { Mode::Queue } else { Mode::Once },
+            shared,
+            slots: if shared { 1 } else { 1 + chance.below(odds.slots_max) as u32 },
+            nowait: chance.percent(odds.nowait),
+            exec: chance.percent(odds.exec),
+        };
+        let wish = if self.speaks_v1[client as usize] { Wish::V1 } else { wish };
+        Event::Ask { client, key: key as usize, wish }
+    }
+
+    fn end_of_hold(&mut self, client: u32) -> Event {
+        if self.chance.percent(self.odds.death) {
+            return Event::Gone { client };
+        }
+        let number = self.chance.below(256) as u8;
+        let outcome = match self.chance.below(4) {
+            0 => Outcome::Signal(number),
+            1 => Outcome::Unknown,
+            // Nothing keeps a client from saying so itself.
+            2 if number < 32 => Outcome::Vanished,
+            _ => Outcome::Exit(number),
+        };
+        Event::Release { client, outcome }
+    }
+
+    /// One step: the event goes into the table and the model, what comes out of the table must please the model.
+    fn act(&mut self, event: Event) {
+        self.step += 1;
+        self.past.push_back((self.now, event));
+        if self.past.len() > EVENTS_SHOWN {
+            self.past.pop_front();
+        }
+        self.model.begin(self.now, event);
+        let mut effects = std::mem::take(&mut self.effects);
+        self.feed(event, &mut effects);
+        effects.iter().for_each(|effect| self.model.hear(event, effect));
+        self.model.end(event);
+        self.check_touched(&effects);
+        if self.step.is_multiple_of(STEPS_PER_FULL_CHECK) {
+            self.check_everything();
+        }
+        if let Event::Gone { client } = event {
+            self.speaks_v1[client as usize] = self.chance.percent(self.odds.v1);
+        }
+        let expired = |effect: Effect| (effect.what == What::Expired).then_some(effect.client.0);
+        let closed: Vec<u32> = effects.drain(..).filter_map(expired).collect();
+        self.effects = effects;
+        closed.into_iter().for_each(|client| self.act(Event::Gone { client }));
+    }
+
+    fn feed(&mut self, event: Event, effects: &mut Vec<Effect>) {
+        let (table, now) = (&mut self.table, self.now);
+        match event {
+            Event::Ask { client, key, wish } => {
+                let (client, lock) = (ClientId(client), &self.model.locks[key]);
+                match wish.v1 {
+                    true => table.lock_v1(now, client, lock.id, effects),
+                    false => table.lock(now, client, Box::new(wish.request(lock.key.clone())), effects),
+                }
+            }
+            Event::Release { client, outcome } => table.release(now, ClientId(client), outcome, effects),
+            Event::Gone { client } => table.gone(now, ClientId(client), effects),
+            Event::Settle => table.settle(now, effects),
+            Event::Expire => table.expire(now, effects),
+        }
+    }
+
+    fn check_touched(&self, effects: &[Effect]) {
+        assert_eq!(self.table.has_deferred(), !self.model.deferred.is_empty());
+        let deadline = self.model.deadlines.first().map(|&(at, _)| at);
+        assert_eq!(self.table.next_deadline(), deadline, "the next deadline is wrong");
+        effects.iter().for_each(|effect| self.check_client(effect.client.0));
+        self.model.touched.iter().for_each(|&key| self.check_lock(key));
+    }
+
+    fn check_everything(&self) {
+        (0..self.model.clients.len() as u32).for_each(|client| self.check_client(client));
+        (0..self.model.locks.len()).for_each(|key| self.check_lock(key));
+        self.check_enumeration();
+        self.table.audit();
+    }
+
+    fn check_client(&self, client: u32) {
+        let believed = self.model.client(client);
+        let state = match believed.stage {
+            Stage::Idle => State::Idle,
+            Stage::Undecided | Stage::Waiting => State::Waiting,
+            Stage::Holding(_) => State::Owner,
+        };
+        assert_eq!(self.table.state(ClientId(client)), state, "the state of client {client}");
+        let request =
+            self.table.request_of(ClientId(client)).map(|(lock, request)| (lock.id(), request.client));
+        let asked = (state != State::Idle).then(|| (self.model.locks[believed.key].id, ClientId(client)));
+        assert_eq!(request, asked, "the request of client {client}");
+    }
+
+    /// What a status would show of a lock is what its clients believe.
+    fn check_lock(&self, key: usize) {
+        let lock = &self.model.locks[key];
+        let Some(view) = self.table.find(lock.id) else {
+            assert!(lock.is_unused(), "a lock that is in use is not found");
+            return;
+        };
+        assert!(!lock.is_unused(), "a lock is found that nobody uses");
+        assert_eq!(view.id(), lock.id);
+        let waiters: Vec<u32> = [&lock.queue, &lock.once, &lock.v1].into_iter().flatten().copied().collect();
+        self.check_views(view.holders(), &lock.holders);
+        self.check_views(view.waiters(), &waiters);
+        assert_eq!(view.holding() as usize, lock.holders.len(), "the count of holders");
+        assert_eq!(view.waiting() as usize, waiters.len() + lock.undecided.len(), "the count of waiters");
+        let told = lock.holders.iter().chain(&waiters).any(|&client| !self.model.client(client).wish.v1);
+        assert_eq!(view.key(), told.then_some(lock.key.as_str()), "the key that is shown");
+    }
+
+    fn check_views<'a>(&self, shown: impl Iterator<Item = RequestView<'a>>, believed: &[u32]) {
+        let mut believed = believed.iter();
+        for view in shown {
+            assert_eq!(Some(&view.client.0), believed.next(), "another client is shown");
+            let client = self.model.client(view.client.0);
+            let token = match client.stage {
+                Stage::Holding(token) => Some(token),
+                _ => None,
+            };
+            assert_eq!((view.token, view.since), (token, client.since), "of client {}", view.client.0);
+            let shown = view.asked.map(|asked| (asked.mode, asked.shared, asked.slots, asked.exec));
+            let Wish { v1, mode, shared, slots, exec, .. } = client.wish;
+            assert_eq!(shown, (!v1).then_some((mode, shared, slots, exec)), "of client {}", view.client.0);
+        }
+        assert_eq!(believed.next(), None, "a client is not shown");
+    }
+
+    fn check_enumeration(&self) {
+        let mut shown = BTreeSet::<LockId>::new();
+        let mut cursor = 0;
+        while let Some((view, next)) = self.table.next_lock(cursor) {
+            assert!(shown.insert(view.id()), "a lock is shown twice");
+            cursor = next;
+        }
+        let used = self.model.locks.iter().filter(|lock| !lock.is_unused());
+        assert!(
+            shown.into_iter().eq(used.map(|lock| lock.id).collect::<BTreeSet<_>>()),
+            "a lock is not shown"
+        );
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            let World { seed, step, past, .. } = self;
+            eprintln!("\nseed {seed} broke at step {step}. The last events:");
+            past.iter().for_each(|(now, event)| eprintln!("  {:>8} {event:?}", now.0));
+            eprintln!("Replay it: KMUTEX_SIM_SEED={seed} cargo test simulation");
+        }
+    }
+}

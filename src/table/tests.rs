@@ -1,0 +1,221 @@
+//! The rules one by one, for reading. That they hold together is `simulation.rs`'s to show.
+
+use super::*;
+use crate::proto::Key;
+
+const KEY: &str = "nightly";
+const LIMIT: Millis = Millis(30_000);
+
+/// A table and a clock that stands still unless a test moves it. Every call returns what clients are told by it.
+struct Scene {
+    table: Table,
+    now: Millis,
+}
+
+impl Scene {
+    fn new() -> Scene {
+        Scene { table: Table::new(1, Token(100), Some(LIMIT)), now: Millis(5_000) }
+    }
+
+    fn told(&mut self, call: impl FnOnce(&mut Table, Millis, &mut Vec<Effect>)) -> Vec<(u32, What)> {
+        let mut effects = Vec::new();
+        call(&mut self.table, self.now, &mut effects);
+        effects.into_iter().map(|Effect { client, what, .. }| (client.0, what)).collect()
+    }
+
+    fn v1(&mut self, client: u32) -> Vec<(u32, What)> {
+        self.told(|table, now, effects| table.lock_v1(now, ClientId(client), key().id(), effects))
+    }
+
+    fn ask(&mut self, client: u32, asked: LockRequest) -> Vec<(u32, What)> {
+        self.told(|table, now, effects| table.lock(now, ClientId(client), Box::new(asked), effects))
+    }
+
+    fn release(&mut self, client: u32, outcome: Outcome) -> Vec<(u32, What)> {
+        self.told(|table, now, effects| table.release(now, ClientId(client), outcome, effects))
+    }
+
+    fn gone(&mut self, client: u32) -> Vec<(u32, What)> {
+        self.told(|table, now, effects| table.gone(now, ClientId(client), effects))
+    }
+
+    fn settle(&mut self) -> Vec<(u32, What)> {
+        self.told(|table, now, effects| table.settle(now, effects))
+    }
+}
+
+fn key() -> Key {
+    Key::new(KEY).unwrap()
+}
+
+fn once() -> LockRequest {
+    LockRequest::new(key(), Mode::Once)
+}
+
+fn queue() -> LockRequest {
+    LockRequest::new(key(), Mode::Queue)
+}
+
+fn shared() -> LockRequest {
+    LockRequest { shared: true, ..queue() }
+}
+
+fn slots(slots: u32) -> LockRequest {
+    LockRequest { slots, ..queue() }
+}
+
+fn granted(client: u32, token: u64) -> (u32, What) {
+    (client, What::Granted(Token(token)))
+}
+
+fn waiting(client: u32, ahead: u32) -> (u32, What) {
+    (client, What::Waiting { ahead })
+}
+
+fn finished(client: u32, outcome: Outcome, token: u64) -> (u32, What) {
+    (client, What::Finished(outcome, Token(token)))
+}
+
+#[test]
+fn both_protocols_ask_for_the_same_lock() {
+    let mut scene = Scene::new();
+    assert_eq!(scene.v1(1), [granted(1, 100)]);
+    assert_eq!(scene.ask(2, queue()), [waiting(2, 0)]);
+    assert_eq!(scene.release(1, Outcome::Unknown), [granted(2, 101)]);
+}
+
+#[test]
+fn a_release_tells_whoever_waits_for_it_and_moves_the_queue_on_by_one() {
+    let mut scene = Scene::new();
+    scene.ask(1, once());
+    scene.ask(2, once());
+    assert_eq!(scene.settle(), [waiting(2, 0)]);
+    scene.v1(3);
+    scene.ask(4, queue());
+    assert_eq!(scene.ask(5, queue()), [waiting(5, 1)]);
+    let exit = Outcome::Exit(3);
+    assert_eq!(scene.release(1, exit), [finished(3, exit, 100), finished(2, exit, 100), granted(4, 101)]);
+}
+
+#[test]
+fn a_refusal_waits_until_everything_pending_is_processed() {
+    let nowait = || LockRequest { nowait: true, ..queue() };
+    let mut scene = Scene::new();
+    scene.ask(1, once());
+    assert_eq!(scene.ask(2, nowait()), []);
+    assert_eq!(scene.ask(3, nowait()), []);
+    assert_eq!(scene.release(1, Outcome::Exit(0)), []);
+    assert_eq!(scene.settle(), [granted(2, 101), (3, What::Busy)]);
+    assert_eq!(scene.table.state(ClientId(3)), State::Idle);
+}
+
+#[test]
+fn a_once_waiter_is_not_told_of_a_release_that_came_before_it_waited() {
+    let mut scene = Scene::new();
+    scene.ask(1, once());
+    scene.ask(2, once());
+    assert_eq!(scene.release(1, Outcome::Exit(0)), []);
+    assert_eq!(scene.settle(), [granted(2, 101)]);
+}
+
+#[test]
+fn a_vanished_holder_is_succeeded_by_the_oldest_waiter_alone() {
+    let mut scene = Scene::new();
+    scene.ask(1, once());
+    scene.v1(2);
+    scene.ask(3, once());
+    scene.ask(4, once());
+    scene.settle();
+    scene.ask(5, queue());
+    assert_eq!(scene.gone(1), [finished(2, Outcome::Vanished, 100), granted(3, 101)]);
+    let exit = Outcome::Exit(0);
+    assert_eq!(scene.release(3, exit), [finished(4, exit, 101), granted(5, 102)]);
+}
+
+#[test]
+fn a_vanished_holder_is_succeeded_by_the_head_of_the_queue_when_that_is_older() {
+    let mut scene = Scene::new();
+    scene.ask(1, once());
+    scene.ask(2, queue());
+    scene.ask(3, once());
+    scene.settle();
+    assert_eq!(scene.gone(1), [granted(2, 101)]);
+}
+
+#[test]
+fn an_exec_holders_end_counts_as_unknown() {
+    let mut scene = Scene::new();
+    scene.ask(1, LockRequest { exec: true, ..once() });
+    scene.ask(2, once());
+    scene.settle();
+    assert_eq!(scene.gone(1), [finished(2, Outcome::Unknown, 100)]);
+}
+
+#[test]
+fn a_shared_request_does_not_overtake_a_queued_exclusive_one() {
+    let mut scene = Scene::new();
+    assert_eq!(scene.ask(1, shared()), [granted(1, 100)]);
+    assert_eq!(scene.ask(2, shared()), [granted(2, 101)]);
+    assert_eq!(scene.ask(3, queue()), [waiting(3, 0)]);
+    assert_eq!(scene.ask(4, shared()), [waiting(4, 1)]);
+    assert_eq!(scene.release(1, Outcome::Exit(0)), []);
+    assert_eq!(scene.release(2, Outcome::Exit(0)), [granted(3, 102)]);
+}
+
+#[test]
+fn a_queued_exclusive_request_that_is_given_up_holds_back_nobody() {
+    let mut scene = Scene::new();
+    scene.ask(1, shared());
+    scene.ask(2, queue());
+    scene.ask(3, shared());
+    scene.ask(4, shared());
+    assert_eq!(scene.gone(2), [granted(3, 101), granted(4, 102)]);
+}
+
+#[test]
+fn slots_let_so_many_in() {
+    let mut scene = Scene::new();
+    assert_eq!(scene.ask(1, slots(2)), [granted(1, 100)]);
+    assert_eq!(scene.ask(2, slots(2)), [granted(2, 101)]);
+    assert_eq!(scene.ask(3, slots(2)), [waiting(3, 0)]);
+    assert_eq!(scene.gone(1), [granted(3, 102)]);
+}
+
+#[test]
+fn an_exclusive_holder_is_alone_however_many_slots_others_ask_for() {
+    let mut scene = Scene::new();
+    scene.ask(1, queue());
+    assert_eq!(scene.ask(2, slots(4)), [waiting(2, 0)]);
+    assert_eq!(scene.release(1, Outcome::Exit(0)), [granted(2, 101)]);
+    assert_eq!(scene.v1(3), [waiting(3, 0)]);
+}
+
+#[test]
+fn only_a_protocol_1_hold_expires() {
+    let mut scene = Scene::new();
+    scene.ask(1, queue());
+    assert_eq!(scene.table.next_deadline(), None);
+    scene.release(1, Outcome::Exit(0));
+
+    scene.v1(2);
+    scene.ask(3, queue());
+    let deadline = Millis(scene.now.0 + LIMIT.0);
+    assert_eq!(scene.table.next_deadline(), Some(deadline));
+    scene.now = Millis(deadline.0 - 1);
+    assert_eq!(scene.told(Table::expire), []);
+    scene.now = deadline;
+    assert_eq!(scene.told(Table::expire), [(2, What::Expired), granted(3, 102)]);
+    assert_eq!(scene.table.next_deadline(), None);
+}
+
+#[test]
+fn a_lock_is_forgotten_with_its_last_request() {
+    let mut scene = Scene::new();
+    scene.ask(1, once());
+    scene.ask(2, once());
+    scene.release(1, Outcome::Exit(0));
+    assert!(!scene.table.is_empty(), "an undecided request keeps it");
+    scene.gone(2);
+    assert!(scene.table.is_empty());
+    assert!(scene.table.find(key().id()).is_none());
+}
