@@ -3,7 +3,7 @@
 use std::ffi::{OsStr, OsString};
 use std::fmt;
 use std::io;
-use std::net::{SocketAddr, TcpStream, ToSocketAddrs};
+use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,7 @@ use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, sockop
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::exit::Exit;
+use crate::names;
 
 /// Where the daemon is when nobody says otherwise. The old daemon's path, so that its clients find the new one.
 pub const DEFAULT: &str = "/tmp/keyedmutexd.sock";
@@ -112,8 +113,8 @@ impl Addr {
                 SocketAddr::from(([0u16, 0, 0, 0, 0, 0, 0, 1], *port)),
             ]),
             Addr::Tcp { host, port } => {
-                let found = (host.as_str(), *port).to_socket_addrs();
-                Ok(found.map_err(|e| self.error("resolve", e))?.collect())
+                let found = names::host(host).map_err(|e| self.error("resolve", e))?;
+                Ok(found.into_iter().map(|ip| SocketAddr::new(ip, *port)).collect())
             }
         }
     }

@@ -12,6 +12,7 @@
 //! | [`status`] | what is held, for people and for programs |
 //! | [`client`] | the blocking client |
 //! | [`addr`] | where a daemon is |
+//! | [`names`] | names of users, groups and hosts |
 //! | [`exit`] | the exit codes |
 //! | [`journal`] | which locks are held, on disk, to survive a crash of the daemon |
 //! | [`table`] | the lock table: events in, effects out, nothing else |
@@ -26,6 +27,7 @@ pub mod client;
 pub mod daemon;
 pub mod exit;
 pub mod journal;
+pub mod names;
 pub mod proto;
 pub mod run;
 pub mod status;

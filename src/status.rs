@@ -1,13 +1,13 @@
 //! `kmutex status`: what is held, and who waits; a table for people, JSON for programs.
 
+use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Write};
 use std::time::{Duration, Instant};
 
-use nix::unistd::{Uid, User};
-
 use crate::client::{self, Dial, Session};
 use crate::exit::Exit;
+use crate::names;
 use crate::proto::Key;
 use crate::proto::v2::{Answer, LockStatus, Party, Request};
 
@@ -30,7 +30,7 @@ pub enum Format {
 pub fn print(dial: &Dial, key: Option<Key>, format: Format, out: &mut impl Write) -> Result<(), Error> {
     let mut session = Session::connect(dial, None)?;
     session.send(&Request::Status { key })?;
-    let mut rows = Vec::new();
+    let mut table = Table::default();
     loop {
         let answer = session.receive(Some(Instant::now() + ANSWER_WAIT)).map_err(|e| match e {
             client::Error::TimedOut => client::Error::Silent,
@@ -41,13 +41,13 @@ pub fn print(dial: &Dial, key: Option<Key>, format: Format, out: &mut impl Write
                 let line = serde_json::to_string(&status).map_err(io::Error::from)?;
                 writeln!(out, "{line}")?;
             }
-            (Answer::Lock(status), Format::People) => add_rows(&status, &mut rows),
+            (Answer::Lock(status), Format::People) => table.add(&status),
             (Answer::End, _) => break,
             (other, _) => return Err(client::Error::Protocol(format!("unexpected answer {other:?}")).into()),
         }
     }
     if format == Format::People {
-        print_table(&mut rows, out)?;
+        table.print(out)?;
     }
     Ok(out.flush()?)
 }
@@ -55,58 +55,71 @@ pub fn print(dial: &Dial, key: Option<Key>, format: Format, out: &mut impl Write
 const HEADINGS: [&str; 7] = ["KEY", "STATE", "PID", "USER", "HOST", "FOR", "COMMAND"];
 type Row = [String; HEADINGS.len()];
 
-fn add_rows(lock: &LockStatus, rows: &mut Vec<Row>) {
-    // A key may hold what a terminal would obey.
-    let key = lock.key.as_deref().map_or(lock.id.clone(), |key| key.replace(char::is_control, "?"));
-    rows.extend(lock.holders.iter().map(|party| row(&key, "holds", party)));
-    rows.extend(lock.waiters.iter().map(|party| row(&key, "waits", party)));
-    let more = |count: u32, listed: usize| (count as usize).checked_sub(listed).filter(|&more| more > 0);
-    if let Some(more) = more(lock.holding, lock.holders.len()) {
-        rows.push(summary(&key, format!("{more} more hold")));
-    }
-    if let Some(more) = more(lock.waiting, lock.waiters.len()) {
-        rows.push(summary(&key, format!("{more} more wait")));
-    }
+/// The table for people, row by row.
+#[derive(Default)]
+struct Table {
+    rows: Vec<Row>,
+    /// Users' names, each looked up once.
+    users: HashMap<u32, String>,
 }
 
-fn row(key: &str, state: &str, party: &Party) -> Row {
-    let dash = |text: &str| if text.is_empty() { "-".to_string() } else { text.to_string() };
-    let name =
-        party.uid.and_then(|uid| User::from_uid(Uid::from_raw(uid)).ok().flatten()).map(|user| user.name);
-    let user = match (name, party.uid) {
-        (Some(name), _) => name,
-        (None, Some(uid)) => uid.to_string(),
-        (None, None) => dash(party.who.user.as_str()),
-    };
-    let pid = if party.who.pid == 0 { "-".into() } else { party.who.pid.to_string() };
-    let command = match party.protocol {
-        1 => "(protocol 1)".into(),
-        _ => dash(party.who.command.as_str()),
-    };
-    [key.into(), state.into(), pid, user, dash(party.who.host.as_str()), span(party.for_ms), command]
-}
-
-fn summary(key: &str, state: String) -> Row {
-    let mut row = Row::default();
-    row[0] = key.into();
-    row[1] = state;
-    row
-}
-
-fn print_table(rows: &mut [Row], out: &mut impl Write) -> io::Result<()> {
-    // Stable, so that within a key the holders and waiters stay in order.
-    rows.sort_by(|a, b| a[0].cmp(&b[0]));
-    let headings = HEADINGS.map(String::from);
-    let width = |column: usize| {
-        let cells = rows.iter().chain([&headings]).map(|row| row[column].chars().count());
-        cells.max().unwrap_or(0)
-    };
-    let widths: [usize; HEADINGS.len()] = std::array::from_fn(width);
-    for row in [&headings].into_iter().chain(rows.iter()) {
-        let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
-        writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
+impl Table {
+    fn add(&mut self, lock: &LockStatus) {
+        // A key may hold what a terminal would obey.
+        let key = lock.key.as_deref().map_or(lock.id.clone(), |key| key.replace(char::is_control, "?"));
+        for holder in &lock.holders {
+            let state = if holder.orphan { "orphan" } else { "holds" };
+            self.add_party(&key, state, holder);
+        }
+        for waiter in &lock.waiters {
+            self.add_party(&key, "waits", waiter);
+        }
+        self.add_rest(&key, lock.holding, lock.holders.len(), "hold");
+        self.add_rest(&key, lock.waiting, lock.waiters.len(), "wait");
     }
-    Ok(())
+
+    fn add_party(&mut self, key: &str, state: &str, party: &Party) {
+        let dash = |text: &str| if text.is_empty() { "-".to_string() } else { text.to_string() };
+        let user = match party.uid {
+            None => dash(party.who.user.as_str()),
+            Some(uid) => {
+                let name = self.users.entry(uid);
+                name.or_insert_with(|| names::user(uid).unwrap_or_else(|| uid.to_string())).clone()
+            }
+        };
+        let pid = if party.who.pid == 0 { "-".into() } else { party.who.pid.to_string() };
+        let command = match party.protocol {
+            1 => "(protocol 1)".into(),
+            _ => dash(party.who.command.as_str()),
+        };
+        let host = dash(party.who.host.as_str());
+        self.rows.push([key.into(), state.into(), pid, user, host, span(party.for_ms), command]);
+    }
+
+    /// Says how many there are beyond those that the daemon lists.
+    fn add_rest(&mut self, key: &str, count: u32, listed: usize, verb: &str) {
+        let rest = (count as usize).saturating_sub(listed);
+        if rest > 0 {
+            let mut row = Row::default();
+            row[0] = key.into();
+            row[1] = format!("{rest} more {verb}");
+            self.rows.push(row);
+        }
+    }
+
+    fn print(mut self, out: &mut impl Write) -> io::Result<()> {
+        // Stable, so that within a key the holders and waiters stay in order.
+        self.rows.sort_by(|a, b| a[0].cmp(&b[0]));
+        self.rows.insert(0, HEADINGS.map(String::from));
+        let width =
+            |column: usize| self.rows.iter().map(|row| row[column].chars().count()).max().unwrap_or(0);
+        let widths: [usize; HEADINGS.len()] = std::array::from_fn(width);
+        for row in &self.rows {
+            let cells = row.iter().zip(widths).map(|(cell, width)| format!("{cell:width$}"));
+            writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
+        }
+        Ok(())
+    }
 }
 
 /// A span of time as people say it: its two largest units.

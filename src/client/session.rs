@@ -6,10 +6,11 @@ use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv};
-use nix::unistd::{Uid, User};
+use nix::unistd::Uid;
 
 use super::{Dial, Error, Verdict, autostart};
 use crate::addr::{self, Addr};
+use crate::names;
 use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, PREAMBLE, Request, decode_answer, encode,
 };
@@ -223,8 +224,7 @@ fn check_trust(dial: &Dial, fd: &OwnedFd) -> Result<(), Error> {
     if uid == 0 || uid == Uid::effective().as_raw() || dial.trusted_uids.contains(&uid) {
         return Ok(());
     }
-    let user = User::from_uid(Uid::from_raw(uid)).ok().flatten().map(|user| user.name);
-    Err(Error::Untrusted { addr: dial.addr.clone(), uid, user })
+    Err(Error::Untrusted { addr: dial.addr.clone(), uid, user: names::user(uid) })
 }
 
 fn lost_or(doing: &'static str, error: nix::Error) -> Error {

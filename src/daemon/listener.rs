@@ -15,11 +15,12 @@ use std::path::{Path, PathBuf};
 
 use nix::sys::socket::{Backlog, listen};
 use nix::sys::stat::{Mode, umask};
-use nix::unistd::{Gid, Group};
+use nix::unistd::Gid;
 
 use super::Error;
 use super::claim::Claim;
 use crate::addr::{self, Addr};
+use crate::names;
 
 /// Who may connect to a Unix socket.
 #[derive(Clone, Debug)]
@@ -253,15 +254,8 @@ impl Listener {
 }
 
 fn group_id(name: &str) -> Result<Gid, Error> {
-    let unknown = |why: &str| Error::Group { name: name.into(), why: why.into() };
-    if let Ok(number) = name.parse() {
-        return Ok(Gid::from_raw(number));
-    }
-    match Group::from_name(name) {
-        Ok(Some(group)) => Ok(group.gid),
-        Ok(None) => Err(unknown("there is no such group")),
-        Err(e) => Err(unknown(e.desc())),
-    }
+    let gid = names::group(name).map_err(|e| Error::Group { name: name.into(), why: e.to_string() })?;
+    Ok(Gid::from_raw(gid))
 }
 
 impl fmt::Debug for Listener {
