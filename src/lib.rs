@@ -13,6 +13,7 @@
 //! | [`client`] | the blocking client |
 //! | [`addr`] | where a daemon is |
 //! | [`exit`] | the exit codes |
+//! | [`say()`] | one line on standard error |
 //! | [`journal`] | which locks are held, on disk, to survive a crash of the daemon |
 //! | [`table`] | the lock table: events in, effects out, nothing else |
 //! | [`proto`] | both wire protocols: bytes to messages and back, nothing else |
@@ -28,7 +29,9 @@ pub mod exit;
 pub mod journal;
 pub mod proto;
 pub mod run;
+mod say;
 pub mod status;
 pub mod table;
 
 pub use client::Client;
+pub use say::say;

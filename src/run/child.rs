@@ -224,11 +224,11 @@ impl Child {
     fn lost(&self, error: &client::Error, on_lost: OnLost) -> Lock {
         match on_lost {
             OnLost::Continue => {
-                eprintln!("kmutex: {error}; the command goes on without it");
+                crate::say(format_args!("{error}; the command goes on without it"));
                 Lock::Lost
             }
             OnLost::Kill(after) => {
-                eprintln!("kmutex: {error}; stopping the command");
+                crate::say(format_args!("{error}; stopping the command"));
                 descendants::signal(self.pid, Signal::SIGTERM);
                 Instant::now().checked_add(after).map_or(Lock::Lost, Lock::KillAt)
             }
