@@ -14,6 +14,7 @@
 //! | [`addr`] | where a daemon is |
 //! | [`names`] | names of users, groups and hosts |
 //! | [`exit`] | the exit codes |
+//! | [`say()`] | one line on standard error |
 //! | [`journal`] | which locks are held, on disk, to survive a crash of the daemon |
 //! | [`table`] | the lock table: events in, effects out, nothing else |
 //! | [`proto`] | both wire protocols: bytes to messages and back, nothing else |
@@ -30,7 +31,9 @@ pub mod journal;
 pub mod names;
 pub mod proto;
 pub mod run;
+mod say;
 pub mod status;
 pub mod table;
 
 pub use client::Client;
+pub use say::say;

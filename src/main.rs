@@ -32,7 +32,7 @@ fn main() -> ExitCode {
     };
     let code = result.unwrap_or_else(|Failure { message, code }| {
         if let Some(message) = message {
-            eprintln!("kmutex: {message}");
+            kmutex::say(message);
         }
         code
     });
@@ -177,7 +177,7 @@ impl From<clap::Error> for Failure {
 /// A panic is a bug; it gets one line and its own exit code, like any other error.
 fn report_panics() {
     std::panic::set_hook(Box::new(|info| {
-        eprintln!("kmutex: internal error: {}", info.to_string().replace('\n', ": "));
+        kmutex::say(format_args!("internal error: {}", info.to_string().replace('\n', ": ")));
         std::process::exit(Exit::Internal.code().into());
     }));
 }

@@ -144,7 +144,10 @@ impl Job {
             // No daemon came back in time. The lock ends with this process, which the next daemon can tell.
             Ok(_) | Err(client::Error::Closed) => {}
             Err(client::Error::Lost(why)) => {
-                eprintln!("kmutex: lost the lock {:?} while the command ran: {why}", self.key.as_str());
+                crate::say(format_args!(
+                    "lost the lock {:?} while the command ran: {why}",
+                    self.key.as_str()
+                ));
                 return Ok(Ended::Lost);
             }
             Err(e) => return Err(e.into()),
@@ -206,7 +209,7 @@ impl Job {
 
     fn say(&self, what: impl FnOnce() -> String) {
         if self.verbose {
-            eprintln!("kmutex: {}", what());
+            crate::say(what());
         }
     }
 }

@@ -1,15 +1,18 @@
 //! The child: starting it, passing signals on to it, and waiting for it.
 
+use std::ffi::OsStr;
 use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::Instant;
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
-use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid, waitpid};
-use nix::unistd::Pid;
+use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
+use nix::unistd::{AccessFlags, Pid, access};
+use rustix::process::{WaitOptions, waitpid};
 use signal_hook::consts::*;
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::WithOrigin;
@@ -117,13 +120,24 @@ fn spawn(command: &mut Command) -> io::Result<Pid> {
     let child = match command.spawn() {
         Err(e) if e.raw_os_error() == Some(nix::libc::ENOEXEC) => {
             let mut by_shell = Command::new("/bin/sh");
-            by_shell.arg(command.get_program()).args(command.get_args());
+            by_shell.arg(find(command.get_program())).args(command.get_args());
             by_shell.envs(command.get_envs().filter_map(|(name, value)| Some((name, value?))));
             by_shell.spawn()
         }
         other => other,
     }?;
     Ok(Pid::from_raw(child.id() as i32))
+}
+
+/// Where a program is that was found in `$PATH`: the shell, given the bare name, would look for a file here.
+fn find(program: &OsStr) -> PathBuf {
+    if program.as_encoded_bytes().contains(&b'/') {
+        return program.into();
+    }
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    let mut candidates = std::env::split_paths(&folders).map(|folder| folder.join(program));
+    let is_it = |path: &PathBuf| path.is_file() && access(path, AccessFlags::X_OK).is_ok();
+    candidates.find(is_it).unwrap_or_else(|| program.into())
 }
 
 struct Child {
@@ -144,23 +158,31 @@ enum Job {
 impl Child {
     /// Takes what there is to know of the child's state, without waiting. `Some`: it has ended.
     fn wait(&mut self) -> nix::Result<Option<Outcome>> {
-        let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WUNTRACED | WaitPidFlag::WCONTINUED;
+        let options = WaitOptions::NOHANG | WaitOptions::UNTRACED | WaitOptions::CONTINUED;
+        // Not nix's, which has no words for a command that died of a real-time signal.
+        let pid = rustix::process::Pid::from_raw(self.pid.as_raw());
         loop {
-            match waitpid(self.pid, Some(flags)) {
-                Ok(WaitStatus::Exited(_, status)) => return Ok(Some(Outcome::Exit(status as u8))),
-                Ok(WaitStatus::Signaled(_, signal, _)) => return Ok(Some(Outcome::Signal(signal as u8))),
-                Ok(WaitStatus::Stopped(_, signal)) if is_from_terminal(signal) => {
-                    self.job = Job::Stopped;
-                    // So that the shell sees the whole job stop. Returns when kmutex is continued.
-                    kill(Pid::this(), Signal::SIGSTOP)?;
-                }
-                // By somebody who will continue this one process: nothing to do with kmutex.
-                Ok(WaitStatus::Stopped(..)) => {}
-                Ok(WaitStatus::Continued(_)) if self.job == Job::Stopped => self.job = Job::Continued,
-                Ok(WaitStatus::Continued(_)) => {}
-                Ok(_) => return Ok(None),
-                Err(nix::Error::EINTR) => {}
-                Err(e) => return Err(e),
+            let status = match waitpid(pid, options) {
+                Ok(Some((_, status))) => status,
+                Ok(None) => return Ok(None),
+                Err(rustix::io::Errno::INTR) => continue,
+                Err(e) => return Err(nix::Error::from_raw(e.raw_os_error())),
+            };
+            if let Some(status) = status.exit_status() {
+                return Ok(Some(Outcome::Exit(status as u8)));
+            }
+            if let Some(signal) = status.terminating_signal() {
+                return Ok(Some(Outcome::Signal(signal as u8)));
+            }
+            // By any other signal it was stopped by somebody who will continue this one process: nothing to do with
+            // kmutex.
+            if status.stopping_signal().is_some_and(is_from_terminal) {
+                self.job = Job::Stopped;
+                // So that the shell sees the whole job stop. Returns when kmutex is continued.
+                kill(Pid::this(), Signal::SIGSTOP)?;
+            }
+            if status.continued() && self.job == Job::Stopped {
+                self.job = Job::Continued;
             }
         }
     }
@@ -202,11 +224,11 @@ impl Child {
     fn lost(&self, error: &client::Error, on_lost: OnLost) -> Lock {
         match on_lost {
             OnLost::Continue => {
-                eprintln!("kmutex: {error}; the command goes on without it");
+                crate::say(format_args!("{error}; the command goes on without it"));
                 Lock::Lost
             }
             OnLost::Kill(after) => {
-                eprintln!("kmutex: {error}; stopping the command");
+                crate::say(format_args!("{error}; stopping the command"));
                 descendants::signal(self.pid, Signal::SIGTERM);
                 Instant::now().checked_add(after).map_or(Lock::Lost, Lock::KillAt)
             }
@@ -215,8 +237,8 @@ impl Child {
 }
 
 /// True for the signals by which a terminal stops a job.
-fn is_from_terminal(signal: Signal) -> bool {
-    matches!(signal, Signal::SIGTSTP | Signal::SIGTTIN | Signal::SIGTTOU)
+fn is_from_terminal(signal: i32) -> bool {
+    matches!(signal, SIGTSTP | SIGTTIN | SIGTTOU)
 }
 
 /// The signals that kmutex is sent, and those about its child, each with its origin.

@@ -4,8 +4,9 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{Read, Write};
+use std::io::{Read, Seek, Write};
 use std::net::{Shutdown, TcpStream};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
@@ -58,6 +59,19 @@ impl Daemon {
         let daemon = Daemon { folder, process };
         daemon.wait_for_log("serving on");
         daemon
+    }
+
+    /// Kills the daemon and starts another one in its place, with these options.
+    pub fn restart(&mut self, options: &[&str]) {
+        self.kill();
+        self.process = Daemon::spawn(&self.folder, options);
+        self.wait_for_log("serving on");
+    }
+
+    /// Kills the daemon, as `kill -9` does, and waits until it is gone.
+    pub fn kill(&mut self) {
+        self.process.signal(Signal::SIGKILL);
+        assert_eq!(self.process.wait(), 128 + 9);
     }
 
     fn spawn(folder: &TempDir, options: &[&str]) -> Process {
@@ -197,7 +211,10 @@ pub struct Process {
 
 impl Process {
     pub fn spawn(command: &mut Command) -> Process {
-        Process { child: command.spawn().unwrap(), pending: Vec::new() }
+        let child = command.spawn();
+        let child = child
+            .unwrap_or_else(|e| panic!("cannot start {:?}, which is needed: {e}", command.get_program()));
+        Process { child, pending: Vec::new() }
     }
 
     pub fn pid(&self) -> Pid {
@@ -253,6 +270,46 @@ impl Drop for Process {
         // It may have ended, and been waited for, already.
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+/// What a process that has ended leaves behind.
+#[derive(Debug)]
+pub struct Finished {
+    /// Its exit code; 128 and the signal if it died of one.
+    pub code: i32,
+    pub stdout: String,
+    pub stderr: String,
+}
+
+/// Runs a command to its end, for which it has [`PATIENCE`]. It may leave processes behind that have its output open.
+pub fn finish(command: &mut Command) -> Finished {
+    let [mut stdout, mut stderr] = [tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap()];
+    command.stdout(stdout.try_clone().unwrap()).stderr(stderr.try_clone().unwrap());
+    let code = Process::spawn(command).wait();
+    let text = |file: &mut File| String::from_utf8_lossy(&read_from_start(file)).into_owned();
+    Finished { code, stdout: text(&mut stdout), stderr: text(&mut stderr) }
+}
+
+impl Finished {
+    /// It ended with this code and had nothing to say. Returns its output.
+    #[track_caller]
+    pub fn quietly(self, code: i32) -> String {
+        assert_eq!((self.code, self.stderr.as_str()), (code, ""), "{self:?}");
+        self.stdout
+    }
+
+    /// It ended with this code, and with one line that names what is wrong.
+    #[track_caller]
+    pub fn complaining(self, code: i32, words: &[&str]) {
+        assert_eq!(self.code, code, "{self:?}");
+        let is_one_line = self.stderr.lines().count() == 1 && self.stderr.ends_with('\n');
+        assert!(is_one_line && self.stderr.starts_with("kmutex: "), "not one line of kmutex: {self:?}");
+        assert!(!self.stderr.trim_end().contains(char::is_control), "not for a terminal: {self:?}");
+        for word in words {
+            assert!(self.stderr.contains(word), "{word:?} is missing: {self:?}");
+        }
+        assert_eq!(self.stdout, "", "{self:?}");
     }
 }
 
@@ -374,4 +431,17 @@ impl<S: Stream> Wire<S> {
         self.pending.extend_from_slice(&buffer[..bytes]);
         bytes
     }
+}
+
+/// Everything that is in an open file.
+pub fn read_from_start(file: &mut File) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    file.rewind().unwrap();
+    file.read_to_end(&mut bytes).unwrap();
+    bytes
+}
+
+/// Lets everybody execute a file.
+pub fn make_executable(path: &Path) {
+    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
 }

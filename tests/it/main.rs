@@ -2,3 +2,4 @@
 
 mod harness;
 mod purity;
+mod run;
