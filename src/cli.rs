@@ -25,20 +25,25 @@ pub struct Cli {
 #[derive(Debug, Subcommand)]
 pub enum Command {
     /// Run a command under a lock
+    ///
+    /// Acquires the lock of KEY, runs COMMAND, and releases the lock. If somebody else holds the key, waits until that
+    /// holder is done and then does not run COMMAND, because the work has just been done: the exit status says so. With
+    /// --queue, waits for its turn and runs COMMAND always, as flock(1) does. Should a holder vanish without being
+    /// done, one of those who wait takes its place.
+    ///
+    /// If nothing listens on the socket, starts a daemon there, which ends itself after a minute without use.
     Run(Run),
     /// Show who holds which locks, and who waits
+    ///
+    /// A table for people, or with --json one JSON object a line for programs.
     Status(Status),
     /// Serve locks: the daemon
+    ///
+    /// Serves protocols 1 and 2 of docs/protocol.md on each socket given, in the foreground, until HUP, INT or TERM.
     Serve(Serve),
 }
 
-/// Run a command under a lock
-///
-/// Acquires the lock of KEY, runs COMMAND, and releases the lock. If somebody else holds the key, waits until that
-/// holder is done and then does not run COMMAND, because the work has just been done: the exit status says so. With
-/// --queue, waits for its turn and runs COMMAND always, as flock(1) does.
-///
-/// If nothing listens on the socket, starts a daemon there, which ends itself after a minute without use.
+/// What `kmutex run` takes.
 #[derive(Args, Debug)]
 #[command(
     override_usage = "kmutex run [OPTIONS] KEY [--] COMMAND [ARG]...\n       kmutex run [OPTIONS] KEY -c SHELL_COMMAND"
@@ -135,9 +140,7 @@ pub enum OnLost {
     Continue,
 }
 
-/// Show who holds which locks, and who waits
-///
-/// A table for people, or with --json one JSON object a line for programs.
+/// What `kmutex status` takes.
 #[derive(Args, Debug)]
 pub struct Status {
     /// Show only the lock of this key
@@ -166,9 +169,7 @@ pub struct Daemon {
     pub trust_uid: Vec<u32>,
 }
 
-/// Serve locks: the daemon
-///
-/// Serves protocols 1 and 2 of docs/protocol.md on each socket given, in the foreground, until HUP, INT or TERM.
+/// What `kmutex serve` takes.
 #[derive(Args, Debug)]
 pub struct Serve {
     /// Serve here: a path, a PORT (of 127.0.0.1 and ::1), HOST:PORT, or [V6]:PORT; may be given several times

@@ -1,0 +1,65 @@
+# make, make test, make install: see README.md and CONTRIBUTING.md.
+
+PREFIX ?= /usr/local
+DESTDIR ?=
+
+CARGO ?= cargo
+# .cargo/config.toml builds for the host by its name, so that is where the program is.
+HOST := $(shell rustc -vV | sed -n 's/^host: //p')
+PROGRAM := target/$(HOST)/release/kmutex
+
+BIN := $(DESTDIR)$(PREFIX)/bin
+MAN := $(DESTDIR)$(PREFIX)/share/man/man1
+BASH_COMPLETIONS := $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+ZSH_COMPLETIONS := $(DESTDIR)$(PREFIX)/share/zsh/site-functions
+FISH_COMPLETIONS := $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
+UNITS := $(DESTDIR)$(PREFIX)/lib/systemd/system
+
+.PHONY: build test test-tools lint generate check-generated fuzz soak install install-keyedmutexd uninstall
+
+build:
+	$(CARGO) build --release --locked
+
+# Everything, with the tools that the tests use; a tool that is missing and cannot be installed is an error.
+test: test-tools
+	$(CARGO) test --locked --features failpoints
+
+test-tools:
+	./tests/install-tools
+
+lint:
+	$(CARGO) fmt --check
+	$(CARGO) clippy --locked --all-targets --features failpoints -- --deny warnings
+	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --no-deps --document-private-items
+
+# The man pages and the completions, from the definition of the command line.
+generate:
+	$(CARGO) run --quiet --locked --example generate .
+
+check-generated:
+	rm -rf target/generated
+	$(CARGO) run --quiet --locked --example generate target/generated
+	diff -r -x sections man target/generated/man
+	diff -r completions target/generated/completions
+
+# For an hour; KMUTEX_CHAOS_SECS says how many seconds.
+soak:
+	KMUTEX_CHAOS_SECS=$${KMUTEX_CHAOS_SECS:-3600} $(CARGO) test --locked --release --test chaos -- --nocapture
+
+# What `make` has built, and nothing else, so that it needs no cargo as root.
+install:
+	@test -x $(PROGRAM) || { echo "run make first: there is no $(PROGRAM)" >&2; exit 1; }
+	install -d $(BIN) $(MAN) $(BASH_COMPLETIONS) $(ZSH_COMPLETIONS) $(FISH_COMPLETIONS)
+	install -m 755 $(PROGRAM) $(BIN)/kmutex
+	install -m 644 man/*.1 $(MAN)
+	install -m 644 completions/kmutex.bash $(BASH_COMPLETIONS)/kmutex
+	install -m 644 completions/_kmutex $(ZSH_COMPLETIONS)/_kmutex
+	install -m 644 completions/kmutex.fish $(FISH_COMPLETIONS)/kmutex.fish
+
+# In the place of KeyedMutex's daemon.
+install-keyedmutexd: install
+	ln -sf kmutex $(BIN)/keyedmutexd
+
+uninstall:
+	rm -f $(BIN)/kmutex $(BIN)/keyedmutexd $(MAN)/kmutex.1 $(MAN)/kmutex-*.1 $(BASH_COMPLETIONS)/kmutex \
+		$(ZSH_COMPLETIONS)/_kmutex $(FISH_COMPLETIONS)/kmutex.fish

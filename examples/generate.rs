@@ -1,0 +1,59 @@
+//! Writes the man pages and the completions, from the command line's definition, into a folder: `generate FOLDER`.
+//!
+//! What clap cannot know (exit status, environment, files, examples) is in `man/sections/`, written by hand, once.
+
+use std::fs;
+use std::io;
+use std::path::Path;
+
+use clap::{Command, CommandFactory};
+use clap_complete::{Shell, generate_to};
+use clap_mangen::Man;
+use kmutex::cli::Cli;
+
+/// The hand-written sections, and the pages that they go to.
+const SECTIONS: [(&str, &str); 4] = [
+    ("kmutex", include_str!("../man/sections/kmutex.roff")),
+    ("kmutex-run", include_str!("../man/sections/kmutex-run.roff")),
+    ("kmutex-status", include_str!("../man/sections/kmutex-status.roff")),
+    ("kmutex-serve", include_str!("../man/sections/kmutex-serve.roff")),
+];
+
+fn main() -> io::Result<()> {
+    let Some(folder) = std::env::args_os().nth(1) else {
+        return Err(io::Error::other("usage: generate FOLDER"));
+    };
+    let folder = Path::new(&folder);
+    let (man, completions) = (folder.join("man"), folder.join("completions"));
+    fs::create_dir_all(&man)?;
+    fs::create_dir_all(&completions)?;
+
+    let mut cli = Cli::command();
+    cli.build();
+    write_page(&man, &cli, "kmutex")?;
+    for command in cli.get_subcommands() {
+        write_page(&man, command, &format!("kmutex-{}", command.get_name()))?;
+    }
+    for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
+        generate_to(shell, &mut Cli::command(), "kmutex", &completions)?;
+    }
+    Ok(())
+}
+
+fn write_page(folder: &Path, command: &Command, name: &str) -> io::Result<()> {
+    let Some((_, sections)) = SECTIONS.iter().find(|(page, _)| *page == name) else {
+        return Err(io::Error::other(format!("man/sections/{name}.roff is missing")));
+    };
+    let man = Man::new(command.clone().display_name(name)).title(name.to_uppercase());
+    let mut page = Vec::new();
+    man.render_title(&mut page)?;
+    man.render_name_section(&mut page)?;
+    man.render_synopsis_section(&mut page)?;
+    man.render_description_section(&mut page)?;
+    man.render_options_section(&mut page)?;
+    if command.has_subcommands() {
+        man.render_subcommands_section(&mut page)?;
+    }
+    page.extend_from_slice(sections.as_bytes());
+    fs::write(folder.join(format!("{name}.1")), page)
+}
