@@ -14,13 +14,21 @@ struct Scene {
 
 impl Scene {
     fn new() -> Scene {
-        Scene { table: Table::new(1, Token(100), Some(LIMIT)), now: Millis(5_000) }
+        Scene {
+            table: Table::new(Config { hash_key: 1, first_token: Token(100), hold_limit: Some(LIMIT) }),
+            now: Millis(5_000),
+        }
     }
 
-    fn told(&mut self, call: impl FnOnce(&mut Table, Millis, &mut Vec<Effect>)) -> Vec<(u32, What)> {
-        let mut effects = Vec::new();
+    fn told(&mut self, call: impl FnOnce(&mut Table, Millis, &mut Effects)) -> Vec<(u32, What)> {
+        let mut effects = Effects::default();
         call(&mut self.table, self.now, &mut effects);
-        effects.into_iter().map(|Effect { client, what, .. }| (client.0, what)).collect()
+        let told = effects.tell.into_iter().map(|Effect { client, what, .. }| match what {
+            // Places have a test of their own.
+            What::Waiting { ahead, .. } => waiting(client.0, ahead),
+            what => (client.0, what),
+        });
+        told.collect()
     }
 
     fn v1(&mut self, client: u32) -> Vec<(u32, What)> {
@@ -28,7 +36,11 @@ impl Scene {
     }
 
     fn ask(&mut self, client: u32, asked: LockRequest) -> Vec<(u32, What)> {
-        self.told(|table, now, effects| table.lock(now, ClientId(client), Box::new(asked), effects))
+        self.told(|table, now, effects| {
+            table
+                .lock(now, ClientId(client), None, Box::new(asked), effects)
+                .expect("it names no other's request");
+        })
     }
 
     fn release(&mut self, client: u32, outcome: Outcome) -> Vec<(u32, What)> {
@@ -40,7 +52,11 @@ impl Scene {
     }
 
     fn settle(&mut self) -> Vec<(u32, What)> {
-        self.told(|table, now, effects| table.settle(now, effects))
+        self.told(|table, now, effects| {
+            if let Some(mark) = table.deferred() {
+                table.settle(now, mark, effects);
+            }
+        })
     }
 }
 
@@ -69,7 +85,7 @@ fn granted(client: u32, token: u64) -> (u32, What) {
 }
 
 fn waiting(client: u32, ahead: u32) -> (u32, What) {
-    (client, What::Waiting { ahead })
+    (client, What::Waiting { ahead, place: 0 })
 }
 
 fn finished(client: u32, outcome: Outcome, token: u64) -> (u32, What) {

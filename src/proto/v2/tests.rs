@@ -41,8 +41,9 @@ fn any_mode() -> impl Strategy<Value = Mode> {
 fn any_lock_request() -> impl Strategy<Value = LockRequest> {
     let slots = prop_oneof![Just((true, 1)), (1..=SLOTS_MAX).prop_map(|slots| (false, slots))];
     let nonce = option::of(any::<u128>().prop_map(Nonce));
-    (any_key(), nonce, any_mode(), slots, any::<bool>(), any::<bool>(), any_who()).prop_map(
-        |(key, nonce, mode, (shared, slots), nowait, exec, who)| LockRequest {
+    let resumed = (option::of(any_token()), option::of(any::<u32>()), option::of(any::<u64>()));
+    (any_key(), nonce, any_mode(), slots, any::<bool>(), any::<bool>(), any_who(), resumed).prop_map(
+        |(key, nonce, mode, (shared, slots), nowait, exec, who, (holds, child, place))| LockRequest {
             key,
             nonce,
             mode,
@@ -50,6 +51,9 @@ fn any_lock_request() -> impl Strategy<Value = LockRequest> {
             slots,
             nowait,
             exec,
+            holds,
+            child,
+            place,
             who,
         },
     )
@@ -60,6 +64,8 @@ fn any_request() -> impl Strategy<Value = Request> {
         4 => any_lock_request().prop_map(|asked| Request::Lock(Box::new(asked))),
         1 => any_outcome().prop_map(|outcome| Request::Release { outcome }),
         1 => option::of(any_key()).prop_map(|key| Request::Status { key }),
+        1 => (1..=u32::MAX).prop_map(|pid| Request::Child { pid }),
+        1 => any_key().prop_map(|key| Request::Break { key }),
         1 => Just(Request::Ping),
     ]
 }
@@ -71,8 +77,8 @@ fn any_token() -> impl Strategy<Value = Token> {
 fn any_party() -> impl Strategy<Value = Party> {
     let token = option::of(any_token());
     let mode = option::of(any_mode());
-    (1..=2_u8, option::of(any::<u32>()), any_who(), any::<u64>(), token, mode, any::<bool>()).prop_map(
-        |(protocol, uid, who, for_ms, token, mode, shared)| Party {
+    (1..=2_u8, option::of(any::<u32>()), any_who(), any::<u64>(), token, mode, any::<bool>(), any::<bool>())
+        .prop_map(|(protocol, uid, who, for_ms, token, mode, shared, orphan)| Party {
             protocol,
             uid,
             who,
@@ -80,8 +86,8 @@ fn any_party() -> impl Strategy<Value = Party> {
             token,
             mode,
             shared,
-        },
-    )
+            orphan,
+        })
 }
 
 fn any_status() -> impl Strategy<Value = LockStatus> {
@@ -101,11 +107,18 @@ fn any_status() -> impl Strategy<Value = LockStatus> {
 fn any_answer() -> impl Strategy<Value = Answer> {
     use ErrorCode::*;
     let parties = || vec(any_party(), 0..3);
-    let code = select(&[BadFrame, UnknownType, BadRequest, BadKey, WrongState, Other]);
+    let code =
+        select(&[BadFrame, UnknownType, BadRequest, BadKey, WrongState, NotPermitted, CannotRecord, Other]);
     prop_oneof![
         (any_string(0..20), any::<u32>()).prop_map(|(version, pid)| Answer::Hello { version, pid }),
         any_token().prop_map(|token| Answer::Granted { token }),
-        (parties(), any::<u32>()).prop_map(|(holders, ahead)| Answer::Waiting { holders, ahead }),
+        (parties(), any::<u32>(), any::<u64>()).prop_map(|(holders, ahead, place)| Answer::Waiting {
+            holders,
+            ahead,
+            place
+        }),
+        any_text().prop_map(|why| Answer::Lost { why }),
+        Just(Answer::Broken),
         (any_outcome(), any_token()).prop_map(|(outcome, token)| Answer::Finished { outcome, token }),
         parties().prop_map(|holders| Answer::Busy { holders }),
         Just(Answer::Released),
@@ -309,6 +322,7 @@ fn the_longest_status_line_fits_a_frame() {
         token: Some(Token(u64::MAX)),
         mode: Some(Mode::Queue),
         shared: true,
+        orphan: true,
     };
     let key = Key::new("\u{1}".repeat(KEY_BYTES_MAX)).unwrap();
     let status = LockStatus {

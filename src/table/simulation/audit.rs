@@ -1,8 +1,7 @@
 //! What must hold of the table's own insides, whatever has happened to it.
 
 use super::super::list::List;
-use super::super::{Millis, RequestId, Stage, Table};
-use crate::proto::v2::Mode;
+use super::super::{ClientId, Line, Millis, RequestId, Stage, Table};
 
 impl Table {
     /// Panics when the table's parts contradict each other.
@@ -24,14 +23,13 @@ impl Table {
         let found = self.by_id.find(lock.hash, |&other| other as usize == index);
         assert!(found.is_some(), "a lock is not found by its identity");
         let holders = self.audit_list(lock.holders, Stage::Holding);
-        let lines =
-            [(lock.v1_waiters, None), (lock.once_waiters, Some(Mode::Once)), (lock.queue, Some(Mode::Queue))];
-        let lines = lines.map(|(line, mode)| {
+        let lines = [(lock.v1_waiters, Line::V1), (lock.once_waiters, Line::Once), (lock.queue, Line::Queue)];
+        let lines = lines.map(|(line, kind)| {
             let ids = self.audit_list(line, Stage::Waiting);
             let order = |id: &RequestId| self.requests[id.index()].order;
             assert!(ids.is_sorted_by_key(order), "a line is not in the order of arrival");
-            let asked = |id: &RequestId| self.requests[id.index()].asked.as_ref().map(|asked| asked.mode);
-            assert!(ids.iter().all(|id| asked(id) == mode), "a request waits in the wrong line");
+            let its = |id: &RequestId| self.requests[id.index()].line;
+            assert!(ids.iter().all(|id| its(id) == kind), "a request waits in the wrong line");
             ids
         });
         let all = holders.iter().chain(lines.iter().flatten());
@@ -57,20 +55,26 @@ impl Table {
         let known = self.request_of.iter().enumerate().filter_map(|(client, id)| Some((client, (*id)?)));
         let mut count = 0;
         for (client, id) in known {
-            assert_eq!(self.requests[id.index()].client.0 as usize, client, "a client has another's request");
+            assert_eq!(
+                self.requests[id.index()].client,
+                Some(ClientId(client as u32)),
+                "a client has another's request"
+            );
             count += 1;
         }
-        assert_eq!(count, self.requests.len(), "a request has no client");
+        assert_eq!(count + self.orphans.len(), self.requests.len(), "a request has no client");
     }
 
     fn audit_deadlines(&self) {
         let limited = |(_, request): &(usize, &super::super::Request)| {
-            request.stage == Stage::Holding && request.asked.is_none() && self.hold_limit.is_some()
+            request.stage == Stage::Holding && request.deadline != Millis::NEVER
         };
         let mut count = 0;
         for (index, request) in self.requests.iter().filter(limited) {
-            let deadline = Millis(request.since.0 + self.hold_limit.unwrap_or_default().0);
-            assert!(self.deadlines.contains(&(deadline, RequestId::new(index))), "a hold has no deadline");
+            assert!(
+                self.deadlines.contains(&(request.deadline, RequestId::new(index))),
+                "a hold has no deadline"
+            );
             count += 1;
         }
         assert_eq!(count, self.deadlines.len(), "a deadline outlives its hold");

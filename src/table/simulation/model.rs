@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
-use super::super::{ClientId, Effect, Millis, What};
+use super::super::{Change, ClientId, Effect, Millis, What};
 use super::tally::Tally;
 use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{Key, LockId, Outcome, Token};
@@ -113,6 +113,10 @@ pub(super) struct Model {
     last_token: Option<Token>,
     arrivals: u64,
     ended: Vec<Ended>,
+    /// Who is recorded to hold something since the step under way.
+    granting: Vec<u32>,
+    /// The tokens of the holds that the journal knows.
+    recorded: BTreeSet<Token>,
     now: Millis,
 }
 
@@ -138,6 +142,8 @@ impl Model {
             last_token: None,
             arrivals: 0,
             ended: Vec::new(),
+            granting: Vec::new(),
+            recorded: BTreeSet::new(),
             now: Millis(0),
         }
     }
@@ -164,6 +170,19 @@ impl Model {
         }
     }
 
+    /// Follows what is to be recorded before anybody is told: the journal must always know all who hold.
+    pub(super) fn record(&mut self, changes: &[Change]) {
+        self.granting.clear();
+        for change in changes {
+            match change {
+                Change::Held(ClientId(client)) => self.granting.push(*client),
+                Change::Ended(token) => {
+                    assert!(self.recorded.remove(token), "a hold that was not recorded ends")
+                }
+            }
+        }
+    }
+
     /// Follows one effect, and panics when it breaks a rule.
     pub(super) fn hear(&mut self, event: Event, effect: &Effect) {
         let ClientId(client) = effect.client;
@@ -179,10 +198,11 @@ impl Model {
         }
         match effect.what {
             What::Granted(token) => self.granted(client, about, token),
-            What::Waiting { ahead } => self.told_to_wait(event, client, about, ahead),
+            What::Waiting { ahead, .. } => self.told_to_wait(event, client, about, ahead),
             What::Finished(outcome, token) => self.finished(client, about, outcome, token),
             What::Busy => self.told_busy(event, client, about),
             What::Expired => self.expired(event, client),
+            What::Lost(_) | What::Superseded => panic!("nobody resumes or breaks anything here"),
         }
     }
 
@@ -203,7 +223,8 @@ impl Model {
             }
             _ => {}
         }
-        for Ended { key, outcome, successor, .. } in &self.ended {
+        for Ended { key, outcome, successor, token } in &self.ended {
+            assert!(!self.recorded.contains(token), "a hold that has ended is still recorded");
             let lock = &self.locks[*key];
             assert!(lock.v1.is_empty(), "a protocol 1 waiter is not told of a release");
             if *outcome != Outcome::Vanished {
@@ -275,6 +296,8 @@ impl Model {
 
     fn granted(&mut self, client: u32, about: Client, token: Token) {
         assert!(self.last_token < Some(token), "tokens do not grow");
+        assert!(self.granting.contains(&client), "it is told of a grant that is not recorded");
+        self.recorded.insert(token);
         self.last_token = Some(token);
         assert!(self.fits(client), "it is granted beside holders that do not admit it");
         let lock = &mut self.locks[about.key];

@@ -2,7 +2,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
-use super::super::{ClientId, Effect, Millis, RequestView, Table, What};
+use super::super::{ClientId, Config, Effect, Effects, Millis, RequestView, Table, What};
 use super::model::{Event, Model, Stage, Wish};
 use super::tally::Tally;
 use crate::proto::v1::State;
@@ -84,7 +84,7 @@ pub(super) struct World {
     model: Model,
     /// Which protocol each client speaks, until another comes under its number.
     speaks_v1: Vec<bool>,
-    effects: Vec<Effect>,
+    effects: Effects,
 }
 
 impl World {
@@ -99,10 +99,10 @@ impl World {
             step: 0,
             past: VecDeque::new(),
             now: Millis(chance.below(1_000_000)),
-            table: Table::new(hash_key, first_token, hold_limit),
+            table: Table::new(Config { hash_key, first_token, hold_limit }),
             model: Model::new(clients, odds.hot_keys as usize + COLD_KEYS, hold_limit),
             speaks_v1: (0..clients).map(|_| chance.percent(odds.v1)).collect(),
-            effects: Vec::new(),
+            effects: Effects::default(),
             chance,
             odds,
         }
@@ -227,9 +227,10 @@ impl World {
         self.model.begin(self.now, event);
         let mut effects = std::mem::take(&mut self.effects);
         self.feed(event, &mut effects);
-        effects.iter().for_each(|effect| self.model.hear(event, effect));
+        self.model.record(&effects.record);
+        effects.tell.iter().for_each(|effect| self.model.hear(event, effect));
         self.model.end(event);
-        self.check_touched(&effects);
+        self.check_touched(&effects.tell);
         if self.step.is_multiple_of(STEPS_PER_FULL_CHECK) {
             self.check_everything();
         }
@@ -237,30 +238,38 @@ impl World {
             self.speaks_v1[client as usize] = self.chance.percent(self.odds.v1);
         }
         let expired = |effect: Effect| (effect.what == What::Expired).then_some(effect.client.0);
-        let closed: Vec<u32> = effects.drain(..).filter_map(expired).collect();
+        let closed: Vec<u32> = effects.tell.drain(..).filter_map(expired).collect();
+        effects.record.clear();
         self.effects = effects;
         closed.into_iter().for_each(|client| self.act(Event::Gone { client }));
     }
 
-    fn feed(&mut self, event: Event, effects: &mut Vec<Effect>) {
+    fn feed(&mut self, event: Event, effects: &mut Effects) {
         let (table, now) = (&mut self.table, self.now);
         match event {
             Event::Ask { client, key, wish } => {
                 let (client, lock) = (ClientId(client), &self.model.locks[key]);
                 match wish.v1 {
                     true => table.lock_v1(now, client, lock.id, effects),
-                    false => table.lock(now, client, Box::new(wish.request(lock.key.clone())), effects),
+                    false => {
+                        let asked = Box::new(wish.request(lock.key.clone()));
+                        table.lock(now, client, None, asked, effects).expect("it names no other's request");
+                    }
                 }
             }
             Event::Release { client, outcome } => table.release(now, ClientId(client), outcome, effects),
             Event::Gone { client } => table.gone(now, ClientId(client), effects),
-            Event::Settle => table.settle(now, effects),
+            Event::Settle => {
+                if let Some(mark) = table.deferred() {
+                    table.settle(now, mark, effects);
+                }
+            }
             Event::Expire => table.expire(now, effects),
         }
     }
 
     fn check_touched(&self, effects: &[Effect]) {
-        assert_eq!(self.table.has_deferred(), !self.model.deferred.is_empty());
+        assert_eq!(self.table.deferred().is_some(), !self.model.deferred.is_empty());
         let deadline = self.model.deadlines.first().map(|&(at, _)| at);
         assert_eq!(self.table.next_deadline(), deadline, "the next deadline is wrong");
         effects.iter().for_each(|effect| self.check_client(effect.client.0));
@@ -284,7 +293,8 @@ impl World {
         assert_eq!(self.table.state(ClientId(client)), state, "the state of client {client}");
         let request =
             self.table.request_of(ClientId(client)).map(|(lock, request)| (lock.id(), request.client));
-        let asked = (state != State::Idle).then(|| (self.model.locks[believed.key].id, ClientId(client)));
+        let asked =
+            (state != State::Idle).then(|| (self.model.locks[believed.key].id, Some(ClientId(client))));
         assert_eq!(request, asked, "the request of client {client}");
     }
 
@@ -309,16 +319,21 @@ impl World {
     fn check_views<'a>(&self, shown: impl Iterator<Item = RequestView<'a>>, believed: &[u32]) {
         let mut believed = believed.iter();
         for view in shown {
-            assert_eq!(Some(&view.client.0), believed.next(), "another client is shown");
-            let client = self.model.client(view.client.0);
+            let ClientId(number) = view.client.expect("nobody resumes here");
+            assert_eq!(Some(&number), believed.next(), "another client is shown");
+            let client = self.model.client(number);
             let token = match client.stage {
                 Stage::Holding(token) => Some(token),
                 _ => None,
             };
-            assert_eq!((view.token, view.since), (token, client.since), "of client {}", view.client.0);
+            assert_eq!(
+                (view.held.map(|held| held.token), view.since),
+                (token, client.since),
+                "of client {number}"
+            );
             let shown = view.asked.map(|asked| (asked.mode, asked.shared, asked.slots, asked.exec));
             let Wish { v1, mode, shared, slots, exec, .. } = client.wish;
-            assert_eq!(shown, (!v1).then_some((mode, shared, slots, exec)), "of client {}", view.client.0);
+            assert_eq!(shown, (!v1).then_some((mode, shared, slots, exec)), "of client {number}");
         }
         assert_eq!(believed.next(), None, "a client is not shown");
     }
