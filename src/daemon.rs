@@ -26,11 +26,14 @@ mod v1;
 mod v2;
 
 use std::fmt;
+use std::fs::File;
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::time::Duration;
 
 use ::log::info;
+#[cfg(target_os = "linux")]
+use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
 use crate::addr::{self, Addr, Reason};
 use crate::exit::Exit;
@@ -135,13 +138,24 @@ fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Er
 /// Tells whoever started this, if it asked: by a newline on a descriptor, or as systemd wants it (sd_notify(3)).
 fn tell_ready(descriptor: Option<u32>) -> io::Result<()> {
     if let Some(number) = descriptor {
-        // Opened by its name, since there is no safe way to use a number that came from outside as a descriptor.
-        let mut file = std::fs::OpenOptions::new().write(true).open(format!("/dev/fd/{number}"))?;
-        file.write_all(b"\n")?;
         let number = i32::try_from(number).map_err(io::Error::other)?;
+        descriptor_of_ours(number)?.write_all(b"\n")?;
         nix::unistd::close(number)?;
     }
     sd_notify::notify(&[sd_notify::NotifyState::Ready])
+}
+
+/// A second descriptor of an open file whose number came from outside, which there is no safe way to use as it is.
+fn descriptor_of_ours(number: i32) -> io::Result<File> {
+    // Asked of the kernel: to open it by its name fails for the pipe of a supervisor that is another user, and for a
+    // socket.
+    #[cfg(target_os = "linux")]
+    if let Ok(process) = pidfd_open(getpid(), PidfdFlags::empty())
+        && let Ok(file) = pidfd_getfd(process, number, PidfdGetfdFlags::empty())
+    {
+        return Ok(file.into());
+    }
+    File::options().write(true).open(format!("/dev/fd/{number}"))
 }
 
 /// Closes all files but the standard ones, so that nobody waits for the end of a pipe of which a daemon keeps an end.

@@ -61,9 +61,11 @@ impl Daemon {
         daemon
     }
 
-    /// Kills the daemon and starts another one in its place, with these options.
+    /// Kills the daemon, unless it is dead already, and starts another one in its place, with these options.
     pub fn restart(&mut self, options: &[&str]) {
-        self.kill();
+        if self.process.is_running() {
+            self.kill();
+        }
         self.process = Daemon::spawn(&self.folder, options);
         self.wait_for_log("serving on");
     }
@@ -444,4 +446,9 @@ pub fn read_from_start(file: &mut File) -> Vec<u8> {
 /// Lets everybody execute a file.
 pub fn make_executable(path: &Path) {
     fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+}
+
+/// Lets everybody make files in a folder.
+pub fn open_to_all(folder: &Path) {
+    fs::set_permissions(folder, fs::Permissions::from_mode(0o777)).unwrap();
 }

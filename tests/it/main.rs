@@ -1,5 +1,6 @@
 //! All integration tests: one binary, a file a topic, one harness.
 
+mod errors;
 mod harness;
 mod purity;
 mod run;
