@@ -217,7 +217,7 @@ fn what_has_control_characters_is_named_without_them() {
 #[test]
 fn an_error_that_nobody_can_read_has_its_exit_code_all_the_same() {
     let daemon = Daemon::start();
-    let mut run = |args: &[&str]| {
+    let run = |args: &[&str]| {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
         Process::spawn(daemon.run(args).stderr(writer)).wait()

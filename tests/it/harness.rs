@@ -336,6 +336,15 @@ impl Stream for UnixStream {
     }
 }
 
+impl Stream for Box<dyn Stream> {
+    fn set_patience(&self) {
+        self.as_ref().set_patience();
+    }
+    fn end(&self) {
+        self.as_ref().end();
+    }
+}
+
 impl Stream for TcpStream {
     fn set_patience(&self) {
         self.set_nodelay(true).unwrap();
@@ -390,6 +399,12 @@ impl<S: Stream> Wire<S> {
             "the daemon should close, but sent {:?}",
             String::from_utf8_lossy(&self.pending)
         );
+    }
+
+    /// What one read brings.
+    pub fn read_once(&mut self) -> String {
+        assert!(self.fill() > 0, "the daemon closed, an answer was expected");
+        String::from_utf8(std::mem::take(&mut self.pending)).unwrap()
     }
 
     /// Sends the preamble and a request of protocol 2.

@@ -1,6 +1,12 @@
 //! All integration tests: one binary, a file a topic, one harness.
+// What the harness offers is public to the tests, and to nobody else.
+#![allow(unreachable_pub)]
 
+mod daemon;
 mod errors;
 mod harness;
+mod keyedmutex;
+mod protocol1;
+mod protocol2;
 mod purity;
 mod run;
