@@ -22,6 +22,14 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 /// The program under test.
 pub const KMUTEX: &str = env!("CARGO_BIN_EXE_kmutex");
 
+/// A tool that a test runs beside kmutex: without it the test fails, and says what is missing.
+pub fn tool(name: &str) -> Command {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let found = std::env::split_paths(&path).any(|folder| folder.join(name).is_file());
+    assert!(found, "this test needs {name}, which is not installed; tests/install-tools does that");
+    Command::new(name)
+}
+
 /// Waits until `look` finds something, and returns it. `what` is for the failure.
 pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
     let give_up = Instant::now() + PATIENCE;
@@ -80,7 +88,7 @@ impl Daemon {
         let log = File::create(folder.path().join("log")).unwrap();
         let mut command = Command::new(KMUTEX);
         command.args(["serve", "--log-level", "debug", "--sock"]).arg(folder.path().join("sock"));
-        command.args(options).env_remove("KMUTEX_SOCK").env_remove("RUST_LOG");
+        command.args(options).current_dir(folder.path()).env_remove("KMUTEX_SOCK").env_remove("RUST_LOG");
         Process::spawn(command.stdin(Stdio::null()).stderr(log))
     }
 

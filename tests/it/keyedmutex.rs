@@ -7,12 +7,12 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 
-use crate::harness::{Daemon, KMUTEX, Process, wait_until};
+use crate::harness::{Daemon, KMUTEX, Process, tool, wait_until};
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/keyedmutex.pl");
 
 fn perl(sock: &str, args: &[&str]) -> Command {
-    let mut command = Command::new("perl");
+    let mut command = tool("perl");
     command.arg(SCRIPT).arg(sock).args(args);
     command
 }

@@ -127,9 +127,9 @@ fn clients_may_die_in_every_state() {
         let mut owner = dial();
         owner.send(KEY).expect("O");
         drop(dial());
-        drop(dial().send(&KEY[..7]));
-        drop(dial().send(OTHER).expect("O"));
-        drop(dial().send(KEY));
+        dial().send(&KEY[..7]);
+        dial().send(OTHER).expect("O");
+        dial().send(KEY);
         daemon.wait_for_logs("close: ", 4);
         dial().send(OTHER).expect("O");
         owner.send("R").send(KEY).expect("O");

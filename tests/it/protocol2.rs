@@ -249,7 +249,9 @@ fn is_closed_for(frame: &[u8], code: &str) {
 
 #[test]
 fn what_is_no_json_object_ends_the_connection() {
-    for frame in ["hello\n", "\n", "[]\n", "\"lock\"\n", "{\"type\":\n", "\0\0\0\n", "{\"type\":\"ping\"}{}\n"] {
+    for frame in
+        ["hello\n", "\n", "[]\n", "\"lock\"\n", "{\"type\":\n", "\0\0\0\n", "{\"type\":\"ping\"}{}\n"]
+    {
         is_closed_for(frame.as_bytes(), "bad_frame");
     }
 }
