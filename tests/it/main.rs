@@ -2,5 +2,6 @@
 
 mod errors;
 mod harness;
+mod like_flock;
 mod purity;
 mod run;
