@@ -5,3 +5,5 @@ mod harness;
 mod like_flock;
 mod purity;
 mod run;
+mod signals;
+mod vanished;
