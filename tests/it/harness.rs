@@ -475,3 +475,26 @@ pub fn make_executable(path: &Path) {
 pub fn open_to_all(folder: &Path) {
     fs::set_permissions(folder, fs::Permissions::from_mode(0o777)).unwrap();
 }
+
+/// A process that is nobody's child here. It is killed, by pid, when this is dropped.
+pub struct Stray(Pid);
+
+impl Stray {
+    /// From its pid, as it was printed.
+    pub fn new(pid: &str) -> Stray {
+        let pid = pid.trim().parse().unwrap_or_else(|_| panic!("no process id: {pid:?}"));
+        assert!(pid > 1, "{pid}");
+        Stray(Pid::from_raw(pid))
+    }
+
+    pub fn pid(&self) -> Pid {
+        self.0
+    }
+}
+
+impl Drop for Stray {
+    fn drop(&mut self) {
+        // It may have ended already.
+        let _ = kill(self.0, Signal::SIGKILL);
+    }
+}

@@ -8,5 +8,8 @@ mod harness;
 mod keyedmutex;
 mod protocol1;
 mod protocol2;
+mod like_flock;
 mod purity;
 mod run;
+mod signals;
+mod vanished;
