@@ -197,6 +197,21 @@ impl Drop for Daemon {
     }
 }
 
+/// A path where clients may have started a daemon, which is killed when this is dropped.
+pub struct Autostarted(pub PathBuf);
+
+impl Drop for Autostarted {
+    fn drop(&mut self) {
+        let mut lock_file = self.0.clone().into_os_string();
+        lock_file.push(".lock");
+        let pid = fs::read_to_string(lock_file).ok().and_then(|pid| pid.trim().parse().ok());
+        if let Some(pid) = pid {
+            // It may just have ended by itself.
+            let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        }
+    }
+}
+
 /// A `kmutex run` whose command runs until it is told to end.
 pub struct Holder {
     pub process: Process,
