@@ -2,13 +2,14 @@
 // What the harness offers is public to the tests, and to nobody else.
 #![allow(unreachable_pub)]
 
+mod autostart;
 mod daemon;
 mod errors;
 mod harness;
 mod keyedmutex;
+mod like_flock;
 mod protocol1;
 mod protocol2;
-mod like_flock;
 mod purity;
 mod run;
 mod signals;
