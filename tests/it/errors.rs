@@ -160,8 +160,7 @@ fn a_place_where_no_daemon_can_be_started_is_73() {
 fn a_command_that_is_not_there_is_127() {
     let daemon = Daemon::start();
     let script = daemon.folder().join("script");
-    fs::write(&script, "#!/no/such/interpreter\n").unwrap();
-    make_executable(&script);
+    write_script(&script, "#!/no/such/interpreter\n");
     for how in [&[][..], &["-o"], &["-F"]] {
         for command in
             ["no-such-command", "/no/such/command", "./no-such-command", "", script.to_str().unwrap()]
@@ -349,8 +348,9 @@ impl OtherUser {
         let folder = tempfile::tempdir().unwrap();
         // What is in the folder is to be decided by the modes of what is in it.
         open_to_all(folder.path());
-        fs::copy(KMUTEX, folder.path().join("kmutex")).unwrap();
-        make_executable(&folder.path().join("kmutex"));
+        // By another process, as in `write_script`.
+        let mut copy = Command::new("install");
+        finish(copy.args(["-m", "755", KMUTEX]).arg(folder.path().join("kmutex"))).quietly(0);
         let home = folder.path().join("home");
         fs::create_dir(&home).unwrap();
         open_to_all(&home);

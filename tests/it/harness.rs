@@ -481,9 +481,14 @@ pub fn read_from_start(file: &mut File) -> Vec<u8> {
     bytes
 }
 
-/// Lets everybody execute a file.
-pub fn make_executable(path: &Path) {
-    fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+/// Writes a script that everybody may execute. By another process: if this one had the file open for writing, so might,
+/// for a moment, the children that other tests start, and a file that is open for writing cannot be executed.
+pub fn write_script(path: &Path, text: &str) {
+    let mut command = Command::new("sh");
+    command.args(["-c", r#"cat > "$0" && chmod 755 "$0""#]).arg(path);
+    let mut process = Process::spawn(command.stdin(Stdio::piped()));
+    process.child.stdin.take().unwrap().write_all(text.as_bytes()).unwrap();
+    assert_eq!(process.wait(), 0);
 }
 
 /// Lets everybody make files in a folder.

@@ -189,8 +189,7 @@ fn the_exit_status_is_the_commands() {
 fn a_shell_command_goes_to_the_users_shell() {
     both(|tool| {
         let shell = tool.daemon.folder().join("shell");
-        fs::write(&shell, "#!/bin/sh\nprintf '%s|' mine \"$@\"\n").unwrap();
-        make_executable(&shell);
+        write_script(&shell, "#!/bin/sh\nprintf '%s|' mine \"$@\"\n");
         let command = "echo $((40 + 2)); exit 3";
         assert_eq!(
             finish(tool.shell(command).env("SHELL", &shell)).quietly(0),
@@ -217,8 +216,7 @@ fn a_script_without_a_first_line_is_given_to_sh() {
         let folder = tool.daemon.folder().join("bin");
         fs::create_dir(&folder).unwrap();
         let script = folder.join("script-of-mine");
-        fs::write(&script, "echo \"$0|$1|$2\"; exit 8\n").unwrap();
-        make_executable(&script);
+        write_script(&script, "echo \"$0|$1|$2\"; exit 8\n");
         // What is of the same name, but cannot be executed, is passed over in the search.
         let decoy = tool.daemon.folder().join("script-of-mine");
         fs::write(&decoy, "echo the wrong one\n").unwrap();

@@ -2,6 +2,7 @@
 // What the harness offers is public to the tests, and to nobody else.
 #![allow(unreachable_pub)]
 
+mod autostart;
 mod daemon;
 mod errors;
 mod harness;

@@ -229,8 +229,7 @@ fn options_may_stand_behind_the_key_but_not_behind_the_command() {
 fn a_shell_command_is_run_with_the_users_shell() {
     let daemon = Daemon::start();
     let shell = daemon.folder().join("shell");
-    fs::write(&shell, "#!/bin/sh\nprintf '%s|' my-shell \"$@\"\n").unwrap();
-    make_executable(&shell);
+    write_script(&shell, "#!/bin/sh\nprintf '%s|' my-shell \"$@\"\n");
     let command = "echo $((40 + 2)) && exit 9";
     for option in ["-c", "--command"] {
         let mut run = daemon.run(&["k", option, command]);

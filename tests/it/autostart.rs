@@ -1,0 +1,297 @@
+//! `kmutex run` where no daemon is: it starts one, one only, that belongs to nobody and ends itself when it is not needed.
+
+use std::collections::HashSet;
+use std::fs;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use crate::harness::*;
+
+/// A place where no daemon is yet. Those that are started there are killed when this is dropped.
+struct Place {
+    folder: TempDir,
+}
+
+impl Place {
+    fn new() -> Place {
+        Place { folder: tempfile::tempdir().unwrap() }
+    }
+
+    fn sock(&self) -> PathBuf {
+        self.folder.path().join("sock")
+    }
+
+    /// `kmutex run` there.
+    fn run(&self, args: &[&str]) -> Command {
+        let mut command = Command::new(KMUTEX);
+        command.arg("run").args(args).env("KMUTEX_SOCK", self.sock()).current_dir(self.folder.path());
+        command.stdin(Stdio::null());
+        command
+    }
+
+    /// A shell script with the program as `$KMUTEX`, there.
+    fn shell(&self, script: &str) -> Command {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).env("KMUTEX", KMUTEX).env("KMUTEX_SOCK", self.sock());
+        command.current_dir(self.folder.path()).stdin(Stdio::null());
+        command
+    }
+
+    /// All processes that serve this place: those whose command line says so.
+    fn daemons(&self) -> Vec<Pid> {
+        let sock = self.sock();
+        let serves = |pid: &Pid| {
+            let line = command_line(*pid);
+            line.get(1).is_some_and(|word| word == "serve") && line.iter().any(|word| Path::new(word) == sock)
+        };
+        processes().into_iter().filter(serves).collect()
+    }
+
+    /// The one daemon that is there.
+    fn daemon(&self) -> Pid {
+        let daemons = self.daemons();
+        let [daemon] = daemons[..] else { panic!("one daemon: {daemons:?}") };
+        let lock_file = fs::read_to_string(self.folder.path().join("sock.lock")).unwrap();
+        assert_eq!(lock_file.trim(), daemon.to_string(), "the lock file names it");
+        let mut wire = Wire::new(UnixStream::connect(self.sock()).unwrap());
+        wire.send([PREAMBLE, &b"{\"type\":\"ping\"}\n"[..]].concat());
+        assert_eq!(wire.answer_of("hello")["pid"], daemon.as_raw(), "it answers");
+        daemon
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        for daemon in self.daemons() {
+            // It may just have ended.
+            let _ = kill(daemon, Signal::SIGKILL);
+        }
+    }
+}
+
+fn processes() -> Vec<Pid> {
+    let names = fs::read_dir("/proc").unwrap().filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    names.filter_map(|name| name.parse().ok()).map(Pid::from_raw).collect()
+}
+
+/// Nothing, if the process has ended.
+fn command_line(pid: Pid) -> Vec<String> {
+    let text = fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    text.split_terminator('\0').map(String::from).collect()
+}
+
+/// The fields of /proc/PID/stat behind the name: state, parent, group, session, terminal.
+fn stat(pid: Pid) -> Vec<String> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
+    stat.rsplit_once(") ").unwrap().1.split_whitespace().map(String::from).collect()
+}
+
+#[test]
+fn the_first_run_starts_a_daemon_and_the_next_ones_use_it() {
+    let place = Place::new();
+    assert_eq!(finish(&mut place.run(&["k", "echo", "it works"])).quietly(0), "it works\n");
+    let daemon = place.daemon();
+    for _ in 0..3 {
+        finish(&mut place.run(&["k", "true"])).quietly(0);
+    }
+    assert_eq!(place.daemon(), daemon);
+    let line = command_line(daemon);
+    let idle = line.iter().position(|word| word == "--idle-exit").expect("it ends itself");
+    assert_eq!(line[idle + 1], "60", "after a minute");
+}
+
+#[test]
+fn fifty_at_the_same_moment_start_one_daemon_and_run_one_after_the_other() {
+    let place = Place::new();
+    // Each leaves before the next enters, or a line is out of order.
+    let script = r#"echo "enter $$" >> log; echo "leave $$" >> log"#;
+    let start = |_| {
+        let mut command = place.run(&["--queue", "k", "sh", "-c", script]);
+        Process::spawn(command.stderr(Stdio::piped()))
+    };
+    let mut clients: Vec<Process> = (0..50).map(start).collect();
+    for client in &mut clients {
+        assert_eq!(client.wait(), 0);
+        assert_eq!(std::io::read_to_string(client.child.stderr.take().unwrap()).unwrap(), "");
+    }
+    place.daemon();
+    let log = fs::read_to_string(place.folder.path().join("log")).unwrap();
+    let lines: Vec<&str> = log.lines().collect();
+    assert_eq!(lines.len(), 100);
+    for pair in lines.chunks(2) {
+        let pid = pair[0].strip_prefix("enter ").unwrap_or_else(|| panic!("{log}"));
+        assert_eq!(pair[1], format!("leave {pid}"), "{log}");
+    }
+}
+
+#[test]
+fn fifty_at_the_same_moment_do_the_work_or_hear_that_it_was_done() {
+    let place = Place::new();
+    let start = |_| Process::spawn(&mut place.run(&["k", "sh", "-c", "echo ran >> log"]));
+    let mut clients: Vec<Process> = (0..50).map(start).collect();
+    let codes: Vec<i32> = clients.iter_mut().map(Process::wait).collect();
+    let ran = codes.iter().filter(|&&code| code == 0).count();
+    assert!(codes.iter().all(|code| [0, 79].contains(code)), "{codes:?}");
+    assert_eq!(fs::read_to_string(place.folder.path().join("log")).unwrap().lines().count(), ran);
+    place.daemon();
+}
+
+#[test]
+fn a_pipe_that_it_was_started_in_closes() {
+    let place = Place::new();
+    // All three are pipes whose ends would stay open if the daemon had them.
+    let mut command = place.shell(r#""$KMUTEX" run k -- true; echo done >&2"#);
+    let child = command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(String::from_utf8_lossy(&output.stderr), "done\n");
+    place.daemon();
+    let place = Place::new();
+    let mut pipeline = place.shell(r#""$KMUTEX" run k -- echo through | cat"#);
+    assert_eq!(finish(&mut pipeline).quietly(0), "through\n");
+    place.daemon();
+}
+
+#[test]
+fn it_has_nothing_of_whoever_started_it() {
+    let place = Place::new();
+    let script = r#"
+        exec 3</ 4</etc 5</usr 6</bin 7</tmp 8</var 9</proc
+        cd /usr
+        "$KMUTEX" run k -- true
+    "#;
+    let mut shell = Process::spawn(&mut place.shell(script));
+    let sock = place.sock();
+    let starter = shell.pid();
+    assert_eq!(shell.wait(), 0);
+    let daemon = place.daemon();
+    assert_eq!(fs::read_link(format!("/proc/{daemon}/cwd")).unwrap(), Path::new("/"));
+    let folder = fs::read_dir(format!("/proc/{daemon}/fd")).unwrap();
+    for entry in folder.map(Result::unwrap) {
+        let number: i32 = entry.file_name().to_str().unwrap().parse().unwrap();
+        // What is behind the number may be gone by now: a connection of this test.
+        let Ok(target) = fs::read_link(entry.path()) else { continue };
+        let target = target.to_str().unwrap();
+        let own = ["socket:", "anon_inode:", sock.to_str().unwrap()];
+        match number {
+            0..=2 => assert_eq!(target, "/dev/null", "descriptor {number}"),
+            _ => assert!(own.iter().any(|own| target.starts_with(own)), "descriptor {number} is {target}"),
+        }
+    }
+    let stat = stat(daemon);
+    let (parent, session, terminal) = (&stat[1], &stat[3], &stat[4]);
+    assert_eq!(*session, daemon.to_string(), "a session of its own");
+    assert_eq!(terminal, "0", "and no terminal");
+    assert_ne!(*parent, starter.to_string());
+    assert_ne!(*parent, std::process::id().to_string(), "nor is it a child of this test");
+}
+
+#[test]
+fn a_terminal_that_it_was_started_in_closes() {
+    let place = Place::new();
+    let mut command = Command::new("script");
+    command.args(["-q", "-e", "-c", r#""$KMUTEX" run k -- sh -c 'test -t 0 && exit 3'"#, "typescript"]);
+    command
+        .env("KMUTEX", KMUTEX)
+        .env("KMUTEX_SOCK", place.sock())
+        .env("SHELL", "/bin/sh")
+        .current_dir(place.folder.path());
+    // Its output ends when nobody has the terminal open any more.
+    let mut process = Process::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
+    while process.line().is_some() {}
+    assert_eq!(process.wait(), 3);
+    assert_eq!(stat(place.daemon())[4], "0");
+}
+
+#[test]
+fn a_command_that_kmutex_becomes_has_no_child_that_it_does_not_know() {
+    let place = Place::new();
+    let script = r#"$pid = wait; print "$pid ", scalar(() = split " ", `cat /proc/$$/task/$$/children`)"#;
+    for option in ["-F", "-o"] {
+        // `cat` itself is a child while it looks.
+        assert_eq!(
+            finish(&mut place.run(&[option, "k", "perl", "-e", script])).quietly(0),
+            "-1 1",
+            "{option}"
+        );
+        let daemon = place.daemon();
+        kill(daemon, Signal::SIGKILL).unwrap();
+        wait_until("the daemon to be gone", || place.daemons().is_empty());
+    }
+}
+
+#[test]
+fn none_is_started_when_that_is_not_wanted() {
+    let place = Place::new();
+    let sock = place.sock();
+    finish(&mut place.run(&["--no-autostart", "k", "true"])).complaining(69, &[sock.to_str().unwrap()]);
+    assert_eq!(place.daemons(), []);
+    assert_eq!(fs::read_dir(place.folder.path()).unwrap().count(), 0);
+}
+
+#[test]
+fn none_is_started_on_tcp() {
+    // The port of a client: nobody listens there, nor can somebody come to, while the client lives.
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+    let port = client.local_addr().unwrap().port().to_string();
+    let place = Place::new();
+    for sock in [port.clone(), format!("127.0.0.1:{port}"), format!("localhost:{port}")] {
+        finish(&mut place.run(&["--sock", &sock, "k", "true"])).complaining(69, &[&sock, "refused"]);
+    }
+    assert!(!processes().into_iter().any(|pid| command_line(pid).contains(&port)));
+}
+
+#[test]
+fn the_socket_of_a_daemon_that_was_killed_is_replaced() {
+    let place = Place::new();
+    let mut seen = HashSet::new();
+    for _ in 0..3 {
+        finish(&mut place.run(&["k", "true"])).quietly(0);
+        let daemon = place.daemon();
+        assert!(seen.insert(daemon), "a new one");
+        kill(daemon, Signal::SIGKILL).unwrap();
+        wait_until("the daemon to be gone", || place.daemons().is_empty());
+        assert!(place.sock().exists(), "it could not remove its socket");
+    }
+    // So it is when the lock file has gone too.
+    fs::remove_file(place.folder.path().join("sock.lock")).unwrap();
+    finish(&mut place.run(&["k", "true"])).quietly(0);
+    place.daemon();
+}
+
+#[test]
+fn who_waits_for_a_time_has_that_time_with_a_new_daemon_too() {
+    let place = Place::new();
+    finish(&mut place.run(&["-w", "30", "k", "true"])).quietly(0);
+    finish(&mut place.run(&["-n", "k", "true"])).quietly(0);
+    place.daemon();
+}
+
+#[test]
+fn a_run_that_meets_a_daemon_that_is_just_ending_does_not_fail() {
+    let place = Place::new();
+    for round in 0..100 {
+        // It serves for a moment; the runs come before, at, and after its end, from round to round.
+        let mut serve = Command::new(KMUTEX);
+        serve.args(["serve", "--detach", "--idle-exit", "0.003", "--sock"]).arg(place.sock());
+        let code = finish(serve.stdin(Stdio::null())).code;
+        assert!(code == 0 || code == 75, "{code}");
+        for _ in 0..round * 3000 {
+            std::hint::spin_loop();
+        }
+        for _ in 0..3 {
+            finish(&mut place.run(&["k", "true"])).quietly(0);
+        }
+        // If one of the runs has started a daemon, that one would stay.
+        for daemon in place.daemons() {
+            // It may just have ended.
+            let _ = kill(daemon, Signal::SIGTERM);
+        }
+    }
+}
