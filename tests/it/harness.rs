@@ -273,6 +273,13 @@ impl Process {
         }
     }
 
+    /// All of its piped standard error, up to its end.
+    pub fn stderr(&mut self) -> String {
+        let mut text = String::new();
+        self.child.stderr.take().expect("standard error is piped").read_to_string(&mut text).unwrap();
+        text
+    }
+
     /// The next line of its piped standard output, without its end. `None`: there is no more.
     pub fn line(&mut self) -> Option<String> {
         let stdout = self.child.stdout.as_mut().expect("standard output is piped");

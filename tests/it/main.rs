@@ -12,6 +12,7 @@ mod protocol1;
 mod protocol2;
 mod purity;
 mod readme;
+mod resume;
 mod run;
 mod signals;
 mod vanished;

@@ -128,7 +128,7 @@ fn who_waited_is_told_though_something_was_left_in_the_background() {
 fn who_stops_waiting_gives_up_its_place() {
     let daemon = Daemon::start();
     let holder = daemon.hold("k");
-    let mut queue = |script: &str| {
+    let queue = |script: &str| {
         let waiting = daemon.counts("k").1;
         let process = Process::spawn(&mut daemon.run(&["--queue", "k", "sh", "-c", script]));
         daemon.wait_for_counts("k", 1, waiting + 1);
