@@ -11,6 +11,9 @@
 //! What is read is not trusted further than its checksums go: a record that is damaged is passed over, and the file is
 //! only read at all if it belongs to this user alone. This module knows nothing of sockets or processes.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};

@@ -1,0 +1,225 @@
+use std::os::unix::fs::{PermissionsExt, symlink};
+
+use proptest::prelude::*;
+
+use super::*;
+
+const BOOT: BootId = *b"this very boot!!";
+
+fn any_record() -> impl Strategy<Value = Record> {
+    let terms = (1..=2_u8, any::<bool>(), any::<bool>(), 1..=u32::MAX)
+        .prop_map(|(protocol, shared, exec, slots)| Terms { protocol, shared, exec, slots });
+    let ends = (
+        proptest::option::of(any::<u128>().prop_map(Nonce)),
+        proptest::option::of(any::<u32>()),
+        proptest::option::of(any::<u64>().prop_map(Millis)),
+    );
+    (any::<[u8; 16]>(), any::<u64>(), terms, ends, any::<[u32; 2]>(), any::<[u64; 2]>()).prop_map(
+        |(lock, token, terms, (nonce, uid, until), [pid, child], [granted, recorded])| Record {
+            held: Held { lock: LockId(lock), token: Token(token), terms, nonce, uid, until },
+            pid,
+            child,
+            granted: Millis(granted),
+            recorded: Millis(recorded),
+        },
+    )
+}
+
+fn record(token: u64) -> Record {
+    Record {
+        held: Held {
+            lock: LockId([token as u8; 16]),
+            token: Token(token),
+            terms: Terms::V1,
+            nonce: Some(Nonce(u128::from(token) << 100)),
+            uid: Some(1000),
+            until: Some(Millis(5)),
+        },
+        pid: 77,
+        child: 78,
+        granted: Millis(3),
+        recorded: Millis(4),
+    }
+}
+
+/// A journal's file of three grants, the second of which has ended.
+fn sample() -> Vec<u8> {
+    let mut bytes = header(&BOOT).to_vec();
+    for token in 1..=3 {
+        bytes.extend(encode(Entry::Grant(&record(token))));
+    }
+    bytes.extend(encode(Entry::Strike(Token(2))));
+    bytes
+}
+
+/// A journal in a folder of its own.
+fn journal() -> (tempfile::TempDir, PathBuf, Journal) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("journal");
+    let journal = Journal::create(&path, BOOT, []).unwrap();
+    (folder, path, journal)
+}
+
+proptest! {
+    #[test]
+    fn what_is_written_is_read(records in proptest::collection::vec(any_record(), 0..20)) {
+        let (_folder, path, mut journal) = journal();
+        records.iter().for_each(|record| journal.grant(record));
+        journal.write().unwrap();
+        let last: BTreeMap<Token, Record> = records.into_iter().map(|record| (record.held.token, record)).collect();
+        let loaded = load(&path, &BOOT);
+        prop_assert_eq!(loaded.complaint, None);
+        prop_assert_eq!(loaded.last_token, last.keys().next_back().copied());
+        prop_assert_eq!(loaded.records, last.into_values().collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn no_bytes_can_panic_it(bytes in proptest::collection::vec(any::<u8>(), 0..1000)) {
+        parse(&bytes, &BOOT);
+        let behind_a_header = [header(&BOOT).as_slice(), &bytes].concat();
+        prop_assert!(parse(&behind_a_header, &BOOT).records.is_empty());
+    }
+}
+
+#[test]
+fn a_hold_that_has_ended_is_not_held() {
+    let loaded = parse(&sample(), &BOOT);
+    assert_eq!(loaded.records, [record(1), record(3)]);
+    assert_eq!(loaded.last_token, Some(Token(3)));
+    assert_eq!(loaded.complaint, None);
+}
+
+#[test]
+fn a_journal_that_is_cut_anywhere_is_used_as_far_as_it_goes() {
+    let whole = sample();
+    for length in 0..whole.len() {
+        let loaded = parse(&whole[..length], &BOOT);
+        let entries = (length / RECORD_BYTES).saturating_sub(1);
+        let expected: Vec<Record> = (1..=entries.min(3) as u64).map(record).collect();
+        assert_eq!(loaded.records, expected, "cut at {length}");
+        assert_eq!(loaded.complaint.is_some(), length % RECORD_BYTES != 0, "cut at {length}");
+    }
+}
+
+#[test]
+fn a_bit_that_flips_anywhere_costs_its_record_and_no_other() {
+    let whole = sample();
+    for bit in 0..whole.len() * 8 {
+        let mut damaged = whole.clone();
+        damaged[bit / 8] ^= 1 << (bit % 8);
+        let loaded = parse(&damaged, &BOOT);
+        let expected = match bit / 8 / RECORD_BYTES {
+            0 => vec![],
+            1 => vec![record(3)],
+            // The grant that is damaged had ended.
+            2 => vec![record(1), record(3)],
+            3 => vec![record(1)],
+            // Its end is damaged, so it is held still: too long rather than twice.
+            _ => vec![record(1), record(2), record(3)],
+        };
+        assert_eq!(loaded.records, expected, "bit {bit}");
+        assert!(loaded.complaint.is_some(), "bit {bit}");
+    }
+}
+
+#[test]
+fn another_boots_journal_says_nothing_and_is_no_cause_for_complaint() {
+    assert_eq!(parse(&sample(), b"some other boot!"), Loaded::default());
+}
+
+#[test]
+fn another_versions_journal_is_not_used() {
+    let mut other = sample();
+    other[14] = b'2';
+    let sum = crc32fast::hash(&other[..84]);
+    other[84..88].copy_from_slice(&sum.to_le_bytes());
+    let loaded = parse(&other, &BOOT);
+    assert!(loaded.records.is_empty());
+    assert!(loaded.complaint.unwrap().contains("version"));
+}
+
+#[test]
+fn only_a_file_of_ours_alone_is_read() {
+    let (folder, path, mut journal) = journal();
+    journal.grant(&record(1));
+    journal.write().unwrap();
+    let refused = |path: &Path, why: &str| {
+        let loaded = load(path, &BOOT);
+        assert!(loaded.records.is_empty(), "{why}");
+        let complaint = loaded.complaint.unwrap();
+        assert!(complaint.contains(why), "{complaint}");
+    };
+    assert_eq!(load(&path, &BOOT).records.len(), 1);
+    assert_eq!(load(&folder.path().join("nothing"), &BOOT), Loaded::default());
+
+    let link = folder.path().join("link");
+    symlink(&path, &link).unwrap();
+    refused(&link, "symbolic link");
+    refused(folder.path(), "not a plain file");
+    let fifo = folder.path().join("fifo");
+    nix::unistd::mkfifo(&fifo, nix::sys::stat::Mode::S_IRWXU).unwrap();
+    refused(&fifo, "not a plain file");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o620)).unwrap();
+    refused(&path, "mode 620");
+    fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
+    if Uid::effective().is_root() {
+        std::os::unix::fs::chown(&path, Some(12345), None).unwrap();
+        refused(&path, "belongs to uid 12345");
+    }
+}
+
+#[test]
+fn a_write_that_fails_leaves_all_as_it_was() {
+    let (_folder, path, mut journal) = journal();
+    journal.grant(&record(1));
+    journal.write().unwrap();
+    let good = std::mem::replace(&mut journal.file, File::options().write(true).open("/dev/full").unwrap());
+    journal.grant(&record(2));
+    journal.strike(Token(1));
+    assert_eq!(journal.write().unwrap_err().kind(), io::ErrorKind::StorageFull);
+    assert!(journal.is_dirty());
+
+    journal.drop_grants();
+    journal.file = good;
+    journal.write().unwrap();
+    let loaded = load(&path, &BOOT);
+    assert_eq!(loaded.records, [], "the grant was not given, the strike is true");
+    assert_eq!(loaded.complaint, None, "nothing half is left behind");
+}
+
+#[test]
+fn a_journal_that_is_written_anew_forgets_the_past() {
+    let (folder, path, mut journal) = journal();
+    // What a daemon that died on the way left behind.
+    fs::write(folder.path().join("journal.new"), "half").unwrap();
+    while !journal.is_overgrown() {
+        for token in 1..=1000 {
+            journal.grant(&record(token));
+            journal.strike(Token(token));
+        }
+        journal.write().unwrap();
+    }
+    assert!(fs::metadata(&path).unwrap().len() > SIZE_MIN);
+    journal.compact(&[record(1001)]).unwrap();
+    assert!(!journal.is_overgrown());
+    assert_eq!(fs::metadata(&path).unwrap().len(), 2 * RECORD_BYTES as u64);
+    journal.grant(&record(1002));
+    journal.write().unwrap();
+    assert_eq!(load(&path, &BOOT).records, [record(1001), record(1002)]);
+    assert!(!folder.path().join("journal.new").exists());
+    journal.remove().unwrap();
+    assert!(!path.exists());
+}
+
+#[test]
+fn where_a_journal_cannot_be_written_anew_the_old_one_goes_on() {
+    let (folder, path, mut journal) = journal();
+    journal.grant(&record(1));
+    journal.write().unwrap();
+    // In the way of the new file, and not to be removed like one.
+    fs::create_dir(folder.path().join("journal.new")).unwrap();
+    assert!(journal.compact(&[]).is_err());
+    journal.grant(&record(2));
+    journal.write().unwrap();
+    assert_eq!(load(&path, &BOOT).records, [record(1), record(2)]);
+}
