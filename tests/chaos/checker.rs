@@ -1,0 +1,279 @@
+//! Proves from a log who was in a critical section when, that nobody was there who should not have been.
+
+use std::collections::BTreeMap;
+
+/// How a client wanted its lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    Exclusive,
+    Shared,
+    /// Beside at most so many others, less one.
+    Slots(usize),
+}
+
+/// A client's stay in a critical section.
+#[derive(Clone, Debug)]
+struct Section<'a> {
+    name: &'a str,
+    key: &'a str,
+    kind: Kind,
+    /// Protocol 1 tells none.
+    token: Option<u64>,
+    entered: f64,
+    left: f64,
+    killed: bool,
+}
+
+/// When somebody leaves who has not left.
+const INSIDE: f64 = f64::INFINITY;
+
+/// Reads a log and returns how many sections it tells of.
+///
+/// # Errors
+/// The first rule that it finds broken.
+pub fn check(log: &str) -> Result<usize, String> {
+    let sections = sections(log)?;
+    let mut by_key: BTreeMap<&str, Vec<&Section<'_>>> = BTreeMap::new();
+    for section in &sections {
+        by_key.entry(section.key).or_default().push(section);
+    }
+    for sections in by_key.values_mut() {
+        sections.sort_by(|a, b| a.entered.total_cmp(&b.entered));
+        check_company(sections)?;
+        check_tokens(sections)?;
+    }
+    Ok(sections.len())
+}
+
+/// Whoever enters, enters beside only those whom it may be beside.
+fn check_company(sections: &[&Section<'_>]) -> Result<(), String> {
+    let mut inside: Vec<&Section<'_>> = Vec::new();
+    for section in sections {
+        inside.retain(|other| other.left > section.entered);
+        let alone = |kind| matches!(kind, Kind::Exclusive);
+        for other in &inside {
+            let shared = [section.kind, other.kind].map(|kind| kind == Kind::Shared);
+            if alone(section.kind) || alone(other.kind) || shared[0] != shared[1] {
+                return Err(format!(
+                    "{} enters {} while {} is inside",
+                    section.name, section.key, other.name
+                ));
+            }
+        }
+        if let Kind::Slots(slots) = section.kind
+            && inside.len() >= slots
+        {
+            return Err(format!("{} enters {} beside {} others", section.name, section.key, inside.len()));
+        }
+        inside.push(section);
+    }
+    Ok(())
+}
+
+/// Whoever enters after another has left has the larger token, where the two may not be inside together. (Where they may,
+/// the one that was granted first may be slower on its way in.)
+fn check_tokens(sections: &[&Section<'_>]) -> Result<(), String> {
+    let told = || sections.iter().filter(|section| section.token.is_some()).copied();
+    let mut by_end: Vec<&Section<'_>> = told().collect();
+    by_end.sort_by(|a, b| a.left.total_cmp(&b.left));
+    let mut ended = by_end.into_iter().peekable();
+    let (mut largest, mut largest_alone): (Option<&Section<'_>>, Option<&Section<'_>>) = (None, None);
+    for section in told() {
+        while let Some(before) = ended.next_if(|before| before.left <= section.entered) {
+            let larger =
+                |largest: Option<&Section<'_>>| largest.is_none_or(|largest| largest.token < before.token);
+            if larger(largest) {
+                largest = Some(before);
+            }
+            if before.kind == Kind::Exclusive && larger(largest_alone) {
+                largest_alone = Some(before);
+            }
+        }
+        let before = if section.kind == Kind::Exclusive { largest } else { largest_alone };
+        if let Some(before) = before
+            && section.token <= before.token
+        {
+            let (name, key) = (section.name, section.key);
+            return Err(format!("the token of {name} for {key} is not larger than that of {}", before.name));
+        }
+    }
+    Ok(())
+}
+
+fn sections(log: &str) -> Result<Vec<Section<'_>>, String> {
+    let mut sections: BTreeMap<&str, Section<'_>> = BTreeMap::new();
+    for line in log.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        let [word, name, key, kind, token, _pid, time] = words[..] else {
+            return Err(format!("not a line of a log: {line:?}"));
+        };
+        let time: f64 = time.parse().map_err(|_| format!("no time: {line:?}"))?;
+        match word {
+            "enter" => {
+                let (kind, token) = (parse_kind(kind)?, token.parse().ok());
+                let section = Section { name, key, kind, token, entered: time, left: INSIDE, killed: false };
+                if sections.insert(name, section).is_some() {
+                    return Err(format!("{name} enters twice"));
+                }
+            }
+            "leave" => match sections.get_mut(name) {
+                // One that was about to be killed may still have been quicker.
+                Some(section) if section.left == INSIDE || section.killed => {
+                    section.left = time;
+                    section.killed = false;
+                }
+                _ => return Err(format!("{name} leaves and was not inside")),
+            },
+            // From outside, just after this was written: it was inside until then at least, if it was inside at all.
+            "killed" => match sections.get_mut(name) {
+                Some(section) if section.left == INSIDE => {
+                    section.left = time;
+                    section.killed = true;
+                }
+                _ => {}
+            },
+            _ => return Err(format!("not a line of a log: {line:?}")),
+        }
+    }
+    match sections.values().find(|section| section.left == INSIDE) {
+        Some(section) => Err(format!("{} never leaves {}", section.name, section.key)),
+        None => Ok(sections.into_values().collect()),
+    }
+}
+
+fn parse_kind(text: &str) -> Result<Kind, String> {
+    match (text, text.strip_prefix("slots")) {
+        ("exclusive", _) => Ok(Kind::Exclusive),
+        ("shared", _) => Ok(Kind::Shared),
+        (_, Some(number)) => number.parse().map(Kind::Slots).map_err(|_| format!("no kind: {text}")),
+        _ => Err(format!("no kind: {text}")),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Lines of `word name key kind token time`.
+    fn checked(lines: &[&str]) -> Result<usize, String> {
+        let log: Vec<String> = lines
+            .iter()
+            .map(|line| {
+                let (head, time) = line.rsplit_once(' ').unwrap();
+                format!("{head} 1 {time}\n")
+            })
+            .collect();
+        check(&log.concat())
+    }
+
+    fn broken(lines: &[&str], rule: &str) {
+        let error = checked(lines).unwrap_err();
+        assert!(error.contains(rule), "{error}");
+    }
+
+    #[test]
+    fn a_log_of_good_behaviour_passes() {
+        let good = [
+            "enter a k exclusive 1 1.0",
+            "leave a k exclusive 1 2.0",
+            "enter b k exclusive - 2.5",
+            "killed b - - - 3.0",
+            "enter c k exclusive 3 3.5",
+            "enter d other exclusive 2 3.6",
+            "leave c k exclusive 3 4.0",
+            "leave d other exclusive 2 4.0",
+            "enter e k shared 5 5.0",
+            "enter f k shared 4 5.1",
+            "leave f k shared 4 5.2",
+            "leave e k shared 5 5.3",
+            "enter g k slots2 7 6.0",
+            "enter h k slots2 6 6.1",
+            "leave g k slots2 7 6.2",
+            "killed z - - - 6.2",
+            "leave h k slots2 6 6.3",
+            "enter i k slots2 9 7.0",
+            "leave i k slots2 9 7.1",
+            "enter j k slots2 8 7.2",
+            "leave j k slots2 8 7.3",
+        ];
+        assert_eq!(checked(&good), Ok(10));
+    }
+
+    #[test]
+    fn two_in_an_exclusive_section_are_seen() {
+        let two = |first: &str, second: &str| {
+            let [a, b] = [first, second].map(|kind| format!("k {kind}"));
+            broken(
+                &[
+                    &format!("enter a {a} 1 1.0"),
+                    &format!("enter b {b} 2 1.5"),
+                    &format!("leave a {a} 1 2.0"),
+                    &format!("leave b {b} 2 3.0"),
+                ],
+                "b enters k while a is inside",
+            );
+        };
+        two("exclusive", "exclusive");
+        two("exclusive", "shared");
+        two("shared", "exclusive");
+        two("shared", "slots2");
+        two("exclusive", "slots9");
+    }
+
+    #[test]
+    fn one_that_is_killed_is_inside_until_then() {
+        broken(
+            &[
+                "enter a k exclusive 1 1.0",
+                "enter b k exclusive 2 1.5",
+                "killed a - - - 2.0",
+                "leave b k exclusive 2 3.0",
+            ],
+            "b enters k while a is inside",
+        );
+    }
+
+    #[test]
+    fn one_that_leaves_while_it_is_being_killed_is_inside_until_it_leaves() {
+        let log = [
+            "enter a k exclusive 1 1.0",
+            "killed a - - - 2.0",
+            "leave a k exclusive 1 2.2",
+            "enter b k exclusive 2 2.1",
+            "leave b k exclusive 2 3.0",
+        ];
+        broken(&log, "b enters k while a is inside");
+    }
+
+    #[test]
+    fn one_too_many_for_the_slots_is_seen() {
+        let enter = ["enter a k slots2 1 1.0", "enter b k slots2 2 1.1", "enter c k slots2 3 1.2"];
+        let leave = ["leave a k slots2 1 2.0", "leave b k slots2 2 2.0", "leave c k slots2 3 2.0"];
+        broken(&[enter, leave].concat(), "c enters k beside 2 others");
+    }
+
+    #[test]
+    fn a_token_that_does_not_grow_is_seen() {
+        for token in [4, 5] {
+            broken(
+                &[
+                    "enter a k exclusive 5 1.0",
+                    "leave a k exclusive 5 2.0",
+                    &format!("enter b k exclusive {token} 2.5"),
+                    &format!("leave b k exclusive {token} 3.0"),
+                ],
+                "the token of b for k is not larger than that of a",
+            );
+        }
+    }
+
+    #[test]
+    fn a_log_that_makes_no_sense_is_seen() {
+        broken(&["enter a k exclusive 1 1.0"], "a never leaves k");
+        broken(&["leave a k exclusive 1 1.0"], "a leaves and was not inside");
+        broken(&["enter a k exclusive 1 1.0", "enter a k exclusive 2 1.5"], "a enters twice");
+        broken(&["enter a k alone 1 1.0"], "no kind");
+        broken(&["dance a k exclusive 1 1.0"], "not a line");
+        assert!(check("half a li").is_err());
+    }
+}
