@@ -328,7 +328,8 @@ fn an_autostarted_daemon_comes_back_by_itself() {
 
 #[test]
 fn a_journal_that_cannot_be_trusted_is_named_and_the_daemon_serves() {
-    let damages: [(&str, fn(&std::path::Path)); 4] = [
+    type Damage = fn(&std::path::Path);
+    let damages: [(&str, Damage); 4] = [
         ("cut off", |path| fs::write(path, "kmutex").unwrap()),
         ("damaged", |path| fs::write(path, vec![7; 500]).unwrap()),
         ("symbolic link", |path| {
