@@ -37,7 +37,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l finished-exit-code
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l on-lost -d 'What to do when the lock is lost while the command runs' -r -f -a "kill\t'Stop the command and its descendants: SIGTERM, then SIGKILL; exit with 74'
 continue\t'Say so on standard error and let it run; exit with 74 when it has ended'"
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l kill-after -d 'After SIGTERM for a lost lock, send SIGKILL to what is left after SECS seconds' -r
-complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), HOST:PORT, or [V6]:PORT' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l queue -d 'Wait for my turn and then run the command, whoever ran it before'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s s -l shared -d 'Share the lock with others who ask for a shared one'
@@ -48,11 +48,11 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s F -l no-fork -d 'B
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l no-autostart -d 'Do not start a daemon if none is there'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l verbose -d 'Say on standard error how long it took to get the lock, and what is run'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), HOST:PORT, or [V6]:PORT' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l json -d 'Print one JSON object for each lock, on a line of its own'
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -s h -l help -d 'Print help (see more with \'--help\')'
-complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s s -l sock -l socket -d 'Serve here: a path, a PORT (of 127.0.0.1 and ::1), HOST:PORT, or [V6]:PORT; may be given several times' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s s -l sock -l socket -d 'Serve here: a path, a PORT (of 127.0.0.1 and ::1), or HOST:PORT (an IPv6 address in brackets); may be given several times' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s m -l maxconn -d 'Serve at most N connections at a time; more of them wait until there is room' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s t -l timeout -d 'End the hold of a protocol 1 client after SECS seconds, and close its connection; 0 is never' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l log-level -d 'What to log on standard error; $RUST_LOG says it too' -r -f -a "off\t'Nothing'

@@ -158,7 +158,7 @@ pub struct Status {
 /// How a client finds its daemon, and whom it trusts.
 #[derive(Args, Debug)]
 pub struct Daemon {
-    /// The daemon's socket: a path, a PORT (of 127.0.0.1), HOST:PORT, or [V6]:PORT
+    /// The daemon's socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)
     ///
     /// Without it, $KMUTEX_SOCK, or else /tmp/keyedmutexd.sock.
     #[arg(long, value_name = "ADDR", value_hint = ValueHint::AnyPath)]
@@ -172,7 +172,7 @@ pub struct Daemon {
 /// What `kmutex serve` takes.
 #[derive(Args, Debug)]
 pub struct Serve {
-    /// Serve here: a path, a PORT (of 127.0.0.1 and ::1), HOST:PORT, or [V6]:PORT; may be given several times
+    /// Serve here: a path, a PORT (of 127.0.0.1 and ::1), or HOST:PORT (an IPv6 address in brackets); may be given several times
     ///
     /// Without it, $KMUTEX_SOCK, or else /tmp/keyedmutexd.sock.
     #[arg(short = 's', long, visible_alias = "socket", value_name = "ADDR", value_hint = ValueHint::AnyPath)]
