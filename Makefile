@@ -49,12 +49,15 @@ soak:
 # What `make` has built, and nothing else, so that it needs no cargo as root.
 install:
 	@test -x $(PROGRAM) || { echo "run make first: there is no $(PROGRAM)" >&2; exit 1; }
-	install -d $(BIN) $(MAN) $(BASH_COMPLETIONS) $(ZSH_COMPLETIONS) $(FISH_COMPLETIONS)
+	install -d $(BIN) $(MAN) $(BASH_COMPLETIONS) $(ZSH_COMPLETIONS) $(FISH_COMPLETIONS) $(UNITS)
 	install -m 755 $(PROGRAM) $(BIN)/kmutex
 	install -m 644 man/*.1 $(MAN)
 	install -m 644 completions/kmutex.bash $(BASH_COMPLETIONS)/kmutex
 	install -m 644 completions/_kmutex $(ZSH_COMPLETIONS)/_kmutex
 	install -m 644 completions/kmutex.fish $(FISH_COMPLETIONS)/kmutex.fish
+	install -m 644 packaging/systemd/kmutex.socket $(UNITS)
+	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' packaging/systemd/kmutex.service > $(UNITS)/kmutex.service
+	chmod 644 $(UNITS)/kmutex.service
 
 # In the place of KeyedMutex's daemon.
 install-keyedmutexd: install
@@ -62,4 +65,4 @@ install-keyedmutexd: install
 
 uninstall:
 	rm -f $(BIN)/kmutex $(BIN)/keyedmutexd $(MAN)/kmutex.1 $(MAN)/kmutex-*.1 $(BASH_COMPLETIONS)/kmutex \
-		$(ZSH_COMPLETIONS)/_kmutex $(FISH_COMPLETIONS)/kmutex.fish
+		$(ZSH_COMPLETIONS)/_kmutex $(FISH_COMPLETIONS)/kmutex.fish $(UNITS)/kmutex.service $(UNITS)/kmutex.socket

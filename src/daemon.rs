@@ -92,6 +92,7 @@ impl Config {
 /// # Errors
 /// When a socket cannot be listened on, or the kernel refuses what a daemon cannot do without.
 pub fn serve(config: &Config) -> Result<(), Error> {
+    let ready = config.ready_fd.map(take_ready_fd).transpose()?;
     if config.detach {
         close_inherited().map_err(|e| Error::Os("close inherited files", e))?;
     }
@@ -109,7 +110,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
         info!("serving on {}", listener.name());
     }
     let mut server = Server::new(config, listeners, recorder).map_err(|e| Error::Os("start", e))?;
-    tell_ready(config.ready_fd).map_err(|e| Error::Os("tell that it serves", e))?;
+    tell_ready(ready).map_err(|e| Error::Os("tell that it serves", e))?;
     let reason = server.run().map_err(|e| Error::Os("wait for events", e))?;
     info!("stopping: {reason}");
     server.finish();
@@ -135,12 +136,20 @@ fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Er
     Recorder::open(&PathBuf::from(path), None)
 }
 
+/// Takes over the descriptor that readiness is to be told on. Before anything of ours is opened, which might get the
+/// number of one that is not open.
+fn take_ready_fd(number: u32) -> Result<File, Error> {
+    let bad = |error| Error::ReadyFd { number, error };
+    let raw = i32::try_from(number).map_err(|_| bad(nix::Error::EBADF.into()))?;
+    let file = descriptor_of_ours(raw).map_err(bad)?;
+    nix::unistd::close(raw).map_err(|e| bad(e.into()))?;
+    Ok(file)
+}
+
 /// Tells whoever started this, if it asked: by a newline on a descriptor, or as systemd wants it (sd_notify(3)).
-fn tell_ready(descriptor: Option<u32>) -> io::Result<()> {
-    if let Some(number) = descriptor {
-        let number = i32::try_from(number).map_err(io::Error::other)?;
-        descriptor_of_ours(number)?.write_all(b"\n")?;
-        nix::unistd::close(number)?;
+fn tell_ready(descriptor: Option<File>) -> io::Result<()> {
+    if let Some(mut file) = descriptor {
+        file.write_all(b"\n")?;
     }
     sd_notify::notify(&[sd_notify::NotifyState::Ready])
 }
@@ -150,10 +159,12 @@ fn descriptor_of_ours(number: i32) -> io::Result<File> {
     // Asked of the kernel: to open it by its name fails for the pipe of a supervisor that is another user, and for a
     // socket.
     #[cfg(target_os = "linux")]
-    if let Ok(process) = pidfd_open(getpid(), PidfdFlags::empty())
-        && let Ok(file) = pidfd_getfd(process, number, PidfdGetfdFlags::empty())
-    {
-        return Ok(file.into());
+    if let Ok(process) = pidfd_open(getpid(), PidfdFlags::empty()) {
+        match pidfd_getfd(process, number, PidfdGetfdFlags::empty()) {
+            // A kernel, or a sandbox, without that call.
+            Err(rustix::io::Errno::NOSYS | rustix::io::Errno::PERM) => {}
+            other => return Ok(other?.into()),
+        }
     }
     File::options().write(true).open(format!("/dev/fd/{number}"))
 }
@@ -204,6 +215,13 @@ pub enum Error {
         /// The other daemon, if it has said who it is.
         pid: Option<u32>,
     },
+    /// The descriptor to tell readiness on cannot be used.
+    ReadyFd {
+        /// Its number.
+        number: u32,
+        /// Why.
+        error: io::Error,
+    },
     /// The group for the sockets is not known.
     Group {
         /// What was given.
@@ -226,7 +244,7 @@ impl Error {
             Error::Addr(error) => error.exit(),
             Error::Bind { .. } | Error::Claim { .. } | Error::Journal { .. } => Exit::CannotCreate,
             Error::Served { .. } => Exit::Busy,
-            Error::Group { .. } => Exit::Usage,
+            Error::Group { .. } | Error::ReadyFd { .. } => Exit::Usage,
             Error::Os(..) => Exit::Os,
         }
     }
@@ -253,6 +271,7 @@ impl fmt::Display for Error {
             Error::Served { path, pid: None } => {
                 write!(f, "cannot serve on {}: another daemon does", path.display())
             }
+            Error::ReadyFd { number, error } => write!(f, "bad --ready-fd {number}: {}", Reason(error)),
             Error::Group { name, why } => write!(f, "bad --group {name:?}: {why}"),
             Error::Os(doing, error) => write!(f, "cannot {doing}: {}", Reason(error)),
         }

@@ -14,5 +14,6 @@ mod purity;
 mod readme;
 mod resume;
 mod run;
+mod service;
 mod signals;
 mod vanished;
