@@ -105,10 +105,13 @@ pub fn lock(
         };
         match session.lock(&request, deadline) {
             Err(Error::Closed) => {
-                // One that let us wait has been a good daemon, and its successor should be there soon.
+                // One that let us wait has been a good daemon.
                 if let Some(place) = session.place() {
                     request.place = Some(place);
-                    retry = Retry::new(Some(Instant::now() + SUCCESSOR_WAIT));
+                    retry = Retry::new(None);
+                }
+                if !request.nowait {
+                    retry.away_until = Some(Instant::now() + SUCCESSOR_WAIT);
                 }
                 retry.count()?;
                 retry.pause(deadline)?;
@@ -118,7 +121,7 @@ pub fn lock(
     }
 }
 
-/// How long those who waited for a daemon that ended wait for the next one.
+/// How long those who were connected to a daemon when it ended wait for the next one.
 const SUCCESSOR_WAIT: Duration = Duration::from_secs(30);
 /// How many daemons may close the connection without a word before one gives up.
 const SILENT_MAX: u32 = 10;

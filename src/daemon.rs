@@ -11,6 +11,7 @@
 //! | `v1.rs`, `v2.rs` | the protocols: bytes to the table, effects to bytes |
 //! | `recorder.rs` | the table's changes to the journal |
 //! | `orphans.rs` | holders that have not come back since a restart |
+//! | `processes.rs` | which processes those are, and whether they live |
 //! | `log.rs` | what is logged |
 
 mod accept;
@@ -20,6 +21,7 @@ mod failpoint;
 mod listener;
 mod log;
 mod orphans;
+mod processes;
 mod recorder;
 mod server;
 mod v1;

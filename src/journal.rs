@@ -64,6 +64,8 @@ pub struct Journal {
     compacted: u64,
     /// What is to be written.
     pending: Vec<u8>,
+    /// Something that should be in the file is not, and is forgotten.
+    behind: bool,
 }
 
 impl Journal {
@@ -80,7 +82,15 @@ impl Journal {
         bytes.extend(records.into_iter().flat_map(|record| encode(Entry::Grant(record))));
         let file = replace(path, &bytes)?;
         let length = bytes.len() as u64;
-        Ok(Journal { path: path.into(), file, boot, length, compacted: length, pending: Vec::new() })
+        Ok(Journal {
+            path: path.into(),
+            file,
+            boot,
+            length,
+            compacted: length,
+            pending: Vec::new(),
+            behind: false,
+        })
     }
 
     /// Notes that a lock is held, for the next [`Journal::write`]. One with the same token as before replaces it.
@@ -98,7 +108,7 @@ impl Journal {
         !self.pending.is_empty()
     }
 
-    /// Hands all that was noted to the kernel. If that fails, none of it counts, and it is still to be written.
+    /// Hands all that was noted to the kernel. If that fails, none of it counts.
     ///
     /// # Errors
     /// As pwrite(2) gives them; a full disk among them.
@@ -109,10 +119,16 @@ impl Journal {
         Ok(())
     }
 
-    /// Forgets the grants that were noted and not written: they are not given. Strikes stay; they are true.
-    pub fn drop_grants(&mut self) {
-        let strikes = self.pending.chunks(RECORD_BYTES).filter(|bytes| bytes[4] == STRIKE);
-        self.pending = strikes.collect::<Vec<_>>().concat();
+    /// After a [`Journal::write`] that failed: forgets what was noted, so that it does not heap up. The file is behind
+    /// then, until [`Journal::compact`] writes all that is true.
+    pub fn fall_behind(&mut self) {
+        self.pending.clear();
+        self.behind = true;
+    }
+
+    /// True when only [`Journal::compact`] can make the file tell the truth again.
+    pub fn is_behind(&self) -> bool {
+        self.behind
     }
 
     /// True when most of the file is of the past.
@@ -120,7 +136,7 @@ impl Journal {
         self.length > SIZE_MIN.max(self.compacted * GROWTH_MAX)
     }
 
-    /// Writes the file anew with only what is held now. If that fails, the old file goes on.
+    /// Writes the file anew with only what is held now, whatever was noted. If that fails, the old file goes on.
     ///
     /// # Errors
     /// When the new file cannot be written.
@@ -267,9 +283,10 @@ const GRANT: u8 = 1;
 const STRIKE: u8 = 2;
 const SHARED: u8 = 1;
 const EXEC: u8 = 2;
-const HAS_NONCE: u8 = 4;
-const HAS_UID: u8 = 8;
-const HAS_UNTIL: u8 = 16;
+const INHERITS: u8 = 4;
+const HAS_NONCE: u8 = 8;
+const HAS_UID: u8 = 16;
+const HAS_UNTIL: u8 = 32;
 
 enum Entry<'a> {
     Grant(&'a Record),
@@ -302,6 +319,7 @@ fn encode(entry: Entry<'_>) -> [u8; RECORD_BYTES] {
             let flags = [
                 (held.terms.shared, SHARED),
                 (held.terms.exec, EXEC),
+                (held.terms.inherits, INHERITS),
                 (held.nonce.is_some(), HAS_NONCE),
                 (held.uid.is_some(), HAS_UID),
                 (held.until.is_some(), HAS_UNTIL),
@@ -340,8 +358,13 @@ fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
     match bytes[4] {
         STRIKE => Some(Decoded::Strike(token)),
         GRANT if matches!(bytes[5], 1 | 2) => {
-            let terms =
-                Terms { protocol: bytes[5], shared: flag(SHARED), exec: flag(EXEC), slots: u32_at(8).max(1) };
+            let terms = Terms {
+                protocol: bytes[5],
+                shared: flag(SHARED),
+                exec: flag(EXEC),
+                inherits: flag(INHERITS),
+                slots: u32_at(8).max(1),
+            };
             let held = Held {
                 lock: LockId(bytes[32..48].try_into().expect("sixteen bytes")),
                 token,

@@ -18,6 +18,9 @@ use crate::exit::{self, Exit};
 use crate::proto::v2::{LockRequest, Mode, Who};
 use crate::proto::{Key, Outcome, Token};
 
+/// The environment variable that tells a command the token of its lock.
+pub const TOKEN_VARIABLE: &str = "KMUTEX_TOKEN";
+
 /// What to run, under which lock, and how.
 #[derive(Clone, Debug)]
 pub struct Job {
@@ -174,6 +177,7 @@ impl Job {
             slots: self.slots,
             nowait: self.wait == Wait::Never,
             exec: self.child == Child::Exec,
+            inherits: self.child == Child::Inherits,
             who: self.who(),
             ..LockRequest::new(self.key.clone(), self.mode)
         }
@@ -197,7 +201,7 @@ impl Job {
         command
             .args(&self.argv[1..])
             .env("KMUTEX_KEY", self.key.as_str())
-            .env("KMUTEX_TOKEN", token.to_string())
+            .env(TOKEN_VARIABLE, token.to_string())
             .env(crate::addr::VARIABLE, OsString::from(&sock));
         Ok(command)
     }

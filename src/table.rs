@@ -309,7 +309,7 @@ impl Table {
         let lock = &mut self.locks[request.lock as usize];
         lock.holding += 1;
         lock.holders.push_back(&mut self.requests, id);
-        effects.record.extend(self.requests[id.index()].client.map(Change::Held));
+        effects.record.extend(self.requests[id.index()].client.map(Change::Granted));
         self.tell(id, What::Granted(Token(token)), effects);
     }
 

@@ -7,14 +7,13 @@ use std::os::fd::OwnedFd;
 
 use log::{debug, info, warn};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
-use nix::unistd::{SysconfVar, sysconf};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
+use super::processes::Watch;
 use super::server::{Server, Source};
 use crate::addr::Reason;
 use crate::journal::Record;
 use crate::proto::Token;
-use crate::table::{ClientId, Millis};
+use crate::table::ClientId;
 
 /// What is known of them, by the token of their grant.
 #[derive(Default)]
@@ -22,8 +21,10 @@ pub(super) struct Orphans(BTreeMap<Token, Orphan>);
 
 struct Orphan {
     record: Record,
-    /// Readable when its process has ended (pidfd_open(2)).
+    /// Readable when the process that is watched has ended (pidfd_open(2)).
     process: Option<OwnedFd>,
+    /// What is watched is the command: with it, the hold ends.
+    is_command: bool,
 }
 
 impl Orphans {
@@ -59,7 +60,10 @@ impl Server {
 
     /// False: the hold has ended.
     fn restore(&mut self, record: Record) -> io::Result<bool> {
-        let process = watch([record.pid, record.child], record.recorded)?;
+        let (process, is_command) = match Watch::process(record.pid, record.recorded)? {
+            Watch::Ended => (Watch::command(&record)?, true),
+            other => (other, false),
+        };
         let mut held = record.held;
         let grace = self.now.plus(self.grace);
         match &process {
@@ -75,7 +79,7 @@ impl Server {
             return Ok(false);
         }
         let token = held.token;
-        self.recorder.orphans.0.insert(token, Orphan { record, process: None });
+        self.recorder.orphans.0.insert(token, Orphan { record, process: None, is_command });
         if let Watch::Process(process) = process {
             self.watch_orphan(token, process)?;
         }
@@ -93,13 +97,10 @@ impl Server {
         else {
             return;
         };
-        let Ok(Watch::Process(process)) = watch([child, 0], self.now) else { return };
+        let Ok(Watch::Process(process)) = Watch::process(child, self.now) else { return };
         let token = record.held.token;
         self.table.detach(client);
-        self.recorder
-            .orphans
-            .0
-            .insert(token, Orphan { record: Record { pid: child, child: 0, ..record }, process: None });
+        self.recorder.orphans.0.insert(token, Orphan { record, process: None, is_command: true });
         match self.watch_orphan(token, process) {
             Ok(()) => debug!("the command of {} goes on and keeps token {token}", self.name(client)),
             // Better a lock too long than one twice: it ends when the daemon does and cannot watch it either.
@@ -119,63 +120,25 @@ impl Server {
     pub(super) fn orphan_ready(&mut self, token: Token) {
         let Some(orphan) = self.recorder.orphans.0.get_mut(&token) else { return };
         orphan.process = None;
-        let (child, recorded) = (std::mem::take(&mut orphan.record.child), orphan.record.recorded);
-        let next = watch([child, 0], recorded).and_then(|next| match next {
-            Watch::Process(process) => self.watch_orphan(token, process).map(|()| true),
-            Watch::Ended | Watch::Nobody => Ok(false),
-        });
-        match next {
-            Ok(true) => {}
-            Ok(false) => {
+        let next = match std::mem::replace(&mut orphan.is_command, true) {
+            true => Ok(Watch::Ended),
+            false => Watch::command(&orphan.record),
+        };
+        let result = next.and_then(|next| match next {
+            Watch::Process(process) => self.watch_orphan(token, process),
+            Watch::Ended => {
                 debug!("the process of token {token} has ended");
                 self.feed(|table, now, effects| table.orphan_ended(now, token, effects));
+                Ok(())
             }
+            Watch::Nobody => {
+                self.table.limit_orphan(token, self.now.plus(self.grace));
+                Ok(())
+            }
+        });
+        if let Err(e) = result {
             // Then it is the holder's coming back that ends it, or nothing: better a lock too long than one twice.
-            Err(e) => warn!("cannot watch the command of token {token}: {}", Reason(&e)),
+            warn!("cannot watch the command of token {token}: {}", Reason(&e));
         }
-    }
-}
-
-/// What can be watched of a holder.
-enum Watch {
-    /// A process of it lives.
-    Process(OwnedFd),
-    /// Its processes have ended.
-    Ended,
-    /// No process of it is known here, or this kernel has no way to watch it.
-    Nobody,
-}
-
-/// Watches the first of these processes that lives and is the one that was recorded, and not a later one that was given
-/// the same number. 0 is no process.
-fn watch(pids: [u32; 2], recorded: Millis) -> io::Result<Watch> {
-    let mut known = false;
-    for pid in pids {
-        let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { continue };
-        known = true;
-        match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(_) if is_later(pid, recorded) => {}
-            Ok(process) => return Ok(Watch::Process(process)),
-            Err(rustix::io::Errno::SRCH) => {}
-            Err(rustix::io::Errno::NOSYS) => return Ok(Watch::Nobody),
-            Err(e) => return Err(e.into()),
-        }
-    }
-    Ok(if known { Watch::Ended } else { Watch::Nobody })
-}
-
-/// True when the process with this number was started after `recorded` (proc(5), /proc/PID/stat, starttime). Where that
-/// cannot be read, it is taken for the right one, whose end its descriptor will tell.
-fn is_later(pid: Pid, recorded: Millis) -> bool {
-    let Ok(stat) = std::fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())) else {
-        return false;
-    };
-    // The second field is a name in brackets, which may have anything in it.
-    let after_name = stat.rsplit_once(')').map_or("", |(_, rest)| rest);
-    let start = after_name.split_ascii_whitespace().nth(19).and_then(|ticks| ticks.parse::<u64>().ok());
-    let hertz = sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|hertz| u64::try_from(hertz).ok());
-    match (start, hertz) {
-        (Some(ticks), Some(hertz @ 1..)) => ticks.saturating_mul(1000) / hertz > recorded.0,
-        _ => false,
     }
 }

@@ -21,10 +21,9 @@ pub(super) struct Recorder {
     journal: Option<Journal>,
     /// Beside a socket, the socket's claim covers the journal too.
     _claim: Option<Claim>,
-    /// Those to whom the changes that are not written yet gave a lock.
-    granted: Vec<ClientId>,
-    /// The last write failed: the log says so once.
-    failing: bool,
+    /// Those to whom the changes that are not written yet gave a lock, and how much else they are to be sent before they
+    /// hear of it.
+    granted: Vec<(ClientId, usize)>,
     /// Held when the daemon before ended.
     inherited: Vec<Record>,
     last_token: Option<Token>,
@@ -39,7 +38,6 @@ impl Recorder {
             journal: None,
             _claim: None,
             granted: Vec::new(),
-            failing: false,
             inherited: Vec::new(),
             last_token: None,
             orphans: Orphans::default(),
@@ -104,14 +102,19 @@ impl Server {
     /// Notes a change, to be written with the others of this turn.
     pub(super) fn record(&mut self, change: Change) {
         match change {
-            Change::Held(client) => {
+            Change::Granted(client) => {
+                // What is granted is told next, behind this.
+                let told = self.connections[client.0 as usize].output().len();
+                self.recorder.granted.push((client, told));
+                self.record_hold(client);
+            }
+            Change::Resumed(client) => {
                 if let Some((_, request)) = self.table.request_of(client)
                     && let Some(held) = &request.held
                 {
                     self.recorder.orphans.forget(held.token);
                 }
                 self.record_hold(client);
-                self.recorder.granted.push(client);
             }
             Change::Ended(token) => {
                 self.recorder.orphans.forget(token);
@@ -145,56 +148,58 @@ impl Server {
     pub(super) fn commit(&mut self) {
         while let Some(journal) = self.recorder.journal.as_mut().filter(|journal| journal.is_dirty()) {
             failpoint::hit("before-journal");
-            match journal.write() {
-                Ok(()) => {
-                    failpoint::hit("after-journal");
-                    if std::mem::take(&mut self.recorder.failing) {
-                        info!("the journal can be written again");
-                    }
-                    break;
+            let was_behind = journal.is_behind();
+            let written = if was_behind { self.rewrite() } else { journal.write() };
+            let Some(journal) = &mut self.recorder.journal else { return };
+            let Err(e) = written else {
+                failpoint::hit("after-journal");
+                if was_behind {
+                    info!("the journal can be written again");
                 }
-                Err(e) => {
-                    journal.drop_grants();
-                    if !std::mem::replace(&mut self.recorder.failing, true) {
-                        error!("cannot write {journal}: {}; no lock is given until I can", Reason(&e));
-                    }
-                    let refused = std::mem::take(&mut self.recorder.granted);
-                    if refused.is_empty() {
-                        // That a hold has ended may be told all the same: at worst it lasts longer after a restart.
-                        break;
-                    }
-                    for client in refused {
-                        self.refuse(client);
-                    }
-                }
+                break;
+            };
+            journal.fall_behind();
+            if !was_behind {
+                error!("cannot write {journal}: {}; no lock is given until I can", Reason(&e));
+            }
+            let refused = std::mem::take(&mut self.recorder.granted);
+            if refused.is_empty() {
+                // That a hold has ended may be told all the same: at worst it lasts longer after a restart.
+                break;
+            }
+            for (client, told) in refused {
+                self.refuse(client, told);
             }
         }
         self.recorder.granted.clear();
-        self.compact_if_overgrown();
+        if self.recorder.journal.as_ref().is_some_and(Journal::is_overgrown) {
+            failpoint::hit("before-compaction");
+            if let Err(e) = self.rewrite() {
+                warn!("cannot write the journal anew: {}", Reason(&e));
+            }
+            failpoint::hit("after-compaction");
+        }
     }
 
-    /// Takes back what a client was given in this turn, before it hears of it.
-    fn refuse(&mut self, client: ClientId) {
+    /// Takes back what a client was given in this turn, before it hears of it. `told`: how much else it is to be sent.
+    fn refuse(&mut self, client: ClientId, told: usize) {
         let connection = &mut self.connections[client.0 as usize];
         if connection.doomed {
             return;
         }
-        connection.output().clear();
+        connection.output().truncate(told);
         if let Protocol::V2 { .. } = connection.protocol {
             self.answer(client, &v2::cannot_record());
         }
         self.doom(client, "its lock cannot be recorded");
     }
 
-    fn compact_if_overgrown(&mut self) {
-        if !self.recorder.journal.as_ref().is_some_and(Journal::is_overgrown) {
-            return;
-        }
+    /// Writes the journal anew, with nothing but what is held.
+    fn rewrite(&mut self) -> io::Result<()> {
         let records = self.records();
-        if let Some(journal) = &mut self.recorder.journal
-            && let Err(e) = journal.compact(&records)
-        {
-            warn!("cannot write {journal} anew: {}", Reason(&e));
+        match &mut self.recorder.journal {
+            Some(journal) => journal.compact(&records),
+            None => Ok(()),
         }
     }
 

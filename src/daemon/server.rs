@@ -18,6 +18,7 @@ use slab::Slab;
 use super::Config;
 use super::accept::Acceptor;
 use super::connection::{Connection, OUTPUT_BYTES_MAX, Protocol, Sent};
+use super::failpoint;
 use super::listener::Listener;
 use super::recorder::Recorder;
 use crate::proto::Token;
@@ -265,7 +266,8 @@ impl Server {
             return;
         }
         let earlier = std::mem::take(&mut connection.input);
-        if let Some(deadline) = connection.unfinished.take() {
+        let mut deadline = connection.unfinished.take();
+        if let Some(deadline) = deadline {
             self.unfinished.remove(&(deadline, client));
         }
         let joined;
@@ -280,20 +282,22 @@ impl Server {
                 Protocol::V2 { .. } => self.received_v2(client, &mut rest),
             };
             if !taken {
-                self.keep(client, rest);
+                // Of one message, its first piece says until when all must be there.
+                self.keep(client, rest, deadline);
                 break;
             }
+            deadline = None;
         }
     }
 
     /// Keeps the beginning of a message until the rest of it comes, which must not take for ever.
-    fn keep(&mut self, client: ClientId, rest: &[u8]) {
+    fn keep(&mut self, client: ClientId, rest: &[u8], deadline: Option<Millis>) {
         let connection = &mut self.connections[client.0 as usize];
         if rest.is_empty() || connection.doomed {
             return;
         }
         connection.input.extend_from_slice(rest);
-        let deadline = self.now.plus(MESSAGE_WAIT);
+        let deadline = deadline.unwrap_or(self.now.plus(MESSAGE_WAIT));
         connection.unfinished = Some(deadline);
         self.unfinished.insert((deadline, client));
     }
@@ -364,14 +368,19 @@ impl Server {
             self.connections[client.0 as usize].dirty = false;
             self.continue_status(client);
             let connection = &mut self.connections[client.0 as usize];
+            failpoint::hit("before-send");
             let sent = connection.send();
+            failpoint::hit("after-send");
             if connection.doomed {
                 self.close(client);
                 continue;
             }
             let more = matches!(connection.protocol, Protocol::V2 { status: Some(_) });
             match sent {
-                Sent::Gone => gone.push((client, "it is gone")),
+                Sent::Gone => {
+                    connection.output().clear();
+                    gone.push((client, "it is gone"));
+                }
                 Sent::Part if connection.output().len() > OUTPUT_BYTES_MAX => {
                     gone.push((client, "it does not read what it is told"));
                 }

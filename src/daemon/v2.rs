@@ -4,6 +4,7 @@ use log::warn;
 use nix::unistd::Uid;
 
 use super::connection::{OUTPUT_BYTES_MAX, Protocol};
+use super::failpoint;
 use super::server::Server;
 use crate::proto::v1::State;
 use crate::proto::v2::{
@@ -58,6 +59,7 @@ impl Server {
                 self.answer(client, &wrong_state("lock: this connection has a lock, or waits for one"));
             }
             (Request::Child { pid }, State::Owner) => {
+                failpoint::hit("child");
                 self.connections[client.0 as usize].child = pid;
                 self.record_hold(client);
             }

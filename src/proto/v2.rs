@@ -68,6 +68,10 @@ pub struct LockRequest {
     /// the end of the work, with the outcome `unknown`, and not a holder that vanished.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub exec: bool,
+    /// A command will inherit the connection, and I shall name it with [`Request::Child`]: the lock lasts as long as
+    /// either of us lives, even if I am killed before I can name it.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub inherits: bool,
     /// When a hold is resumed: the token of its grant. The lock is not asked for anew if the daemon knows nothing of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub holds: Option<Token>,
@@ -92,6 +96,7 @@ impl LockRequest {
             slots: 1,
             nowait: false,
             exec: false,
+            inherits: false,
             holds: None,
             child: None,
             place: None,
@@ -328,6 +333,8 @@ struct Frame<'a> {
     #[serde(default)]
     exec: bool,
     #[serde(default)]
+    inherits: bool,
+    #[serde(default)]
     who: Who,
     holds: Option<Token>,
     child: Option<u32>,
@@ -389,6 +396,7 @@ impl Frame<'_> {
             slots,
             nowait: self.nowait,
             exec: self.exec,
+            inherits: self.inherits,
             holds: self.holds,
             child: self.child,
             place: self.place,

@@ -50,8 +50,10 @@ pub enum Loss {
 /// What a change to the set of holds is, for the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Change {
-    /// This client's hold began, or is this client's now.
-    Held(ClientId),
+    /// This client was granted a lock.
+    Granted(ClientId),
+    /// A hold is this client's now.
+    Resumed(ClientId),
     /// The hold with this token has ended.
     Ended(Token),
 }

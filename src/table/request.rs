@@ -16,18 +16,21 @@ pub struct Terms {
     pub shared: bool,
     /// The client becomes the command: the end of its stream is the end of the work.
     pub exec: bool,
+    /// A command inherits the lock.
+    pub inherits: bool,
     /// It may be had while fewer than so many hold it.
     pub slots: u32,
 }
 
 impl Terms {
     /// Those of protocol 1, which knows only one kind of lock.
-    pub const V1: Terms = Terms { protocol: 1, shared: false, exec: false, slots: 1 };
+    pub const V1: Terms = Terms { protocol: 1, shared: false, exec: false, inherits: false, slots: 1 };
 }
 
 impl From<&LockRequest> for Terms {
     fn from(asked: &LockRequest) -> Terms {
-        Terms { protocol: 2, shared: asked.shared, exec: asked.exec, slots: asked.slots }
+        let LockRequest { shared, exec, inherits, slots, .. } = *asked;
+        Terms { protocol: 2, shared, exec, inherits, slots }
     }
 }
 

@@ -83,6 +83,18 @@ impl Table {
         }
     }
 
+    /// A holder that has not resumed is given until `until` to do so. Nothing happens if it has less time already.
+    pub fn limit_orphan(&mut self, token: Token, until: Millis) {
+        if let Some(&id) = self.orphans.get(&token)
+            && until < self.requests[id.index()].deadline
+        {
+            let request = &mut self.requests[id.index()];
+            self.deadlines.remove(&(request.deadline, id));
+            request.deadline = until;
+            self.deadlines.insert((until, id));
+        }
+    }
+
     /// A holder that has not resumed never will: its process has ended.
     pub fn orphan_ended(&mut self, now: Millis, token: Token, effects: &mut Effects) {
         if let Some(&id) = self.orphans.get(&token) {
@@ -136,7 +148,7 @@ impl Table {
         match self.requests[id.index()].stage {
             Stage::Holding => {
                 let token = Token(self.requests[id.index()].order);
-                effects.record.push(Change::Held(client));
+                effects.record.push(Change::Resumed(client));
                 self.tell(id, What::Granted(token), effects);
             }
             Stage::Waiting => self.tell_waiting(id, effects),

@@ -102,7 +102,7 @@ fn check_tokens(sections: &[&Section<'_>]) -> Result<(), String> {
 
 fn sections(log: &str) -> Result<Vec<Section<'_>>, String> {
     let mut sections: BTreeMap<&str, Section<'_>> = BTreeMap::new();
-    for line in log.lines() {
+    for line in log.lines().filter(|line| !line.starts_with('#')) {
         let words: Vec<&str> = line.split(' ').collect();
         let [word, name, key, kind, token, _pid, time] = words[..] else {
             return Err(format!("not a line of a log: {line:?}"));
@@ -139,6 +139,19 @@ fn sections(log: &str) -> Result<Vec<Section<'_>>, String> {
         Some(section) => Err(format!("{} never leaves {}", section.name, section.key)),
         None => Ok(sections.into_values().collect()),
     }
+}
+
+/// The part of a log that shows what is wrong: all that it says of the clients that `broken` names, and all that was
+/// noted and done in between and a second before.
+pub fn excerpt(log: &str, broken: &str) -> String {
+    let named: Vec<&str> = broken.split(' ').filter(|word| word.starts_with('c')).collect();
+    let is_named = |line: &&str| line.split([' ', '\'']).any(|word| named.contains(&word));
+    let time = |line: &str| line.rsplit(' ').next().and_then(|time| time.parse::<f64>().ok()).unwrap_or(0.0);
+    let times: Vec<f64> = log.lines().filter(is_named).map(time).collect();
+    let first = times.iter().copied().fold(f64::INFINITY, f64::min) - 1.0;
+    let last = times.iter().copied().fold(0.0, f64::max);
+    let lines = log.lines().filter(|line| (first..=last).contains(&time(line)));
+    lines.flat_map(|line| [line, "\n"]).collect()
 }
 
 fn parse_kind(text: &str) -> Result<Kind, String> {
@@ -265,6 +278,22 @@ mod tests {
                 "the token of b for k is not larger than that of a",
             );
         }
+    }
+
+    #[test]
+    fn the_excerpt_shows_what_is_wrong() {
+        let lines = [
+            "enter c1 k 1.0",
+            "# daemon 9 is killed 3.5",
+            "enter c2 k 4.0",
+            "leave c1 k 5.0",
+            "leave c3 k 6.0",
+        ];
+        let log = lines.map(|line| format!("{line}\n")).concat();
+        assert_eq!(
+            excerpt(&log, "c2 enters k"),
+            lines[1..3].iter().map(|line| format!("{line}\n")).collect::<String>()
+        );
     }
 
     #[test]

@@ -25,12 +25,14 @@ if ($what eq 'owner') {
     delete $ENV{KMUTEX_TOKEN};
     $SIG{PIPE} = 'IGNORE';
     my $answer = '';
-    until ($answer eq 'O') {
-        # Asks until it is the owner; a daemon that is away comes back.
+    until ($answer) {
+        # A daemon that is away comes back.
         $socket ||= IO::Socket::UNIX->new(Peer => $sock);
         if (!$socket) { usleep(2000); next }
         if (!syswrite($socket, md5($key)) || !sysread($socket, $answer, 1)) { undef $socket; $answer = '' }
     }
+    # Somebody else has done the work. (To ask again and again is to be overtaken for ever by those who queue.)
+    exit 79 if $answer eq 'R';
 }
 note('enter');
 usleep($micros);

@@ -96,6 +96,19 @@ impl Arena {
         self.folder.join("log")
     }
 
+    /// Adds a line to the log, with the time.
+    fn write(&self, words: &str) {
+        let mut log = OpenOptions::new().append(true).create(true).open(self.log()).unwrap();
+        let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
+        let line = format!("{words} {}.{:09}\n", now.tv_sec(), now.tv_nsec());
+        log.write_all(line.as_bytes()).unwrap();
+    }
+
+    /// Notes for people what the checker has no use for.
+    fn note(&self, what: &str) {
+        self.write(&format!("# {what}"));
+    }
+
     fn count(&self, what: impl Into<String>) {
         *self.tally.lock().unwrap().entry(what.into()).or_default() += 1;
     }
@@ -133,6 +146,7 @@ impl Arena {
         if victim == 0 && role.orphans && !role.options.contains(&"-F") {
             // At any moment: while it connects, waits, holds, releases.
             std::thread::sleep(Duration::from_micros(chance.below(30_000)));
+            self.note(&format!("{name}'s kmutex is killed"));
             process.signal(Signal::SIGKILL);
             self.count("a kmutex is killed");
         }
@@ -155,7 +169,7 @@ impl Arena {
             .arg(self.sock());
         let code = Process::spawn(&mut command).wait();
         self.count(format!("protocol 1 ends with {code}"));
-        if code != 0 && code != 137 {
+        if ![0, 79, 137].contains(&code) {
             self.find(format!("{name} of protocol 1 ended with {code}"));
         }
     }
@@ -166,6 +180,7 @@ impl Arena {
         while !self.is_over() {
             std::thread::sleep(Duration::from_millis(100 + chance.below(300)));
             let Some(pid) = daemon(&self.sock()) else { continue };
+            self.note(&format!("daemon {pid} is killed"));
             kill_it(pid);
             self.count("a daemon is killed");
             if chance.below(2) == 0 {
@@ -183,10 +198,9 @@ impl Arena {
     /// Kills commands in their sections.
     fn kill_commands(&self) {
         let mut chance = Chance(self.seed ^ 2);
-        let mut log = OpenOptions::new().append(true).create(true).open(self.log()).unwrap();
         while !self.is_over() {
             std::thread::sleep(Duration::from_millis(20 + chance.below(60)));
-            let text = fs::read_to_string(self.log()).unwrap();
+            let text = fs::read_to_string(self.log()).unwrap_or_default();
             let Some(last) = text.lines().rev().find(|line| line.starts_with("enter ")) else { continue };
             let words: Vec<&str> = last.split(' ').collect();
             let (name, pid) = (words[1], words[5].parse().unwrap());
@@ -194,9 +208,7 @@ impl Arena {
                 continue;
             }
             // Noted before it is done: until then, it is inside.
-            let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
-            let line = format!("killed {name} - - - {pid} {}.{:09}\n", now.tv_sec(), now.tv_nsec());
-            log.write_all(line.as_bytes()).unwrap();
+            self.write(&format!("killed {name} - - - {pid}"));
             kill_it(pid);
             self.count("a command is killed");
         }
@@ -259,7 +271,8 @@ fn nobody_enters_who_should_not_whatever_is_killed() {
         let ended = !matches!(checker::check(&log), Err(error) if error.contains("never leaves"));
         ended.then_some(log)
     });
-    let sections = checker::check(&log).unwrap_or_else(|broken| panic!("{broken}\n{log}"));
+    let sections =
+        checker::check(&log).unwrap_or_else(|broken| panic!("{broken}\n{}", checker::excerpt(&log, &broken)));
     println!("{sections} sections");
     for (what, count) in arena.tally.lock().unwrap().iter() {
         println!("{count:7} {what}");

@@ -62,8 +62,13 @@ impl Daemon {
 
     /// The same with further options for `kmutex serve`.
     pub fn with(options: &[&str]) -> Daemon {
+        Daemon::made(options, |command| command)
+    }
+
+    /// The same, with a last change to the command that starts it.
+    pub fn made(options: &[&str], change: impl FnOnce(&mut Command) -> &mut Command) -> Daemon {
         let folder = tempfile::tempdir().unwrap();
-        let process = Daemon::spawn(&folder, options);
+        let process = Process::spawn(change(&mut Daemon::command(&folder, options)));
         let daemon = Daemon { folder, process };
         daemon.wait_for_log("serving on");
         daemon
@@ -74,7 +79,7 @@ impl Daemon {
         if self.process.is_running() {
             self.kill();
         }
-        self.process = Daemon::spawn(&self.folder, options);
+        self.process = Process::spawn(&mut Daemon::command(&self.folder, options));
         self.wait_for_log("serving on");
     }
 
@@ -84,12 +89,13 @@ impl Daemon {
         assert_eq!(self.process.wait(), 128 + 9);
     }
 
-    fn spawn(folder: &TempDir, options: &[&str]) -> Process {
+    fn command(folder: &TempDir, options: &[&str]) -> Command {
         let log = File::create(folder.path().join("log")).unwrap();
         let mut command = Command::new(KMUTEX);
         command.args(["serve", "--log-level", "debug", "--sock"]).arg(folder.path().join("sock"));
         command.args(options).current_dir(folder.path()).env_remove("KMUTEX_SOCK").env_remove("RUST_LOG");
-        Process::spawn(command.stdin(Stdio::null()).stderr(log))
+        command.stdin(Stdio::null()).stderr(log);
+        command
     }
 
     /// The private folder.
@@ -514,8 +520,8 @@ impl Stray {
         Stray(Pid::from_raw(pid))
     }
 
-    pub fn pid(&self) -> Pid {
-        self.0
+    pub fn kill(&self) {
+        kill(self.0, Signal::SIGKILL).unwrap();
     }
 }
 

@@ -3,11 +3,15 @@
 #![allow(unreachable_pub)]
 
 mod autostart;
+#[cfg(feature = "failpoints")]
+mod crash;
 mod daemon;
 mod errors;
+mod faults;
 mod harness;
 mod keyedmutex;
 mod like_flock;
+mod limits;
 mod protocol1;
 mod protocol2;
 mod purity;

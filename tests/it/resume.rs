@@ -118,10 +118,6 @@ fn abandoned(daemon: &Daemon, resumes: impl FnOnce()) -> Stray {
     child
 }
 
-fn end(child: &Stray) {
-    kill(child.pid(), Signal::SIGKILL).unwrap();
-}
-
 #[test]
 fn a_command_whose_kmutex_was_killed_keeps_its_lock_across_daemons() {
     let mut daemon = Daemon::start();
@@ -131,7 +127,7 @@ fn a_command_whose_kmutex_was_killed_keeps_its_lock_across_daemons() {
     assert_eq!(daemon.run(&["-n", "k", "true"]).status().unwrap().code(), Some(75));
     let mut next = Process::spawn(&mut daemon.run(&["k", "true"]));
     daemon.wait_for_log("wait: ");
-    end(&child);
+    child.kill();
     assert_eq!(next.wait(), 0, "nobody has done the work");
 }
 
@@ -148,7 +144,7 @@ fn a_command_whose_kmutex_was_killed_after_it_resumed_keeps_its_lock() {
     run.wait();
     daemon.wait_for_log("goes on and keeps");
     assert_eq!(daemon.run(&["-n", "k", "true"]).status().unwrap().code(), Some(75));
-    end(&child);
+    child.kill();
     assert_eq!(daemon.run(&["--queue", "k", "true"]).status().unwrap().code(), Some(0));
 }
 

@@ -42,19 +42,9 @@ fn any_lock_request() -> impl Strategy<Value = LockRequest> {
     let slots = prop_oneof![Just((true, 1)), (1..=SLOTS_MAX).prop_map(|slots| (false, slots))];
     let nonce = option::of(any::<u128>().prop_map(Nonce));
     let resumed = (option::of(any_token()), option::of(any::<u32>()), option::of(any::<u64>()));
-    (any_key(), nonce, any_mode(), slots, any::<bool>(), any::<bool>(), any_who(), resumed).prop_map(
-        |(key, nonce, mode, (shared, slots), nowait, exec, who, (holds, child, place))| LockRequest {
-            key,
-            nonce,
-            mode,
-            shared,
-            slots,
-            nowait,
-            exec,
-            holds,
-            child,
-            place,
-            who,
+    (any_key(), nonce, any_mode(), slots, any::<[bool; 3]>(), any_who(), resumed).prop_map(
+        |(key, nonce, mode, (shared, slots), [nowait, exec, inherits], who, (holds, child, place))| {
+            LockRequest { key, nonce, mode, shared, slots, nowait, exec, inherits, holds, child, place, who }
         },
     )
 }

@@ -175,7 +175,9 @@ impl Model {
         self.granting.clear();
         for change in changes {
             match change {
-                Change::Held(ClientId(client)) => self.granting.push(*client),
+                Change::Granted(ClientId(client)) | Change::Resumed(ClientId(client)) => {
+                    self.granting.push(*client)
+                }
                 Change::Ended(token) => {
                     assert!(self.recorded.remove(token), "a hold that was not recorded ends")
                 }
