@@ -292,16 +292,26 @@ impl Client {
     }
 
     fn settle(&mut self, mut hold: Hold) -> Result<(), Error> {
-        let wait = if self.reconnects { RELEASE_WAIT } else { Duration::ZERO };
-        match hold.release(Outcome::Unknown, wait) {
-            Ok(session) => {
-                self.state = State::Idle(Some(session));
-                Ok(())
-            }
-            Err(error @ Error::Lost(_)) => Err(error),
-            Err(error) => {
-                self.state = State::Owing(hold);
-                Err(error)
+        let give_up = Instant::now() + if self.reconnects { RELEASE_WAIT } else { Duration::ZERO };
+        let mut told = false;
+        loop {
+            let left = give_up.saturating_duration_since(Instant::now());
+            let heard = hold.release(Outcome::Unknown, left);
+            let was_told = told;
+            told |= heard.is_ok();
+            match heard.and_then(|mut session| session.confirm_release().map(|()| session)) {
+                Ok(session) => {
+                    self.state = State::Idle(Some(session));
+                    return Ok(());
+                }
+                // That daemon had heard of it before it died.
+                Err(Error::Lost(_)) if was_told => return Ok(()),
+                Err(error @ Error::Lost(_)) => return Err(error),
+                Err(Error::Closed) if Instant::now() < give_up => {}
+                Err(error) => {
+                    self.state = State::Owing(hold);
+                    return Err(error);
+                }
             }
         }
     }

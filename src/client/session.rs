@@ -91,6 +91,18 @@ impl Session {
         self.place
     }
 
+    /// Waits until the daemon says that it has heard of a release.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] when the lock was lost before, [`Error::Closed`] when the daemon is gone.
+    pub(super) fn confirm_release(&mut self) -> Result<(), Error> {
+        match self.receive(Some(Instant::now() + ANSWER_WAIT))? {
+            Answer::Released => Ok(()),
+            Answer::Lost { why } => Err(Error::Lost(why.as_str().into())),
+            other => Err(Error::unexpected(other)),
+        }
+    }
+
     /// Sends a request.
     ///
     /// # Errors
