@@ -29,6 +29,7 @@ test-tools:
 
 lint:
 	$(CARGO) fmt --check
+	cd fuzz && $(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets --features failpoints -- --deny warnings
 	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --no-deps --document-private-items
 
@@ -41,6 +42,10 @@ check-generated:
 	$(CARGO) run --quiet --locked --example generate target/generated
 	diff -r -x sections man target/generated/man
 	diff -r completions target/generated/completions
+
+# For a minute each; KMUTEX_FUZZ_SECS says how many seconds.
+fuzz:
+	./tests/fuzz
 
 # For an hour; KMUTEX_CHAOS_SECS says how many seconds.
 soak:

@@ -101,6 +101,11 @@ impl fmt::Debug for LockId {
 #[serde(transparent)]
 pub struct Token(pub u64);
 
+impl Token {
+    /// The environment variable that tells a command the token of its lock.
+    pub const VARIABLE: &str = "KMUTEX_TOKEN";
+}
+
 impl fmt::Display for Token {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.0.fmt(f)

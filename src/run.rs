@@ -18,9 +18,6 @@ use crate::exit::{self, Exit};
 use crate::proto::v2::{LockRequest, Mode, Who};
 use crate::proto::{Key, Outcome, Token};
 
-/// The environment variable that tells a command the token of its lock.
-pub const TOKEN_VARIABLE: &str = "KMUTEX_TOKEN";
-
 /// What to run, under which lock, and how.
 #[derive(Clone, Debug)]
 pub struct Job {
@@ -201,7 +198,7 @@ impl Job {
         command
             .args(&self.argv[1..])
             .env("KMUTEX_KEY", self.key.as_str())
-            .env(TOKEN_VARIABLE, token.to_string())
+            .env(Token::VARIABLE, token.to_string())
             .env(crate::addr::VARIABLE, OsString::from(&sock));
         Ok(command)
     }

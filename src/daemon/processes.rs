@@ -10,7 +10,6 @@ use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
 use crate::journal::Record;
 use crate::proto::Token;
-use crate::run::TOKEN_VARIABLE;
 use crate::table::Millis;
 
 /// What can be watched of a holder.
@@ -87,7 +86,7 @@ fn heir(record: &Record) -> io::Result<Watch> {
 
 /// An environment is `NAME=VALUE` after `NAME=VALUE`, each ended by a zero byte (proc(5)).
 fn has_token(environment: &[u8], token: Token) -> bool {
-    let wanted = format!("{TOKEN_VARIABLE}={token}");
+    let wanted = format!("{}={token}", Token::VARIABLE);
     environment.split(|&byte| byte == 0).any(|variable| variable == wanted.as_bytes())
 }
 
@@ -103,4 +102,30 @@ fn started(pid: Pid) -> Option<Millis> {
     let ticks: u64 = after_name.split_ascii_whitespace().nth(19)?.parse().ok()?;
     let hertz = sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|hertz| u64::try_from(hertz).ok())?;
     Some(Millis(ticks.saturating_mul(1000).checked_div(hertz)?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_that_started_later_is_another_with_the_same_number() {
+        let me = std::process::id();
+        let start = started(Pid::from_raw(me as i32).unwrap()).unwrap();
+        assert!(matches!(Watch::process(me, start), Ok(Watch::Process(_))));
+        assert!(matches!(Watch::process(me, Millis(start.0 - 1)), Ok(Watch::Ended)));
+        assert!(matches!(Watch::process(0, start), Ok(Watch::Nobody)));
+        assert!(matches!(Watch::process(u32::MAX, start), Ok(Watch::Nobody)), "no process has such a number");
+    }
+
+    #[test]
+    fn a_token_is_the_whole_value_of_its_variable() {
+        let environment = b"A=1\0KMUTEX_TOKEN=123\0Z=\0";
+        assert!(has_token(environment, Token(123)));
+        for other in [12, 23, 1234] {
+            assert!(!has_token(environment, Token(other)));
+        }
+        assert!(!has_token(b"XKMUTEX_TOKEN=123\0", Token(123)));
+        assert!(!has_token(b"", Token(123)));
+    }
 }

@@ -1,5 +1,7 @@
 //! The rules one by one, for reading. That they hold together is `simulation.rs`'s to show.
 
+mod resume;
+
 use super::*;
 use crate::proto::Key;
 
