@@ -16,6 +16,9 @@ _kmutex() {
             ",$1")
                 cmd="kmutex"
                 ;;
+            kmutex,break)
+                cmd="kmutex__subcmd__break"
+                ;;
             kmutex,run)
                 cmd="kmutex__subcmd__run"
                 ;;
@@ -32,12 +35,34 @@ _kmutex() {
 
     case "${cmd}" in
         kmutex)
-            opts="-h -V --help --version run status serve"
+            opts="-h -V --help --version run status break serve"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        kmutex__subcmd__break)
+            opts="-y -h --yes --sock --trust-uid --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --sock)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --trust-uid)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;

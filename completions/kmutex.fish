@@ -28,6 +28,7 @@ complete -c kmutex -n "__fish_kmutex_needs_command" -s h -l help -d 'Print help 
 complete -c kmutex -n "__fish_kmutex_needs_command" -s V -l version -d 'Print version'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "run" -d 'Run a command under a lock'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "status" -d 'Show who holds which locks, and who waits'
+complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "break" -d 'Free a lock by force'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "serve" -d 'Serve locks: the daemon'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s c -l command -d 'Run SHELL_COMMAND with $SHELL -c, or /bin/sh -c if SHELL is not set' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l slots -d 'Run while fewer than N hold the lock' -r
@@ -52,6 +53,10 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l sock -d 'The da
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l json -d 'Print one JSON object for each lock, on a line of its own'
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand break" -s y -l yes -d 'Do not ask first'
+complete -c kmutex -n "__fish_kmutex_using_subcommand break" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s s -l sock -l socket -d 'Serve here: a path, a PORT (of 127.0.0.1 and ::1), or HOST:PORT (an IPv6 address in brackets); may be given several times' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s m -l maxconn -d 'Serve at most N connections at a time; more of them wait until there is room' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s t -l timeout -d 'End the hold of a protocol 1 client after SECS seconds, and close its connection; 0 is never' -r

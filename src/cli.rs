@@ -37,6 +37,11 @@ pub enum Command {
     ///
     /// A table for people, or with --json one JSON object a line for programs.
     Status(Status),
+    /// Free a lock by force
+    ///
+    /// Whoever holds the lock of KEY is told that it is lost, and stops what runs under it (unless it runs with
+    /// --on-lost continue); whoever is next gets the lock. Only root, the daemon's user and the holder's may do this.
+    Break(Break),
     /// Serve locks: the daemon
     ///
     /// Serves protocols 1 and 2 of docs/protocol.md on each socket given, in the foreground, until HUP, INT or TERM.
@@ -149,6 +154,21 @@ pub struct Status {
     /// Print one JSON object for each lock, on a line of its own
     #[arg(long)]
     pub json: bool,
+
+    /// Where the daemon is
+    #[command(flatten)]
+    pub daemon: Daemon,
+}
+
+/// What `kmutex break` takes.
+#[derive(Args, Debug)]
+pub struct Break {
+    /// The lock's name
+    pub key: OsString,
+
+    /// Do not ask first
+    #[arg(short, long)]
+    pub yes: bool,
 
     /// Where the daemon is
     #[command(flatten)]

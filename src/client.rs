@@ -396,7 +396,7 @@ impl Error {
         Error::Protocol("it answers like a daemon of protocol 1".into())
     }
 
-    fn unexpected(answer: Answer) -> Error {
+    pub(crate) fn unexpected(answer: Answer) -> Error {
         match answer {
             Answer::Error { message, .. } => Error::Refused(message),
             other => Error::Protocol(format!("unexpected answer {other:?}")),

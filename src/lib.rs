@@ -10,8 +10,10 @@
 //! | [`daemon`] | the epoll loop: sockets to the table and back |
 //! | [`run`] | a command under a lock: the child, its signals, its status |
 //! | [`status`] | what is held, for people and for programs |
+//! | [`force`] | breaking a lock |
 //! | [`client`] | the blocking client |
 //! | [`addr`] | where a daemon is |
+//! | [`describe`] | holders and times in words |
 //! | [`names`] | names of users, groups and hosts |
 //! | [`exit`] | the exit codes |
 //! | [`say()`] | one line on standard error |
@@ -26,7 +28,9 @@ pub mod addr;
 pub mod cli;
 pub mod client;
 pub mod daemon;
+pub mod describe;
 pub mod exit;
+pub mod force;
 pub mod journal;
 pub mod names;
 pub mod proto;

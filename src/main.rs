@@ -14,6 +14,7 @@ use kmutex::cli::{self, Cli, Command, Keyedmutexd, LogLevel};
 use kmutex::client::Dial;
 use kmutex::daemon::{self, LogTarget};
 use kmutex::exit::Exit;
+use kmutex::force::{self, Consent};
 use kmutex::proto::{Key, v2::Mode};
 use kmutex::run::{self, Child, Ended, Job, OnLost, Wait};
 use kmutex::status::{self, Format};
@@ -27,6 +28,7 @@ fn main() -> ExitCode {
         Cli::try_parse_from(args).map_err(Failure::from).and_then(|cli| match cli.command {
             Command::Run(args) => run(args),
             Command::Status(args) => status(args),
+            Command::Break(args) => break_lock(args),
             Command::Serve(args) => serve(args),
         })
     };
@@ -91,6 +93,13 @@ fn status(args: cli::Status) -> Result<u8, Failure> {
         Err(status::Error::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => Ok(0),
         other => other.map(|()| 0).map_err(|e| failure(e.exit(), e)),
     }
+}
+
+fn break_lock(args: cli::Break) -> Result<u8, Failure> {
+    let consent = if args.yes { Consent::Given } else { Consent::Ask };
+    force::break_lock(&dial(&args.daemon, false)?, key(args.key)?, consent)
+        .map(|()| 0)
+        .map_err(|e| failure(e.exit(), e))
 }
 
 fn serve(args: cli::Serve) -> Result<u8, Failure> {

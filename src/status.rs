@@ -3,16 +3,12 @@
 use std::collections::HashMap;
 use std::fmt;
 use std::io::{self, Write};
-use std::time::{Duration, Instant};
 
 use crate::client::{self, Dial, Session};
+use crate::describe;
 use crate::exit::Exit;
-use crate::names;
 use crate::proto::Key;
 use crate::proto::v2::{Answer, LockStatus, Party, Request};
-
-/// How long the daemon may be silent.
-const ANSWER_WAIT: Duration = Duration::from_secs(10);
 
 /// In which form to print.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,11 +28,7 @@ pub fn print(dial: &Dial, key: Option<Key>, format: Format, out: &mut impl Write
     session.send(&Request::Status { key })?;
     let mut table = Table::default();
     loop {
-        let answer = session.receive(Some(Instant::now() + ANSWER_WAIT)).map_err(|e| match e {
-            client::Error::TimedOut => client::Error::Silent,
-            other => other,
-        })?;
-        match (answer, format) {
+        match (session.answer()?, format) {
             (Answer::Lock(status), Format::Json) => {
                 let line = serde_json::to_string(&status).map_err(io::Error::from)?;
                 writeln!(out, "{line}")?;
@@ -84,7 +76,7 @@ impl Table {
             None => dash(party.who.user.as_str()),
             Some(uid) => {
                 let name = self.users.entry(uid);
-                name.or_insert_with(|| names::user(uid).unwrap_or_else(|| uid.to_string())).clone()
+                name.or_insert_with(|| describe::user(uid)).clone()
             }
         };
         let pid = if party.who.pid == 0 { "-".into() } else { party.who.pid.to_string() };
@@ -93,7 +85,7 @@ impl Table {
             _ => dash(party.who.command.as_str()),
         };
         let host = dash(party.who.host.as_str());
-        self.rows.push([key.into(), state.into(), pid, user, host, span(party.for_ms), command]);
+        self.rows.push([key.into(), state.into(), pid, user, host, describe::span(party.for_ms), command]);
     }
 
     /// Says how many there are beyond those that the daemon lists.
@@ -119,17 +111,6 @@ impl Table {
             writeln!(out, "{}", cells.collect::<Vec<_>>().join("  ").trim_end())?;
         }
         Ok(())
-    }
-}
-
-/// A span of time as people say it: its two largest units.
-fn span(millis: u64) -> String {
-    let seconds = millis / 1000;
-    match seconds {
-        0..60 => format!("{}.{}s", seconds, millis % 1000 / 100),
-        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
-        3600..86400 => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
-        _ => format!("{}d{:02}h", seconds / 86400, seconds % 86400 / 3600),
     }
 }
 
@@ -174,17 +155,3 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_span_is_told_in_its_two_largest_units() {
-        let spans =
-            [(0, "0.0s"), (59_999, "59.9s"), (61_000, "1m01s"), (3_660_000, "1h01m"), (90_000_000, "1d01h")];
-        for (millis, text) in spans {
-            assert_eq!(span(millis), text);
-        }
-    }
-}

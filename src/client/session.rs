@@ -11,8 +11,9 @@ use nix::unistd::Uid;
 use super::{Dial, Error, Verdict, autostart};
 use crate::addr::{self, Addr};
 use crate::names;
+use crate::proto::Key;
 use crate::proto::v2::{
-    Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, PREAMBLE, Request, decode_answer, encode,
+    Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, PREAMBLE, Request, decode_answer, encode,
 };
 
 /// How long a daemon may take to answer what needs no waiting.
@@ -91,12 +92,48 @@ impl Session {
         self.place
     }
 
+    /// Sends a request that the daemon answers without waiting for anybody, and returns the answer.
+    ///
+    /// # Errors
+    /// [`Error::Silent`] when there is none, [`Error::Closed`] when the daemon is gone.
+    pub fn call(&mut self, request: &Request) -> Result<Answer, Error> {
+        self.send(request)?;
+        self.answer()
+    }
+
+    /// The next answer, which needs no waiting for anybody.
+    ///
+    /// # Errors
+    /// [`Error::Silent`] when there is none, [`Error::Closed`] when the daemon is gone.
+    pub fn answer(&mut self) -> Result<Answer, Error> {
+        self.receive(Some(Instant::now() + ANSWER_WAIT)).map_err(|e| match e {
+            Error::TimedOut => Error::Silent,
+            other => other,
+        })
+    }
+
+    /// What the daemon says of one lock. `None`: nobody holds it or waits for it.
+    ///
+    /// # Errors
+    /// As [`Session::call`].
+    pub fn status_of(&mut self, key: &Key) -> Result<Option<LockStatus>, Error> {
+        let status = match self.call(&Request::Status { key: Some(key.clone()) })? {
+            Answer::End => return Ok(None),
+            Answer::Lock(status) => status,
+            other => return Err(Error::unexpected(other)),
+        };
+        match self.answer()? {
+            Answer::End => Ok(Some(status)),
+            other => Err(Error::unexpected(other)),
+        }
+    }
+
     /// Waits until the daemon says that it has heard of a release.
     ///
     /// # Errors
     /// [`Error::Lost`] when the lock was lost before, [`Error::Closed`] when the daemon is gone.
     pub(super) fn confirm_release(&mut self) -> Result<(), Error> {
-        match self.receive(Some(Instant::now() + ANSWER_WAIT))? {
+        match self.answer()? {
             Answer::Released => Ok(()),
             Answer::Lost { why } => Err(Error::Lost(why.as_str().into())),
             other => Err(Error::unexpected(other)),

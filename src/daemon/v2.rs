@@ -109,6 +109,10 @@ impl Server {
         let permitted = by.is_some_and(|uid| {
             uid == 0 || uid == Uid::effective().as_raw() || holders.iter().all(|holder| *holder == Some(uid))
         });
+        if holders.is_empty() {
+            let message = "break: nobody holds this lock";
+            return self.answer(client, &error(ErrorCode::NotHeld, message));
+        }
         if !permitted {
             let message = "break: only root, the daemon's user, or the holder's may";
             return self.answer(client, &error(ErrorCode::NotPermitted, message));

@@ -265,6 +265,8 @@ pub enum ErrorCode {
     WrongState,
     /// It is not for you to ask.
     NotPermitted,
+    /// What is to be broken is not held.
+    NotHeld,
     /// The daemon cannot record the lock, so it does not give it. The connection is closed.
     CannotRecord,
     /// What a newer daemon may say.

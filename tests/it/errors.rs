@@ -7,12 +7,10 @@ use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::ffi::OsStringExt;
 use std::os::unix::net::UnixListener;
-use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use nix::unistd::Uid;
-
 use crate::harness::*;
+use crate::other_user::OtherUser;
 
 const USAGE: i32 = 64;
 const BAD_DATA: i32 = 65;
@@ -329,58 +327,5 @@ impl FakeServer {
         command.args(["run", "--no-autostart", "--sock"]).arg(self.folder.path().join("sock")).args(args);
         command.stdin(Stdio::null());
         command
-    }
-}
-
-/// Somebody who is not root, with a folder that both can use and the program in it. Only root can do this.
-struct OtherUser {
-    folder: tempfile::TempDir,
-}
-
-impl OtherUser {
-    const UID: u32 = 65_533;
-
-    fn new() -> OtherUser {
-        assert!(
-            Uid::effective().is_root(),
-            "this test acts as two users, which only root can: run it as root"
-        );
-        let folder = tempfile::tempdir().unwrap();
-        // What is in the folder is to be decided by the modes of what is in it.
-        open_to_all(folder.path());
-        // By another process, as in `write_script`.
-        let mut copy = Command::new("install");
-        finish(copy.args(["-m", "755", KMUTEX]).arg(folder.path().join("kmutex"))).quietly(0);
-        let home = folder.path().join("home");
-        fs::create_dir(&home).unwrap();
-        open_to_all(&home);
-        OtherUser { folder }
-    }
-
-    /// A folder in which everybody may make files.
-    fn folder(&self) -> PathBuf {
-        self.folder.path().join("home")
-    }
-
-    fn kmutex(&self) -> PathBuf {
-        self.folder.path().join("kmutex")
-    }
-
-    /// This program, as that user.
-    fn command(&self, program: PathBuf) -> Command {
-        let mut command = Command::new("setpriv");
-        command.arg(format!("--reuid={}", Self::UID)).arg(format!("--regid={}", Self::UID));
-        command.arg("--clear-groups").arg(program).current_dir("/").env("HOME", "/");
-        command.stdin(Stdio::null());
-        command
-    }
-
-    /// Starts a daemon, and waits until it serves.
-    fn serve(&self, mut command: Command, sock: &Path, options: &[&str]) -> Process {
-        command.args(["serve", "--ready-fd", "1", "--sock"]).arg(sock).args(options);
-        let mut process =
-            Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::null()));
-        process.wait_for_line("");
-        process
     }
 }

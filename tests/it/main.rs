@@ -3,6 +3,7 @@
 #![allow(unreachable_pub)]
 
 mod autostart;
+mod breaking;
 #[cfg(feature = "failpoints")]
 mod crash;
 mod daemon;
@@ -13,6 +14,7 @@ mod keyedmutex;
 mod library;
 mod like_flock;
 mod limits;
+mod other_user;
 mod protocol1;
 mod protocol2;
 mod purity;

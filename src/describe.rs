@@ -1,0 +1,79 @@
+//! How holders and spans of time are told to people.
+
+use crate::names;
+use crate::proto::v2::Party;
+
+/// A holder or waiter in a few words, without its protocol's details: `"make" (pid 123, alice on host) for 1m02s, note`.
+pub fn party(party: &Party) -> String {
+    let who = &party.who;
+    let mut told = match who.command.as_str() {
+        _ if party.protocol == 1 => "a client of protocol 1".to_string(),
+        "" => "somebody".to_string(),
+        command => format!("{command:?}"),
+    };
+    let user = party.uid.map(user).unwrap_or_else(|| who.user.as_str().into());
+    let pid = if who.pid == 0 { String::new() } else { format!("pid {}", who.pid) };
+    let place = [("", user.as_str()), ("on ", who.host.as_str())];
+    let place = place.iter().filter(|(_, name)| !name.is_empty()).map(|(word, name)| format!("{word}{name}"));
+    let place = place.collect::<Vec<_>>().join(" ");
+    let known: Vec<_> = [pid, place].into_iter().filter(|part| !part.is_empty()).collect();
+    if !known.is_empty() {
+        told.push_str(&format!(" ({})", known.join(", ")));
+    }
+    told.push_str(&format!(" for {}", span(party.for_ms)));
+    if !who.note.is_empty() {
+        told.push_str(&format!(", {}", who.note.as_str()));
+    }
+    told
+}
+
+/// A user's name, or the number if there is none.
+pub fn user(uid: u32) -> String {
+    names::user(uid).unwrap_or_else(|| uid.to_string())
+}
+
+/// A span of time as people say it: its two largest units.
+pub fn span(millis: u64) -> String {
+    let seconds = millis / 1000;
+    match seconds {
+        0..60 => format!("{}.{}s", seconds, millis % 1000 / 100),
+        60..3600 => format!("{}m{:02}s", seconds / 60, seconds % 60),
+        3600..86400 => format!("{}h{:02}m", seconds / 3600, seconds % 3600 / 60),
+        _ => format!("{}d{:02}h", seconds / 86400, seconds % 86400 / 3600),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::proto::v2::Who;
+
+    #[test]
+    fn a_span_is_told_in_its_two_largest_units() {
+        let spans =
+            [(0, "0.0s"), (59_999, "59.9s"), (61_000, "1m01s"), (3_660_000, "1h01m"), (90_000_000, "1d01h")];
+        for (millis, text) in spans {
+            assert_eq!(span(millis), text);
+        }
+    }
+
+    #[test]
+    fn a_party_is_told_as_far_as_it_is_known() {
+        let text = |text: &str| text.to_string().into();
+        let who =
+            Who { pid: 12, host: text("h"), user: text("u"), command: text("make all"), note: text("job 7") };
+        let known = Party {
+            protocol: 2,
+            uid: None,
+            who,
+            for_ms: 62_000,
+            token: None,
+            mode: None,
+            shared: false,
+            orphan: false,
+        };
+        assert_eq!(party(&known), r#""make all" (pid 12, u on h) for 1m02s, job 7"#);
+        let unknown = Party { protocol: 1, who: Who::default(), ..known };
+        assert_eq!(party(&unknown), "a client of protocol 1 for 1m02s");
+    }
+}

@@ -1,0 +1,117 @@
+//! `kmutex break`: a lock is taken from whoever holds it, by force.
+
+use std::fmt;
+use std::io::{self, BufRead, IsTerminal, Write};
+
+use crate::client::{self, Dial, Session};
+use crate::describe;
+use crate::exit::Exit;
+use crate::proto::Key;
+use crate::proto::v2::{Answer, ErrorCode, LockStatus, Request};
+
+/// Whether to ask first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Consent {
+    /// It was given.
+    Given,
+    /// On the terminal that standard input and standard error are.
+    Ask,
+}
+
+/// Frees the lock of `key`: all who hold it are told that it is lost, and whoever is next gets it.
+///
+/// # Errors
+/// When nobody holds it, this user may not, the user says no, or there is no daemon or no terminal.
+pub fn break_lock(dial: &Dial, key: Key, consent: Consent) -> Result<(), Error> {
+    let mut session = Session::connect(dial, None)?;
+    if consent == Consent::Ask {
+        let status = session.status_of(&key)?.filter(|status| status.holding > 0);
+        let status = status.ok_or_else(|| Error::NotHeld(key.clone()))?;
+        ask(&key, &status)?;
+    }
+    match session.call(&Request::Break { key: key.clone() })? {
+        Answer::Broken => Ok(()),
+        Answer::Error { code: ErrorCode::NotHeld, .. } => Err(Error::NotHeld(key)),
+        Answer::Error { code: ErrorCode::NotPermitted, .. } => Err(Error::NotPermitted(key)),
+        other => Err(Error::Client(client::Error::unexpected(other))),
+    }
+}
+
+fn ask(key: &Key, status: &LockStatus) -> Result<(), Error> {
+    if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
+        return Err(Error::NobodyToAsk);
+    }
+    let mut question = format!("break the lock {:?}, held by", key.as_str());
+    for holder in &status.holders {
+        question.push_str(&format!(" {},", describe::party(holder)));
+    }
+    let more = (status.holding as usize).saturating_sub(status.holders.len());
+    if more > 0 {
+        question.push_str(&format!(" and {more} more,"));
+    }
+    let mut answer = String::new();
+    write!(io::stderr(), "kmutex: {} and stop what runs under it? [y/N] ", question.trim_end_matches(','))
+        .and_then(|()| io::stdin().lock().read_line(&mut answer))
+        .map_err(Error::Terminal)?;
+    match answer.trim() {
+        "y" | "Y" | "yes" => Ok(()),
+        _ => Err(Error::Refused),
+    }
+}
+
+/// Why a lock was not broken.
+#[derive(Debug)]
+pub enum Error {
+    /// The daemon cannot be asked.
+    Client(client::Error),
+    /// Nobody holds it.
+    NotHeld(Key),
+    /// It is not this user's to break.
+    NotPermitted(Key),
+    /// The user says no.
+    Refused,
+    /// There is no terminal, and `--yes` was not given.
+    NobodyToAsk,
+    /// The terminal cannot be read or written.
+    Terminal(io::Error),
+}
+
+impl Error {
+    /// The exit code for it.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Error::Client(error) => error.exit(),
+            Error::NotHeld(_) => Exit::BadData,
+            Error::NotPermitted(_) | Error::Refused => Exit::NotPermitted,
+            Error::NobodyToAsk => Exit::Usage,
+            Error::Terminal(_) => Exit::Os,
+        }
+    }
+}
+
+impl From<client::Error> for Error {
+    fn from(error: client::Error) -> Error {
+        Error::Client(error)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Client(error) => error.fmt(f),
+            Error::NotHeld(key) => write!(f, "nobody holds the lock {:?}", key.as_str()),
+            Error::NotPermitted(key) => write!(
+                f,
+                "not permitted to break the lock {:?}: only root, the daemon's user or the holder's may",
+                key.as_str()
+            ),
+            Error::Refused => f.write_str("not broken"),
+            Error::NobodyToAsk => {
+                f.write_str("there is no terminal to ask on; --yes breaks the lock without asking")
+            }
+            Error::Terminal(error) => write!(f, "cannot ask: {}", crate::addr::Reason(error)),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
