@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io::Write;
+use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -76,7 +77,9 @@ impl Counter<'_> {
 /// kmutex with the counting command, which is the holder of `k`.
 fn start(daemon: &Daemon, options: &[&str], signals: &[&str]) -> Process {
     let mut command = daemon.run(&[options, &["k", "perl", "-e", COUNTER, "--"], signals].concat());
-    Process::spawn(command.stdin(Stdio::piped()))
+    // In a group of its own, as a shell would have it. The tests' own group may be orphaned, and the kernel does not stop
+    // the processes of such a one.
+    Process::spawn(command.stdin(Stdio::piped()).process_group(0))
 }
 
 const ALL: [(Signal, &str); 8] = [
