@@ -15,7 +15,8 @@ ZSH_COMPLETIONS := $(DESTDIR)$(PREFIX)/share/zsh/site-functions
 FISH_COMPLETIONS := $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 UNITS := $(DESTDIR)$(PREFIX)/lib/systemd/system
 
-.PHONY: build test test-tools lint generate check-generated fuzz soak install install-keyedmutexd uninstall
+.PHONY: build test test-tools lint generate check-generated bench bench-plot check-counts counts fuzz soak install \
+	install-keyedmutexd uninstall
 
 build:
 	$(CARGO) build --release --locked
@@ -30,6 +31,7 @@ test-tools:
 lint:
 	$(CARGO) fmt --check
 	cd fuzz && $(CARGO) fmt --check
+	cd benches && $(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets --features failpoints -- --deny warnings
 	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --no-deps --document-private-items
 
@@ -42,6 +44,22 @@ check-generated:
 	$(CARGO) run --quiet --locked --example generate target/generated
 	diff -r -x sections man target/generated/man
 	diff -r completions target/generated/completions
+
+# Times: kmutex beside flock(1), and beside the least that any daemon must do; the table goes to docs/performance.md.
+bench: build
+	cd benches && $(CARGO) run --release --locked -- run
+
+# The pictures of docs/performance.md, from what `make bench` has measured.
+bench-plot:
+	cd benches && $(CARGO) run --release --locked -- plot
+
+# Instructions, system calls and bytes, which are the same each time: fails where one has grown by more than a tenth.
+check-counts: build test-tools
+	cd benches && $(CARGO) run --release --locked -- count --check
+
+# Takes the counts as they are now for right.
+counts: build test-tools
+	cd benches && $(CARGO) run --release --locked -- count
 
 # For a minute each; KMUTEX_FUZZ_SECS says how many seconds.
 fuzz:

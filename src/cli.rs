@@ -7,7 +7,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{ArgAction, Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap::{ArgAction, Args, FromArgMatches, Parser, Subcommand, ValueEnum, ValueHint};
 
 /// flock(1) for keys, with single-flight
 ///
@@ -19,6 +19,28 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// As [`Parser::try_parse_from`], but `run`, which is started often and briefly, does not pay for making the
+    /// definitions of all other commands, nor for taking its own apart afterwards.
+    ///
+    /// # Errors
+    /// The same: whatever is not plainly a good `run` is parsed with the whole definition.
+    pub fn parse_quickly(args: Vec<OsString>) -> Result<Cli, clap::Error> {
+        if args.get(1).is_some_and(|name| name == "run") {
+            let mut run = Run::augment_args(clap::Command::new("run"));
+            let matches = run.try_get_matches_from_mut(&args[1..]);
+            std::mem::forget(run);
+            if let Ok(mut matches) = matches
+                && let Ok(run) = Run::from_arg_matches_mut(&mut matches)
+            {
+                std::mem::forget(matches);
+                return Ok(Cli { command: Command::Run(run) });
+            }
+        }
+        Cli::try_parse_from(args)
+    }
 }
 
 /// The subcommands.

@@ -25,7 +25,7 @@ fn main() -> ExitCode {
     let result = if args.first().is_some_and(|program| cli::is_keyedmutexd(program)) {
         Keyedmutexd::try_parse_from(args).map_err(Failure::from).and_then(keyedmutexd)
     } else {
-        Cli::try_parse_from(args).map_err(Failure::from).and_then(|cli| match cli.command {
+        Cli::parse_quickly(args).map_err(Failure::from).and_then(|cli| match cli.command {
             Command::Run(args) => run(args),
             Command::Status(args) => status(args),
             Command::Break(args) => break_lock(args),

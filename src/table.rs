@@ -50,7 +50,8 @@ pub struct Millis(pub u64);
 
 impl Millis {
     /// Later than any time.
-    const NEVER: Millis = Millis(u64::MAX);
+    /// No moment: later than all.
+    pub const NEVER: Millis = Millis(u64::MAX);
 
     /// So much later.
     pub fn plus(self, span: Millis) -> Millis {

@@ -10,6 +10,8 @@ use crate::proto::{Outcome, Token};
 
 /// How long to look for a daemon to release a lock to.
 pub const RELEASE_WAIT: Duration = Duration::from_secs(2);
+/// A command that has ended by then need not be told of: most have.
+const NAME_CHILD_AFTER: Duration = Duration::from_millis(100);
 /// How long connecting may take. (A Unix socket accepts at once, unless many wait before it.)
 const CONNECT_WAIT: Duration = Duration::from_secs(1);
 
@@ -21,6 +23,8 @@ pub struct Hold {
     request: LockRequest,
     token: Token,
     link: Link,
+    /// When to tell the daemon of the child, if it does not end before.
+    name_child_at: Option<Instant>,
 }
 
 /// How the daemon is reached at the moment.
@@ -40,7 +44,7 @@ impl Hold {
     /// A lock that was just granted to `request` with this token, on this session.
     pub fn new(dial: Dial, request: LockRequest, session: Session, token: Token) -> Hold {
         let request = LockRequest { holds: Some(token), ..request };
-        Hold { dial, request, token, link: Link::Up(session) }
+        Hold { dial, request, token, link: Link::Up(session), name_child_at: None }
     }
 
     /// The fencing token.
@@ -57,18 +61,27 @@ impl Hold {
     }
 
     /// When [`Hold::tend`] should be called although nothing is readable.
-    pub fn retry_at(&self) -> Option<Instant> {
+    pub fn tend_at(&self) -> Option<Instant> {
         match self.link {
             Link::Down { retry_at, .. } => Some(retry_at),
-            Link::Up(_) | Link::Resuming(_) => None,
+            Link::Up(_) | Link::Resuming(_) => self.name_child_at,
         }
     }
 
-    /// Tells the daemon that a process has inherited the lock, which therefore lasts as long as it lives too.
-    pub fn name_child(&mut self, pid: u32) {
+    /// A process has inherited the lock, which therefore lasts as long as it lives too. The daemon is told with the next
+    /// resumption, or when [`Hold::tend`] is called after a moment.
+    ///
+    /// (Until then the process has the connection itself, which tells the daemon of its end. Were this client and the
+    /// daemon both killed before it is told, the next daemon would have to look for the process.)
+    pub fn has_child(&mut self, pid: u32) {
         self.request.child = Some(pid);
-        // Where this fails the daemon is gone; it is told when the lock is resumed.
-        if let Link::Up(session) = &mut self.link
+        self.name_child_at = Some(Instant::now() + NAME_CHILD_AFTER);
+    }
+
+    fn name_child_if_due(&mut self) {
+        if let Some(pid) = self.request.child
+            && self.name_child_at.take_if(|time| *time <= Instant::now()).is_some()
+            && let Link::Up(session) = &mut self.link
             && session.send(&Request::Child { pid }).is_err()
         {
             self.link = Link::down();
@@ -80,6 +93,7 @@ impl Hold {
     /// # Errors
     /// [`Error::Lost`] when the lock was lost.
     pub fn tend(&mut self) -> Result<(), Error> {
+        self.name_child_if_due();
         loop {
             match std::mem::replace(&mut self.link, Link::down()) {
                 Link::Up(mut session) => match session.try_receive() {
@@ -111,7 +125,10 @@ impl Hold {
                     return Ok(());
                 }
                 Link::Down { pause, .. } => match self.ask_again() {
-                    Ok(session) => self.link = Link::Resuming(session),
+                    Ok(session) => {
+                        self.name_child_at = None;
+                        self.link = Link::Resuming(session);
+                    }
                     Err(_) => {
                         let pause = (pause * 2).min(PAUSE_MAX);
                         self.link = Link::Down { retry_at: Instant::now() + pause, pause };

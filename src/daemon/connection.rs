@@ -29,12 +29,14 @@ pub(super) struct Connection {
     pub(super) blocked: bool,
     /// It has given up all it had, and is closed when what is in `output` was sent or cannot be.
     pub(super) doomed: bool,
-    /// Who it is; only on Unix sockets.
-    pub(super) peer: Option<Peer>,
+    /// On a Unix socket, so that it is known who it is. (The two are not an `Option`, which would take four bytes more, of
+    /// each of very many connections. The same goes for `unfinished`.)
+    has_peer: bool,
+    peer: Peer,
     /// The process that has inherited the lock from this client; 0: none that is known.
     pub(super) child: u32,
-    /// When it is cut off if the message that it has begun does not end.
-    pub(super) unfinished: Option<Millis>,
+    /// When it is cut off if the message that it has begun does not end; [`Millis::NEVER`] when it has begun none.
+    pub(super) unfinished: Millis,
     /// The beginning of a message whose end has not arrived.
     pub(super) input: Buffer,
     output: Buffer,
@@ -69,12 +71,18 @@ impl Connection {
             dirty: false,
             blocked: false,
             doomed: false,
-            peer,
+            has_peer: peer.is_some(),
+            peer: peer.unwrap_or(Peer { pid: 0, uid: 0 }),
             child: 0,
-            unfinished: None,
+            unfinished: Millis::NEVER,
             input: Buffer::new(),
             output: Buffer::new(),
         }
+    }
+
+    /// Who it is; only on Unix sockets.
+    pub(super) fn peer(&self) -> Option<Peer> {
+        self.has_peer.then_some(self.peer)
     }
 
     /// Reads what is there, without waiting.

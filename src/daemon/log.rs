@@ -60,7 +60,7 @@ impl Server {
 
     /// A client, for the log.
     pub(super) fn name(&self, client: ClientId) -> String {
-        match self.connections.get(client.0 as usize).and_then(|connection| connection.peer) {
+        match self.connections.get(client.0 as usize).and_then(|connection| connection.peer()) {
             Some(peer) => format!("client {} (pid {}, uid {})", client.0, peer.pid, peer.uid),
             None => format!("client {}", client.0),
         }

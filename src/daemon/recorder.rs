@@ -139,7 +139,7 @@ impl Server {
         };
         let connection = &self.connections[client.0 as usize];
         // Over TCP no process is known, and what the client says of it means nothing here.
-        let (pid, child) = connection.peer.map_or((0, 0), |peer| (peer.pid, connection.child));
+        let (pid, child) = connection.peer().map_or((0, 0), |peer| (peer.pid, connection.child));
         Some(Record { held, pid, child, granted: request.since, recorded: self.now })
     }
 

@@ -266,8 +266,8 @@ impl Server {
             return;
         }
         let earlier = std::mem::take(&mut connection.input);
-        let mut deadline = connection.unfinished.take();
-        if let Some(deadline) = deadline {
+        let mut deadline = std::mem::replace(&mut connection.unfinished, Millis::NEVER);
+        if deadline != Millis::NEVER {
             self.unfinished.remove(&(deadline, client));
         }
         let joined;
@@ -286,19 +286,19 @@ impl Server {
                 self.keep(client, rest, deadline);
                 break;
             }
-            deadline = None;
+            deadline = Millis::NEVER;
         }
     }
 
     /// Keeps the beginning of a message until the rest of it comes, which must not take for ever.
-    fn keep(&mut self, client: ClientId, rest: &[u8], deadline: Option<Millis>) {
+    fn keep(&mut self, client: ClientId, rest: &[u8], deadline: Millis) {
         let connection = &mut self.connections[client.0 as usize];
         if rest.is_empty() || connection.doomed {
             return;
         }
         connection.input.extend_from_slice(rest);
-        let deadline = deadline.unwrap_or(self.now.plus(MESSAGE_WAIT));
-        connection.unfinished = Some(deadline);
+        let deadline = deadline.min(self.now.plus(MESSAGE_WAIT));
+        connection.unfinished = deadline;
         self.unfinished.insert((deadline, client));
     }
 
@@ -411,13 +411,13 @@ impl Server {
     fn close(&mut self, client: ClientId) {
         // Closing takes it out of the epoll set too: nobody else has this open file (epoll(7), question 6).
         let connection = self.connections.remove(client.0 as usize);
-        if let Some(deadline) = connection.unfinished {
-            self.unfinished.remove(&(deadline, client));
+        if connection.unfinished != Millis::NEVER {
+            self.unfinished.remove(&(connection.unfinished, client));
         }
         if self.connections.is_empty() {
             self.idle_since = Some(self.now);
         }
-        self.acceptor.closed(connection.peer, &self.epoll);
+        self.acceptor.closed(connection.peer(), &self.epoll);
     }
 }
 

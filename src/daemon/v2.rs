@@ -89,7 +89,7 @@ impl Server {
     fn lock(&mut self, client: ClientId, mut asked: Box<LockRequest>) {
         let connection = &mut self.connections[client.0 as usize];
         connection.child = asked.child.unwrap_or(0);
-        let uid = connection.peer.map(|peer| peer.uid);
+        let uid = connection.peer().map(|peer| peer.uid);
         if self.now > self.started.plus(self.grace) {
             // Whoever waited for the daemon before has come by now, and nobody else goes before those who wait.
             asked.place = None;
@@ -102,7 +102,7 @@ impl Server {
 
     /// Root, the daemon's own user, and whoever holds the lock may break it.
     fn break_lock(&mut self, client: ClientId, key: &Key) {
-        let by = self.connections[client.0 as usize].peer.map(|peer| peer.uid);
+        let by = self.connections[client.0 as usize].peer().map(|peer| peer.uid);
         let lock = self.table.find(key.id());
         let holders: Vec<_> =
             lock.iter().flat_map(LockView::holders).map(|holder| self.uid(&holder)).collect();
@@ -124,7 +124,7 @@ impl Server {
 
     fn uid(&self, request: &RequestView<'_>) -> Option<u32> {
         match request.client {
-            Some(client) => self.connections[client.0 as usize].peer.map(|peer| peer.uid),
+            Some(client) => self.connections[client.0 as usize].peer().map(|peer| peer.uid),
             None => request.held.and_then(|held| held.uid),
         }
     }
@@ -201,7 +201,7 @@ impl Server {
             (None, Some(held)) => self.recorder.orphans.record(held.token),
             _ => None,
         };
-        let peer = request.client.and_then(|client| self.connections[client.0 as usize].peer);
+        let peer = request.client.and_then(|client| self.connections[client.0 as usize].peer());
         let mut who = request.asked.map(|asked| asked.who.clone()).unwrap_or_default();
         if let Some(pid) = peer.map(|peer| peer.pid).or(orphan.map(|record| record.pid)) {
             who.pid = pid;

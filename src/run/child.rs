@@ -1,7 +1,8 @@
 //! The child: starting it, passing signals on to it, and waiting for it.
 
 use std::ffi::OsStr;
-use std::io;
+use std::fs::File;
+use std::io::{self, Read};
 use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -52,7 +53,7 @@ pub(super) fn run(
     let mut signals = Signals::catch().map_err(|e| Error::Os("catch signals", e))?;
     let pid = spawn(command).map_err(Error::Spawn)?;
     if inherits {
-        hold.name_child(pid.as_raw() as u32);
+        hold.has_child(pid.as_raw() as u32);
     }
     let mut child = Child { pid, job: Job::Running };
     let mut lock = Lock::Held;
@@ -95,7 +96,7 @@ enum Lock {
 /// Waits until there are signals, until there is something of the daemon's to tend to, or until it is time to kill.
 fn wait_for_event(signals: &Signals, hold: &Hold, lock: Lock) -> nix::Result<(bool, bool)> {
     let (daemon, time) = match lock {
-        Lock::Held => (hold.readable(), hold.retry_at()),
+        Lock::Held => (hold.readable(), hold.tend_at()),
         Lock::KillAt(time) => (None, Some(time)),
         Lock::Lost => (None, None),
     };
@@ -107,12 +108,12 @@ fn wait_for_event(signals: &Signals, hold: &Hold, lock: Lock) -> nix::Result<(bo
     });
     let mut fds = vec![PollFd::new(signals.0.get_read().as_fd(), PollFlags::POLLIN)];
     fds.extend(daemon.map(|daemon| PollFd::new(daemon, PollFlags::POLLIN)));
-    match poll(&mut fds, timeout) {
+    let count = match poll(&mut fds, timeout) {
         Err(nix::Error::EINTR) => return Ok((false, false)),
         other => other?,
     };
     let ready = |fd: Option<&PollFd<'_>>| fd.and_then(PollFd::any).unwrap_or(false);
-    Ok((ready(fds.first()), ready(fds.get(1)) || daemon.is_none()))
+    Ok((ready(fds.first()), ready(fds.get(1)) || count == 0 || daemon.is_none()))
 }
 
 /// Starts the command. As execvp(3) does, a file that the kernel cannot execute is given to the shell.
@@ -258,7 +259,10 @@ impl Signals {
 /// The signals that this process was told to ignore before it began, as a set of bits: signal 1 is bit 0 (proc(5),
 /// SigIgn). Rust offers no safe call to ask the kernel itself; where there is no /proc, it is taken to be none.
 fn ignored_signals() -> u64 {
-    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    let mut buffer = [0; 4096];
+    // One read: the file is made up anew for each, and is never as long as this.
+    let read = File::open("/proc/self/status").and_then(|mut file| file.read(&mut buffer));
+    let status = String::from_utf8_lossy(&buffer[..read.unwrap_or(0)]);
     let bits = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     bits.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0)
 }

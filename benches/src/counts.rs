@@ -1,0 +1,170 @@
+//! What is the same each time it is counted: instructions, system calls, bytes. A test may fail over these.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use kmutex::proto::{Key, Outcome, Token, v2::LockRequest, v2::Mode};
+use kmutex::table::{ClientId, Config, Effects, Millis, Table};
+use serde::{Deserialize, Serialize};
+
+use crate::load::{self, Protocol};
+use crate::{Result, fail, project};
+
+/// How much more than committed is too much.
+const GROWTH_MAX: f64 = 1.1;
+/// Rounds that are counted, beyond those that warm up.
+const ROUNDS: u64 = 2_000;
+const WARM_UP: u64 = 500;
+
+/// What was counted, by name.
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Counts(BTreeMap<String, f64>);
+
+pub fn measure(program: &Path) -> Result<Counts> {
+    let mut counts = BTreeMap::new();
+    let mut note = |what: &str, count: f64| {
+        println!("{what}: {count}");
+        counts.insert(what.to_string(), count);
+    };
+    note(
+        "instructions: lock and release in the table",
+        per_round(|rounds| {
+            let mut command = callgrind();
+            instructions(command.arg(std::env::current_exe()?).args(["table", &rounds.to_string()]))
+        })?,
+    );
+    for (name, protocol) in [("1", Protocol::V1), ("2", Protocol::V2)] {
+        let what = format!("instructions: lock and release in the daemon, protocol {name}");
+        note(&what, per_round(|rounds| daemon_instructions(program, protocol, rounds))?);
+        let what = format!("system calls: lock and release in the daemon, protocol {name}");
+        note(&what, per_round(|rounds| daemon_calls(program, protocol, rounds))?);
+    }
+    note("system calls: kmutex run", run_calls(program)?);
+    note("bytes: binary", fs::metadata(program)?.len() as f64);
+    Ok(Counts(counts))
+}
+
+/// What one round more costs.
+fn per_round(mut count: impl FnMut(u64) -> Result<u64>) -> Result<f64> {
+    let (few, many) = (count(WARM_UP)?, count(WARM_UP + ROUNDS)?);
+    Ok(((many - few) as f64 / ROUNDS as f64 * 100.0).round() / 100.0)
+}
+
+/// Locks and releases in a table, where others hold locks too. This is what is counted, in a process of its own.
+pub fn table_rounds(rounds: u64) {
+    let config = Config { hash_key: 1, first_token: Token(1), hold_limit: None };
+    let mut table = Table::new(config);
+    let mut effects = Effects::default();
+    for client in 1..100 {
+        let asked = LockRequest::new(Key::new(format!("key {client}")).expect("it is one"), Mode::Queue);
+        let _ = table.lock(Millis(1), ClientId(client), None, Box::new(asked), &mut effects);
+    }
+    let lock = Key::new("one of many").expect("it is one").id();
+    for _ in 0..rounds {
+        effects.tell.clear();
+        effects.record.clear();
+        table.lock_v1(Millis(2), ClientId(0), lock, &mut effects);
+        table.release(Millis(3), ClientId(0), Outcome::Unknown, &mut effects);
+        assert_eq!(effects.tell.len(), 1);
+    }
+}
+
+fn callgrind() -> Command {
+    let mut command = Command::new("valgrind");
+    command.args(["--tool=callgrind", "--callgrind-out-file=/dev/null"]);
+    command
+}
+
+/// Runs a command to its end under callgrind: the instructions that it took.
+fn instructions(command: &mut Command) -> Result<u64> {
+    let output = command.output().map_err(|e| format!("valgrind: {e}"))?;
+    collected(&String::from_utf8_lossy(&output.stderr))
+}
+
+fn collected(said: &str) -> Result<u64> {
+    let count = said.lines().find_map(|line| line.split_once("Collected : ")?.1.trim().parse().ok());
+    count.map_or_else(|| fail(format!("callgrind says no count: {said}")), Ok)
+}
+
+/// A daemon under a tool, which ends it, while one connection locks and releases.
+fn daemon_under(tool: &mut Command, program: &Path, protocol: Protocol, rounds: u64) -> Result<String> {
+    let folder = tempfile::tempdir()?;
+    let sock = folder.path().join("sock");
+    tool.arg(program).args(["serve", "--ready-fd", "1", "-t", "0", "--sock"]).arg(&sock);
+    let mut child = tool.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
+    let mut ready = [0];
+    child.stdout.take().ok_or("it is piped")?.read_exact(&mut ready)?;
+    let done = load::saturate(&sock, protocol, 1, rounds);
+    // The daemon's own process: under strace it is another than the tool's.
+    let pid = fs::read_to_string(folder.path().join("sock.lock"))?.trim().parse()?;
+    nix::sys::signal::kill(nix::unistd::Pid::from_raw(pid), nix::sys::signal::Signal::SIGTERM)?;
+    let output = child.wait_with_output()?;
+    done?;
+    Ok(String::from_utf8_lossy(&output.stderr).into_owned())
+}
+
+fn daemon_instructions(program: &Path, protocol: Protocol, rounds: u64) -> Result<u64> {
+    collected(&daemon_under(&mut callgrind(), program, protocol, rounds)?)
+}
+
+fn strace(output: &Path) -> Command {
+    let mut command = Command::new("strace");
+    command.arg("-o").arg(output);
+    command
+}
+
+fn daemon_calls(program: &Path, protocol: Protocol, rounds: u64) -> Result<u64> {
+    let output = tempfile::NamedTempFile::new()?;
+    daemon_under(&mut strace(output.path()), program, protocol, rounds)?;
+    Ok(fs::read_to_string(output.path())?.lines().count() as u64)
+}
+
+/// The system calls of a whole `kmutex run`; not those of its command.
+fn run_calls(program: &Path) -> Result<f64> {
+    let folder = tempfile::tempdir()?;
+    let sock = folder.path().join("sock");
+    let mut daemon = Command::new(program);
+    daemon.args(["serve", "--ready-fd", "1", "--no-log", "--sock"]).arg(&sock).stdout(Stdio::piped());
+    let mut daemon = daemon.spawn()?;
+    daemon.stdout.take().ok_or("it is piped")?.read_exact(&mut [0])?;
+    let output = folder.path().join("calls");
+    let mut command = strace(&output);
+    command.arg(program).args(["run", "--sock"]).arg(&sock).args(["key", "true"]);
+    let status = command.status();
+    daemon.kill()?;
+    daemon.wait()?;
+    if !status?.success() {
+        return fail("kmutex run failed under strace");
+    }
+    let calls = fs::read_to_string(output)?;
+    Ok(calls.lines().filter(|line| !line.starts_with("---") && !line.starts_with("+++")).count() as f64)
+}
+
+impl Counts {
+    fn path() -> PathBuf {
+        project().join("benches/counts.json")
+    }
+
+    pub fn save(&self) -> Result<()> {
+        let mut file = fs::File::create(Counts::path())?;
+        Ok(writeln!(file, "{}", serde_json::to_string_pretty(self)?)?)
+    }
+
+    /// Fails if anything has grown too much since [`Counts::save`].
+    pub fn check(&self) -> Result<()> {
+        let committed: Counts = serde_json::from_slice(&fs::read(Counts::path())?)?;
+        let mut grown = Vec::new();
+        for (what, count) in &self.0 {
+            match committed.0.get(what) {
+                Some(before) if *count <= before * GROWTH_MAX => {}
+                Some(before) => grown.push(format!("{what}: {count}, and was {before}")),
+                None => grown.push(format!("{what} is not in counts.json")),
+            }
+        }
+        if grown.is_empty() { Ok(()) } else { fail(grown.join("; ")) }
+    }
+}

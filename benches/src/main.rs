@@ -1,0 +1,74 @@
+//! Measures kmutex: against flock(1), and against the least that any such daemon must do (`floor.rs`).
+//!
+//! - `bench run`: times, as ratios in one run; writes results.json, and the table in docs/performance.md.
+//! - `bench plot`: the pictures of docs/performance.md, from results.json.
+//! - `bench count [--check]`: instructions, system calls and bytes, which are the same each time: writes counts.json, or
+//!   fails where one has grown by more than a tenth.
+
+mod commands;
+mod counts;
+mod floor;
+mod load;
+mod plot;
+mod report;
+mod servers;
+mod times;
+
+use std::path::{Path, PathBuf};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+
+fn fail<T>(why: impl Into<String>) -> Result<T> {
+    Err(why.into().into())
+}
+
+fn main() -> Result<()> {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    match args[..] {
+        ["run"] => times::measure(&kmutex()?)?.save(),
+        ["plot"] => plot::draw(&report::Report::load()?),
+        ["count"] => counts::measure(&kmutex()?)?.save(),
+        ["count", "--check"] => counts::measure(&kmutex()?)?.check(),
+        // The processes that are measured.
+        ["floor", sock] => floor::serve(Path::new(sock)),
+        ["table", rounds] => {
+            counts::table_rounds(rounds.parse()?);
+            Ok(())
+        }
+        _ => fail("usage: bench run | plot | count [--check]"),
+    }
+}
+
+/// The project's folder.
+fn project() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+/// The program, as `make` builds it.
+fn kmutex() -> Result<PathBuf> {
+    let program = project().join("target").join(env!("BENCH_HOST")).join("release/kmutex");
+    if !program.is_file() {
+        return fail(format!("there is no {}: run make first", program.display()));
+    }
+    Ok(program)
+}
+
+/// Raises the limit of open files as far as it goes, and returns it.
+fn raise_descriptor_limit() -> Result<u64> {
+    use nix::sys::resource::{Resource, getrlimit, setrlimit};
+    let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
+    setrlimit(Resource::RLIMIT_NOFILE, hard, hard)?;
+    Ok(hard)
+}
+
+fn median(values: &[f64]) -> f64 {
+    percentile(values, 0.5)
+}
+
+/// The value below which this part of all lies.
+fn percentile(values: &[f64], part: f64) -> f64 {
+    let mut sorted = values.to_vec();
+    sorted.sort_by(f64::total_cmp);
+    sorted[((sorted.len() as f64 * part) as usize).min(sorted.len() - 1)]
+}
