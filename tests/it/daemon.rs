@@ -288,9 +288,10 @@ fn a_port_that_is_taken_is_named() {
 fn it_may_open_as_many_files_as_the_hard_limit_allows() {
     let folder = tempfile::tempdir().unwrap();
     let mut limited = tool("prlimit");
-    limited.args(["--nofile=100:5000", KMUTEX, "serve", "--sock", "sock"]).current_dir(folder.path());
-    let daemon = Process::spawn(limited.stderr(Stdio::null()));
-    wait_until("the socket", || UnixStream::connect(folder.path().join("sock")).is_ok());
+    limited.args(["--nofile=100:5000", KMUTEX, "serve", "--sock", "sock", "--ready-fd", "1"]);
+    limited.current_dir(folder.path()).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut daemon = Process::spawn(&mut limited);
+    daemon.wait_for_line("");
     let limits = fs::read_to_string(format!("/proc/{}/limits", daemon.pid())).unwrap();
     let line = limits.lines().find(|line| line.starts_with("Max open files")).unwrap();
     assert_eq!(line.split_whitespace().nth(3), Some("5000"), "{line}");

@@ -80,11 +80,11 @@ fn waiters_are_told_of_the_release_and_ask_again() {
 #[test]
 fn an_owner_that_sends_anything_else_is_released_and_closed() {
     on_both(&[], |daemon, dial| {
-        for byte in [0u8, b'O', b'r', b'\n', 255] {
+        for (byte, round) in [0u8, b'O', b'r', b'\n', 255].into_iter().zip(1..) {
             let (mut owner, mut waiter) = (dial(), dial());
             owner.send(KEY).expect("O");
             waiter.send(KEY);
-            daemon.wait_for_log("wait: ");
+            daemon.wait_for_logs("wait: ", round);
             owner.send([byte]);
             owner.expect_closed();
             waiter.expect("R").send(KEY).expect("O");
