@@ -121,6 +121,34 @@ pub struct Run {
     #[arg(long, value_name = "N", default_value_t = 79, allow_negative_numbers = true)]
     pub finished_exit_code: u8,
 
+    /// What to do when the holder that was waited for has failed: ended with a status other than 0, or died of a signal
+    #[arg(long, value_name = "WHAT", default_value = "skip")]
+    pub on_peer_failure: OnPeerFailure,
+
+    /// Hold the lock until all that the command has started has ended, and not only the command itself
+    ///
+    /// SIGTERM to kmutex, and a lost lock, then reach all of it. The exit status is the command's.
+    #[arg(long, conflicts_with = "no_fork")]
+    pub tree: bool,
+
+    /// If the lock is held by the kmutex run that this one runs under, run the command without taking it again
+    ///
+    /// Otherwise that is an error, since the two would wait for each other.
+    #[arg(long)]
+    pub reentrant: bool,
+
+    /// Show TEXT to those who wait for this one, and in kmutex status
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub note: OsString,
+
+    /// At the end, write what happened to descriptor FD: one JSON object on a line
+    #[arg(long, value_name = "FD", conflicts_with_all = ["no_fork", "status_file"])]
+    pub status_fd: Option<u32>,
+
+    /// The same, to FILE
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "no_fork")]
+    pub status_file: Option<PathBuf>,
+
     /// Keep the lock's descriptor from the command
     ///
     /// Without this the command inherits it, so that the lock lasts as long as kmutex or the command lives, even when
@@ -149,13 +177,24 @@ pub struct Run {
     #[arg(long)]
     pub no_autostart: bool,
 
-    /// Say on standard error how long it took to get the lock, and what is run
+    /// Say on standard error who holds the lock, how long it took to get it, and what is run
     #[arg(long)]
     pub verbose: bool,
 
     /// Where the daemon is
     #[command(flatten)]
     pub daemon: Daemon,
+}
+
+/// What to do when the holder that was waited for has failed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum OnPeerFailure {
+    /// Exit with 79 all the same
+    Skip,
+    /// Ask for the lock again, so that one of those who waited runs the command next
+    Retry,
+    /// Exit as that holder did, also when it did not fail
+    Adopt,
 }
 
 /// What to do when a lock is lost.

@@ -48,7 +48,7 @@ use crate::exit::Exit;
 use crate::proto::v2::{Answer, LockRequest, Mode, Party};
 use crate::proto::{Key, KeyError, Nonce, Outcome, Token};
 pub use hold::{Hold, RELEASE_WAIT};
-pub use session::Session;
+pub use session::{Session, Unwatched, Watch};
 
 /// Which daemon to connect to, and on what terms.
 #[derive(Clone, Debug)]
@@ -77,6 +77,8 @@ pub enum Verdict {
     Finished(Outcome, Token),
     /// Somebody holds it, and the request said not to wait.
     Busy(Vec<Party>),
+    /// It is held by the one under whose lock the request was made ([`LockRequest::within`]).
+    HeldAbove,
 }
 
 /// Asks for a lock and waits for the verdict, until `deadline` at the most. The session holds the lock if it was
@@ -92,6 +94,7 @@ pub fn lock(
     dial: &Dial,
     request: &LockRequest,
     deadline: Option<Instant>,
+    watch: &mut dyn Watch,
 ) -> Result<(Session, Verdict), Error> {
     let mut request = request.clone();
     let mut retry = Retry::new(None);
@@ -103,7 +106,7 @@ pub fn lock(
             }
             other => other?,
         };
-        match session.lock(&request, deadline) {
+        match session.lock(&request, deadline, watch) {
             Err(Error::Closed) => {
                 // One that let us wait has been a good daemon.
                 if let Some(place) = session.place() {
@@ -244,11 +247,11 @@ impl Client {
                 self.settle(hold)?;
                 return self.acquire(request.key.as_str());
             }
-            State::Idle(Some(mut session)) => match session.lock(&request, None) {
-                Err(Error::Closed) if self.reconnects => lock(&self.dial, &request, None)?,
+            State::Idle(Some(mut session)) => match session.lock(&request, None, &mut Unwatched) {
+                Err(Error::Closed) if self.reconnects => lock(&self.dial, &request, None, &mut Unwatched)?,
                 verdict => (session, verdict?),
             },
-            State::Idle(None) if self.reconnects => lock(&self.dial, &request, None)?,
+            State::Idle(None) if self.reconnects => lock(&self.dial, &request, None, &mut Unwatched)?,
             State::Idle(None) => return Err(Error::Closed),
         };
         if let Verdict::Granted(token) = verdict {
@@ -381,6 +384,8 @@ pub enum Error {
     Protocol(String),
     /// The daemon gives no lock at the moment, because it cannot record it.
     Unrecorded(String),
+    /// To wait for this lock would be to wait for ever: the daemon says who waits for whom.
+    Deadlock(String),
     /// The daemon refused the request.
     Refused(String),
     /// The kernel refused something.
@@ -411,7 +416,7 @@ impl Error {
             Error::Untrusted { .. } => Exit::NotPermitted,
             Error::Closed | Error::Silent | Error::Unrecorded(_) => Exit::Unavailable,
             Error::Lost(_) => Exit::Lost,
-            Error::TimedOut => Exit::Busy,
+            Error::TimedOut | Error::Deadlock(_) => Exit::Busy,
             Error::Protocol(_) | Error::Refused(_) => Exit::Protocol,
             Error::Io(..) => Exit::Os,
             Error::Key(_) => Exit::BadData,
@@ -449,6 +454,7 @@ impl fmt::Display for Error {
             Error::Silent => f.write_str("the daemon does not answer"),
             Error::Protocol(what) => write!(f, "the daemon does not speak protocol 2: {what}"),
             Error::Unrecorded(message) => write!(f, "the daemon cannot record the lock: {message}"),
+            Error::Deadlock(cycle) => write!(f, "it would wait for ever: {cycle}"),
             Error::Refused(message) => write!(f, "the daemon refused: {message}"),
             Error::Io(doing, error) => write!(f, "cannot {doing}: {}", addr::Reason(error)),
             Error::Key(error) => error.fmt(f),

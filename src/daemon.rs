@@ -34,11 +34,10 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use ::log::info;
-#[cfg(target_os = "linux")]
-use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
 use crate::addr::{self, Addr, Reason};
 use crate::exit::Exit;
+use crate::inherited;
 use claim::Claim;
 pub use listener::Access;
 use listener::Listener;
@@ -143,7 +142,7 @@ fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Er
 fn take_ready_fd(number: u32) -> Result<File, Error> {
     let bad = |error| Error::ReadyFd { number, error };
     let raw = i32::try_from(number).map_err(|_| bad(nix::Error::EBADF.into()))?;
-    let file = descriptor_of_ours(raw).map_err(bad)?;
+    let file = inherited::file(number).map_err(bad)?;
     nix::unistd::close(raw).map_err(|e| bad(e.into()))?;
     Ok(file)
 }
@@ -154,21 +153,6 @@ fn tell_ready(descriptor: Option<File>) -> io::Result<()> {
         file.write_all(b"\n")?;
     }
     sd_notify::notify(&[sd_notify::NotifyState::Ready])
-}
-
-/// A second descriptor of an open file whose number came from outside, which there is no safe way to use as it is.
-fn descriptor_of_ours(number: i32) -> io::Result<File> {
-    // Asked of the kernel: to open it by its name fails for the pipe of a supervisor that is another user, and for a
-    // socket.
-    #[cfg(target_os = "linux")]
-    if let Ok(process) = pidfd_open(getpid(), PidfdFlags::empty()) {
-        match pidfd_getfd(process, number, PidfdGetfdFlags::empty()) {
-            // A kernel, or a sandbox, without that call.
-            Err(rustix::io::Errno::NOSYS | rustix::io::Errno::PERM) => {}
-            other => return Ok(other?.into()),
-        }
-    }
-    File::options().write(true).open(format!("/dev/fd/{number}"))
 }
 
 /// Closes all files but the standard ones, so that nobody waits for the end of a pipe of which a daemon keeps an end.

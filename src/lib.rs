@@ -14,6 +14,7 @@
 //! | [`client`] | the blocking client |
 //! | [`addr`] | where a daemon is |
 //! | [`describe`] | holders and times in words |
+//! | [`inherited`] | descriptors from whoever started this process |
 //! | [`names`] | names of users, groups and hosts |
 //! | [`exit`] | the exit codes |
 //! | [`say()`] | one line on standard error |
@@ -31,6 +32,7 @@ pub mod daemon;
 pub mod describe;
 pub mod exit;
 pub mod force;
+pub mod inherited;
 pub mod journal;
 pub mod names;
 pub mod proto;

@@ -3,20 +3,23 @@
 
 use std::ffi::{OsStr, OsString};
 use std::fmt::Display;
+use std::fs::File;
 use std::io::{self, Write};
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
 use clap::Parser;
 use clap::error::ErrorKind;
-use kmutex::addr::{self, Addr};
+use kmutex::addr::{self, Addr, Reason};
 use kmutex::cli::{self, Cli, Command, Keyedmutexd, LogLevel};
 use kmutex::client::Dial;
 use kmutex::daemon::{self, LogTarget};
 use kmutex::exit::Exit;
 use kmutex::force::{self, Consent};
+use kmutex::inherited;
 use kmutex::proto::{Key, v2::Mode};
-use kmutex::run::{self, Child, Ended, Job, OnLost, Wait};
+use kmutex::run::{self, Child, Ended, Job, OnLost, OnPeerFailure, Report, Wait};
 use kmutex::status::{self, Format};
 
 fn main() -> ExitCode {
@@ -73,15 +76,55 @@ fn run(args: cli::Run) -> Result<u8, Failure> {
             cli::OnLost::Kill => OnLost::Kill(args.kill_after),
             cli::OnLost::Continue => OnLost::Continue,
         },
+        on_peer_failure: match args.on_peer_failure {
+            cli::OnPeerFailure::Skip => OnPeerFailure::Skip,
+            cli::OnPeerFailure::Retry => OnPeerFailure::Retry,
+            cli::OnPeerFailure::Adopt => OnPeerFailure::Adopt,
+        },
+        reentrant: args.reentrant,
+        tree: args.tree,
+        note: args.note.to_string_lossy().into_owned(),
         verbose: args.verbose,
     };
-    let ended = job.run().map_err(|e| failure(e.exit(), e))?;
-    Ok(match ended {
-        Ended::Ran(status) => status,
+    let sink = Sink::open(args.status_fd, args.status_file)?;
+    let mut report = Report::new(job.key.as_str());
+    let result = job.run(&mut report);
+    if let Some(sink) = sink {
+        sink.write(&report.line(&result))?;
+    }
+    Ok(match result.map_err(|e| failure(e.exit(), e))? {
+        Ended::Ran(status) | Ended::Adopted(status) => status,
         Ended::Finished(_) => args.finished_exit_code,
         Ended::Busy => args.conflict_exit_code,
         Ended::Lost => Exit::Lost.code(),
     })
+}
+
+/// Where the report goes.
+struct Sink {
+    file: File,
+    name: String,
+}
+
+impl Sink {
+    /// Before anything is done: whoever asks for a report is told at once if there can be none.
+    fn open(fd: Option<u32>, path: Option<PathBuf>) -> Result<Option<Sink>, Failure> {
+        let (file, name) = match (fd, path) {
+            (None, None) => return Ok(None),
+            (Some(number), _) => (inherited::file(number), format!("--status-fd {number}")),
+            (None, Some(path)) => (File::create(&path), format!("--status-file {}", path.display())),
+        };
+        match file {
+            Ok(file) => Ok(Some(Sink { file, name })),
+            Err(e) if fd.is_some() => Err(usage(&format!("{name}: {}", Reason(&e)))),
+            Err(e) => Err(failure(Exit::CannotCreate, format_args!("{name}: {}", Reason(&e)))),
+        }
+    }
+
+    fn write(mut self, line: &str) -> Result<(), Failure> {
+        let written = self.file.write_all(line.as_bytes());
+        written.map_err(|e| failure(Exit::Os, format_args!("{}: {}", self.name, Reason(&e))))
+    }
 }
 
 fn status(args: cli::Status) -> Result<u8, Failure> {

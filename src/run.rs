@@ -2,6 +2,8 @@
 
 mod child;
 mod descendants;
+mod report;
+mod waiting;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -12,11 +14,14 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
+use crate::addr::Addr;
 use crate::addr::Reason;
-use crate::client::{self, Dial, Hold, RELEASE_WAIT, Verdict};
+use crate::client::{self, Dial, Hold, RELEASE_WAIT, Session, Verdict};
 use crate::exit::{self, Exit};
 use crate::proto::v2::{LockRequest, Mode, Who};
 use crate::proto::{Key, Outcome, Token};
+pub use report::Report;
+use waiting::Display;
 
 /// What to run, under which lock, and how.
 #[derive(Clone, Debug)]
@@ -39,8 +44,27 @@ pub struct Job {
     pub child: Child,
     /// What to do when the lock is lost while the command runs.
     pub on_lost: OnLost,
+    /// What to do when the holder that was waited for has failed.
+    pub on_peer_failure: OnPeerFailure,
+    /// If the lock is held by the command that this is part of, run without taking it again.
+    pub reentrant: bool,
+    /// Hold the lock until all that the command has started has ended.
+    pub tree: bool,
+    /// What others are to see of it.
+    pub note: String,
     /// Tell what is done on standard error.
     pub verbose: bool,
+}
+
+/// What to do when the holder that was waited for ended with a status other than 0, or died of a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OnPeerFailure {
+    /// It is done all the same.
+    Skip,
+    /// Ask for the lock again: one of those who waited runs next.
+    Retry,
+    /// End as the holder did, also when it did not fail.
+    Adopt,
 }
 
 /// How long to wait for a lock.
@@ -81,6 +105,8 @@ pub enum Ended {
     Ran(u8),
     /// Another holder was done first; the command did not run.
     Finished(Outcome),
+    /// The same, and this is the status with which that one ended.
+    Adopted(u8),
     /// Somebody else holds the lock, and there was no waiting, or no more.
     Busy,
     /// The lock was lost while the command ran.
@@ -88,55 +114,103 @@ pub enum Ended {
 }
 
 impl Job {
-    /// Does it. Does not return when the job is to become the command and does.
+    /// Does it, and notes in `report` what happens. Does not return when the job is to become the command and does.
     ///
     /// # Errors
     /// When the lock or the command cannot be had. Whatever was locked is released.
-    pub fn run(&self) -> Result<Ended, Error> {
+    pub fn run(&self, report: &mut Report) -> Result<Ended, Error> {
         let asked = Instant::now();
         let deadline = match self.wait {
             Wait::For(limit) => asked.checked_add(limit),
             Wait::Forever | Wait::Never => None,
         };
-        let request = self.request();
-        let (session, verdict) = match client::lock(&self.dial, &request, deadline) {
-            Err(client::Error::TimedOut) => return Ok(Ended::Busy),
-            other => other?,
-        };
-        match verdict {
-            Verdict::Finished(outcome, _) => Ok(Ended::Finished(outcome)),
-            Verdict::Busy(_) => Ok(Ended::Busy),
-            Verdict::Granted(token) => {
-                self.say(|| {
-                    format!(
-                        "got the lock {:?} after {:.6} s",
-                        self.key.as_str(),
-                        asked.elapsed().as_secs_f64()
-                    )
-                });
-                self.say(|| format!("running {}", self.command_line()));
-                if self.child != Child::Closed {
-                    // The one descriptor that is to be inherited; all others are closed on exec.
-                    fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
-                        .map_err(|e| Error::Os("pass the lock on", e.into()))?;
+        loop {
+            let request = self.request();
+            let verdict = self.acquire(&request, deadline);
+            report.waited_ms = millis(asked);
+            let (session, verdict) = match verdict {
+                Err(client::Error::TimedOut) => return Ok(Ended::Busy),
+                other => other?,
+            };
+            match verdict {
+                Verdict::Busy(_) => return Ok(Ended::Busy),
+                Verdict::HeldAbove if self.reentrant => return Err(self.become_command()?),
+                Verdict::HeldAbove => {
+                    return Err(client::Error::Deadlock(format!(
+                        "the lock {:?} is held by the command that this is part of; see --reentrant",
+                        self.key.as_str()
+                    ))
+                    .into());
                 }
-                self.run_locked(Hold::new(self.dial.clone(), request, session, token))
+                Verdict::Finished(outcome, token) => {
+                    (report.outcome, report.token) = (Some(outcome), Some(token));
+                    match (self.on_peer_failure, outcome) {
+                        (OnPeerFailure::Adopt, Outcome::Exit(status)) => return Ok(Ended::Adopted(status)),
+                        (OnPeerFailure::Adopt, Outcome::Signal(number)) => {
+                            return Ok(Ended::Adopted(exit::of_signal(number)));
+                        }
+                        (OnPeerFailure::Retry, Outcome::Exit(1..) | Outcome::Signal(_)) => {
+                            self.say(|| format!("the holder has failed ({outcome}); asking again"));
+                        }
+                        _ => return Ok(Ended::Finished(outcome)),
+                    }
+                }
+                Verdict::Granted(token) => {
+                    (report.outcome, report.token) = (None, Some(token));
+                    let waited = asked.elapsed().as_secs_f64();
+                    self.say(|| format!("got the lock {:?} after {waited:.6} s", self.key.as_str()));
+                    self.say(|| format!("running {}", self.command_line()));
+                    let granted = Instant::now();
+                    let ended = self.run_granted(request, session, token, report);
+                    report.held_ms = millis(granted);
+                    return ended;
+                }
             }
         }
     }
 
-    fn run_locked(&self, mut hold: Hold) -> Result<Ended, Error> {
+    fn acquire(
+        &self,
+        request: &LockRequest,
+        deadline: Option<Instant>,
+    ) -> Result<(Session, Verdict), client::Error> {
+        client::lock(&self.dial, request, deadline, &mut Display::new(self.key.as_str(), self.verbose))
+    }
+
+    fn run_granted(
+        &self,
+        request: LockRequest,
+        session: Session,
+        token: Token,
+        report: &mut Report,
+    ) -> Result<Ended, Error> {
+        if self.child != Child::Closed {
+            // The one descriptor that is to be inherited; all others are closed on exec.
+            fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
+                .map_err(|e| Error::Os("pass the lock on", e.into()))?;
+        }
+        self.run_locked(Hold::new(self.dial.clone(), request, session, token), report)
+    }
+
+    /// The lock is held above: the command needs nothing of this process. Returns only why that failed.
+    fn become_command(&self) -> Result<Error, Error> {
+        let error = Command::new(&self.argv[0]).args(&self.argv[1..]).exec();
+        Ok(Error::Command { program: self.argv[0].clone(), error })
+    }
+
+    fn run_locked(&self, mut hold: Hold, report: &mut Report) -> Result<Ended, Error> {
         let mut command = self.command(hold.token())?;
         if self.child == Child::Exec {
             let error = command.exec();
             return Err(self.not_started(hold, error));
         }
         let inherits = self.child == Child::Inherits;
-        let ended = match child::run(&mut command, &mut hold, inherits, self.on_lost) {
+        let ended = match child::run(&mut command, &mut hold, inherits, self.on_lost, self.tree) {
             Err(child::Error::Spawn(error)) => return Err(self.not_started(hold, error)),
             Err(child::Error::Os(doing, error)) => return Err(Error::Os(doing, error)),
             Ok(ended) => ended,
         };
+        report.outcome = Some(ended.outcome);
         if ended.lost {
             return Ok(Ended::Lost);
         }
@@ -175,6 +249,7 @@ impl Job {
             nowait: self.wait == Wait::Never,
             exec: self.child == Child::Exec,
             inherits: self.child == Child::Inherits,
+            within: self.within(),
             who: self.who(),
             ..LockRequest::new(self.key.clone(), self.mode)
         }
@@ -188,8 +263,18 @@ impl Job {
             host: (&*host.to_string_lossy()).into(),
             user: user.unwrap_or_default().into(),
             command: self.command_line().into(),
-            note: Default::default(),
+            note: self.note.as_str().into(),
         }
+    }
+
+    /// The token of the lock under which this process runs itself, if it is of the same daemon.
+    fn within(&self) -> Option<Token> {
+        let sock = std::env::var_os(crate::addr::VARIABLE)?;
+        let here = self.dial.addr.absolute().ok()?;
+        if Addr::parse(&sock).ok()?.absolute().ok()? != here {
+            return None;
+        }
+        Some(Token(std::env::var(Token::VARIABLE).ok()?.parse().ok()?))
     }
 
     fn command(&self, token: Token) -> Result<Command, Error> {
@@ -213,6 +298,10 @@ impl Job {
             crate::say(what());
         }
     }
+}
+
+fn millis(since: Instant) -> u64 {
+    since.elapsed().as_millis() as u64
 }
 
 /// What a shell command is run with: as flock(1) does, `$SHELL`, or else /bin/sh.

@@ -20,6 +20,7 @@
 
 mod effect;
 mod list;
+mod nested;
 mod request;
 mod resume;
 #[cfg(test)]
@@ -39,6 +40,8 @@ use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{LockId, Nonce, Outcome, Token};
 pub use effect::{Change, Effect, Effects, Loss, What};
 use list::{Links, List};
+use nested::Nested;
+pub use nested::Step;
 pub use request::Terms;
 use request::{Details, Line, Lock, Request, RequestId, Stage};
 pub use resume::{Held, NotYours};
@@ -83,6 +86,7 @@ pub struct Table {
     nonces: BTreeMap<Nonce, RequestId>,
     /// Holds that have not resumed.
     orphans: BTreeMap<Token, RequestId>,
+    nested: Nested,
     hold_limit: Option<Millis>,
     next_token: u64,
     first_arrival: u64,
@@ -113,6 +117,7 @@ impl Table {
             deadlines: BTreeSet::new(),
             nonces: BTreeMap::new(),
             orphans: BTreeMap::new(),
+            nested: Nested::default(),
             hold_limit: config.hold_limit,
             next_token: config.first_token.0,
             // Tokens and places both grow across restarts, and have the same reason to.
@@ -174,8 +179,11 @@ impl Table {
         if let Some(nonce) = nonce {
             self.nonces.insert(nonce, id);
         }
+        self.nested_asked(id);
         if self.admits(id) {
             self.grant(now, id, effects);
+        } else if self.refuse_if_held_above(id, effects) {
+            self.remove_request(id);
         } else if undecided {
             self.deferred.push_back(&mut self.requests, id);
         } else {
@@ -310,11 +318,16 @@ impl Table {
         let lock = &mut self.locks[request.lock as usize];
         lock.holding += 1;
         lock.holders.push_back(&mut self.requests, id);
+        self.nested_granted(id);
         effects.record.extend(self.requests[id.index()].client.map(Change::Granted));
         self.tell(id, What::Granted(Token(token)), effects);
     }
 
     fn wait(&mut self, id: RequestId, effects: &mut Effects) {
+        if self.refuse_if_cyclic(id, effects) {
+            self.remove_request(id);
+            return;
+        }
         let request = &mut self.requests[id.index()];
         request.stage = Stage::Waiting;
         let (line, resumed) = (request.line, request.order < self.first_arrival);
@@ -459,6 +472,7 @@ impl Table {
 
     /// Forgets a request that is in no list any more.
     fn remove_request(&mut self, id: RequestId) {
+        self.nested_gone(id);
         let request = self.requests.remove(id.index());
         if let Some(client) = request.client {
             self.request_of[client.0 as usize] = None;

@@ -13,11 +13,44 @@ use crate::addr::{self, Addr};
 use crate::names;
 use crate::proto::Key;
 use crate::proto::v2::{
-    Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, PREAMBLE, Request, decode_answer, encode,
+    Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, Mode, PREAMBLE, Party, Request,
+    decode_answer, encode,
 };
 
 /// How long a daemon may take to answer what needs no waiting.
 const ANSWER_WAIT: Duration = Duration::from_secs(10);
+
+/// Somebody who wants to know what a lock is waited for.
+pub trait Watch {
+    /// After how long to look again who holds the lock; `None`: not at all.
+    fn pause(&self) -> Option<Duration>;
+
+    /// These hold it, and so many of the queue come before this one.
+    fn waits(&mut self, holders: &[Party], ahead: u32);
+}
+
+/// Nobody wants to know.
+#[derive(Debug)]
+pub struct Unwatched;
+
+impl Watch for Unwatched {
+    fn pause(&self) -> Option<Duration> {
+        None
+    }
+
+    fn waits(&mut self, _holders: &[Party], _ahead: u32) {}
+}
+
+fn next_look(watch: &dyn Watch) -> Option<Instant> {
+    Some(Instant::now() + watch.pause()?)
+}
+
+/// How many of the queue come before this process, if it is among those that the daemon lists.
+fn ahead_of_me(status: &LockStatus, request: &LockRequest) -> Option<u32> {
+    let me = status.waiters.iter().position(|waiter| waiter.who.pid == request.who.pid)?;
+    let queue = status.waiters[..me].iter().filter(|waiter| waiter.mode == Some(Mode::Queue));
+    Some(if request.mode == Mode::Queue { queue.count() as u32 } else { 0 })
+}
 
 /// One connection of protocol 2. Closing it, by dropping it, gives up whatever it holds or waits for.
 #[derive(Debug)]
@@ -59,30 +92,57 @@ impl Session {
     ///
     /// # Errors
     /// [`Error::TimedOut`] at the deadline: the session is of no more use then, since the verdict may still come.
-    pub fn lock(&mut self, request: &LockRequest, deadline: Option<Instant>) -> Result<Verdict, Error> {
+    pub fn lock(
+        &mut self,
+        request: &LockRequest,
+        deadline: Option<Instant>,
+        watch: &mut dyn Watch,
+    ) -> Result<Verdict, Error> {
         self.send(&Request::Lock(Box::new(request.clone())))?;
         let limit = Instant::now() + ANSWER_WAIT;
+        let mut ahead = 0;
+        let mut look_at = None;
         loop {
-            let answer = match deadline {
+            let answer = match (deadline, look_at) {
                 // A request that does not wait needs an answer all the same, and soon.
-                None if request.nowait => self.receive(Some(limit)).map_err(|e| match e {
+                (None, None) if request.nowait => self.receive(Some(limit)).map_err(|e| match e {
                     Error::TimedOut => Error::Silent,
                     other => other,
                 }),
-                _ => self.receive(deadline),
+                (Some(deadline), Some(look_at)) => self.receive(Some(deadline.min(look_at))),
+                (one, other) => self.receive(one.or(other)),
             };
-            return Ok(match answer? {
-                Answer::Granted { token } => Verdict::Granted(token),
-                Answer::Finished { outcome, token } => Verdict::Finished(outcome, token),
-                Answer::Busy { holders } => Verdict::Busy(holders),
-                Answer::Waiting { place, .. } => {
-                    self.place = Some(place);
+            return Ok(match answer {
+                Err(Error::TimedOut) if deadline.is_none_or(|deadline| Instant::now() < deadline) => {
+                    look_at = next_look(watch);
+                    self.send(&Request::Status { key: Some(request.key.clone()) })?;
                     continue;
                 }
-                Answer::Error { code: ErrorCode::CannotRecord, message } => {
+                Err(e) => return Err(e),
+                Ok(Answer::Granted { token }) => Verdict::Granted(token),
+                Ok(Answer::Finished { outcome, token }) => Verdict::Finished(outcome, token),
+                Ok(Answer::Busy { holders }) => Verdict::Busy(holders),
+                Ok(Answer::Waiting { place, holders, ahead: before }) => {
+                    self.place = Some(place);
+                    ahead = before;
+                    watch.waits(&holders, ahead);
+                    look_at = next_look(watch);
+                    continue;
+                }
+                Ok(Answer::Lock(status)) => {
+                    ahead = ahead_of_me(&status, request).unwrap_or(ahead);
+                    watch.waits(&status.holders, ahead);
+                    continue;
+                }
+                Ok(Answer::End) => continue,
+                Ok(Answer::Error { code: ErrorCode::CannotRecord, message }) => {
                     return Err(Error::Unrecorded(message));
                 }
-                other => return Err(Error::unexpected(other)),
+                Ok(Answer::Error { code: ErrorCode::Deadlock, message }) => {
+                    return Err(Error::Deadlock(message));
+                }
+                Ok(Answer::Error { code: ErrorCode::HeldAbove, .. }) => Verdict::HeldAbove,
+                Ok(other) => return Err(Error::unexpected(other)),
             });
         }
     }

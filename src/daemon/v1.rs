@@ -33,7 +33,12 @@ impl Server {
             What::Granted(_) => OWNER,
             What::Finished(..) => RELEASE,
             // Protocol 1 has no words for these: the answer does not come yet, or the connection ends.
-            What::Waiting { .. } | What::Busy | What::Expired | What::Superseded => return,
+            What::Waiting { .. }
+            | What::Busy
+            | What::HeldAbove
+            | What::Deadlock(_)
+            | What::Expired
+            | What::Superseded => return,
             What::Lost(_) => return self.doom(effect.client, "its lock was broken"),
         };
         self.connections[effect.client.0 as usize].output().push(byte);

@@ -11,7 +11,7 @@ use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LISTED_MAX, LockRequest, LockStatus, Mode, Party, Request,
     decode_request, encode, error,
 };
-use crate::proto::{Key, LockId};
+use crate::proto::{Key, LockId, Token};
 use crate::table::{ClientId, Effect, LockView, Loss, RequestView, What};
 
 /// A status goes on when less than this waits to be sent. A lock of it may be as long as a frame.
@@ -144,10 +144,32 @@ impl Server {
             What::Lost(Loss::Unknown) => Answer::Lost { why: "the daemon does not know of it".into() },
             What::Lost(Loss::Broken) => Answer::Lost { why: "it was broken".into() },
             What::Expired => Answer::Lost { why: "its time is up".into() },
+            What::HeldAbove => {
+                let name = self.lock_name(effect.lock);
+                error(
+                    ErrorCode::HeldAbove,
+                    format!("lock: {name} is held by the command that this is part of"),
+                )
+            }
+            What::Deadlock(within) => error(ErrorCode::Deadlock, self.tell_cycle(within, effect.lock)),
             // That connection is not listened to any more.
             What::Superseded => return,
         };
         self.answer(effect.client, &answer);
+    }
+
+    /// Who waits for whom, for people.
+    fn tell_cycle(&self, within: Token, lock: LockId) -> String {
+        let cycle = self.table.cycle(within, lock).unwrap_or_default();
+        let steps = cycle.iter().map(|(lock, token)| {
+            let holder = self.table.find(*lock).and_then(|lock| {
+                lock.holders().find(|holder| holder.held.is_some_and(|held| held.token == *token))
+            });
+            let pid = holder.map_or(0, |holder| self.party(&holder).who.pid);
+            format!("{} is held by pid {pid}", self.lock_name(*lock))
+        });
+        let steps: Vec<String> = steps.collect();
+        format!("{}, under which this runs", steps.join(", which waits: "))
     }
 
     fn status_of(&mut self, client: ClientId, key: &Key) {

@@ -72,6 +72,9 @@ pub struct LockRequest {
     /// either of us lives, even if I am killed before I can name it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub inherits: bool,
+    /// The token of the lock under which the command runs that asks. Its holder waits for me, so I cannot wait for it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub within: Option<Token>,
     /// When a hold is resumed: the token of its grant. The lock is not asked for anew if the daemon knows nothing of it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub holds: Option<Token>,
@@ -97,6 +100,7 @@ impl LockRequest {
             nowait: false,
             exec: false,
             inherits: false,
+            within: None,
             holds: None,
             child: None,
             place: None,
@@ -265,8 +269,12 @@ pub enum ErrorCode {
     WrongState,
     /// It is not for you to ask.
     NotPermitted,
-    /// What is to be broken is not held.
+    /// What is to be broken, or given back, is not held.
     NotHeld,
+    /// The lock is held by one under whose lock this was asked.
+    HeldAbove,
+    /// Two would wait for each other. The message says who.
+    Deadlock,
     /// The daemon cannot record the lock, so it does not give it. The connection is closed.
     CannotRecord,
     /// What a newer daemon may say.
@@ -336,6 +344,7 @@ struct Frame<'a> {
     exec: bool,
     #[serde(default)]
     inherits: bool,
+    within: Option<Token>,
     #[serde(default)]
     who: Who,
     holds: Option<Token>,
@@ -399,6 +408,7 @@ impl Frame<'_> {
             nowait: self.nowait,
             exec: self.exec,
             inherits: self.inherits,
+            within: self.within,
             holds: self.holds,
             child: self.child,
             place: self.place,

@@ -13,7 +13,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{AccessFlags, Pid, access};
-use rustix::process::{WaitOptions, waitpid};
+use rustix::process::{WaitOptions, wait, waitpid};
 use signal_hook::consts::*;
 use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::WithOrigin;
@@ -42,20 +42,25 @@ pub(super) struct Ended {
     pub(super) lost: bool,
 }
 
-/// Runs a command to its end, and keeps up the lock meanwhile. `inherits`: the command has the lock's descriptor.
+/// Runs a command to its end, and keeps up the lock meanwhile. `inherits`: the command has the lock's descriptor. `tree`:
+/// its end is that of all that it has started.
 pub(super) fn run(
     command: &mut Command,
     hold: &mut Hold,
     inherits: bool,
     on_lost: OnLost,
+    tree: bool,
 ) -> Result<Ended, Error> {
+    if tree {
+        adopt_orphans().map_err(|e| Error::Os("keep track of all that the command starts", e))?;
+    }
     // Before the child is there, so that no signal is lost between the two.
     let mut signals = Signals::catch().map_err(|e| Error::Os("catch signals", e))?;
     let pid = spawn(command).map_err(Error::Spawn)?;
     if inherits {
         hold.has_child(pid.as_raw() as u32);
     }
-    let mut child = Child { pid, job: Job::Running };
+    let mut child = Child { pid, job: Job::Running, tree, outcome: None };
     let mut lock = Lock::Held;
     loop {
         if let Some(outcome) = child.wait().map_err(|e| Error::Os("wait for the command", e.into()))? {
@@ -77,7 +82,7 @@ pub(super) fn run(
         if let Lock::KillAt(time) = lock
             && time <= Instant::now()
         {
-            descendants::signal(pid, Signal::SIGKILL);
+            child.signal_all(Signal::SIGKILL);
             lock = Lock::Lost;
         }
     }
@@ -144,6 +149,10 @@ fn find(program: &OsStr) -> PathBuf {
 struct Child {
     pid: Pid,
     job: Job,
+    /// It is over when all that it has started is.
+    tree: bool,
+    /// How the command itself has ended.
+    outcome: Option<Outcome>,
 }
 
 /// Where the command stands as a job of a shell's.
@@ -157,23 +166,31 @@ enum Job {
 }
 
 impl Child {
-    /// Takes what there is to know of the child's state, without waiting. `Some`: it has ended.
+    /// Takes what there is to know of the child's state, without waiting. `Some`: it is over.
     fn wait(&mut self) -> nix::Result<Option<Outcome>> {
         let options = WaitOptions::NOHANG | WaitOptions::UNTRACED | WaitOptions::CONTINUED;
         // Not nix's, which has no words for a command that died of a real-time signal.
         let pid = rustix::process::Pid::from_raw(self.pid.as_raw());
         loop {
-            let status = match waitpid(pid, options) {
+            let waited = if self.tree { wait(options) } else { waitpid(pid, options) };
+            let status = match waited {
+                // One that the command has left behind.
+                Ok(Some((other, _))) if Some(other) != pid => continue,
                 Ok(Some((_, status))) => status,
                 Ok(None) => return Ok(None),
                 Err(rustix::io::Errno::INTR) => continue,
+                // Nobody is left.
+                Err(rustix::io::Errno::CHILD) if self.outcome.is_some() => return Ok(self.outcome),
                 Err(e) => return Err(nix::Error::from_raw(e.raw_os_error())),
             };
-            if let Some(status) = status.exit_status() {
-                return Ok(Some(Outcome::Exit(status as u8)));
-            }
-            if let Some(signal) = status.terminating_signal() {
-                return Ok(Some(Outcome::Signal(signal as u8)));
+            let exit = status.exit_status().map(|status| Outcome::Exit(status as u8));
+            let signal = status.terminating_signal().map(|signal| Outcome::Signal(signal as u8));
+            if let Some(outcome) = exit.or(signal) {
+                self.outcome = Some(outcome);
+                if self.tree {
+                    continue;
+                }
+                return Ok(self.outcome);
             }
             // By any other signal it was stopped by somebody who will continue this one process: nothing to do with
             // kmutex.
@@ -185,6 +202,14 @@ impl Child {
             if status.continued() && self.job == Job::Stopped {
                 self.job = Job::Continued;
             }
+        }
+    }
+
+    /// Signals the command and what it has started, as far as that can be found.
+    fn signal_all(&self, signal: Signal) {
+        match self.tree {
+            true => descendants::signal_below(Pid::this(), signal),
+            false => descendants::signal(self.pid, signal),
         }
     }
 
@@ -206,6 +231,13 @@ impl Child {
             if job == Job::Continued || (job == Job::Stopped && self.was_continued()?) {
                 return Ok(());
             }
+        }
+        if self.tree && origin.signal == SIGTERM {
+            self.signal_all(Signal::SIGTERM);
+            return Ok(());
+        }
+        if self.outcome.is_some() {
+            return Ok(());
         }
         // It is not reaped before `wait` says so, and until then its process id is nobody else's.
         match kill(self.pid, Signal::try_from(origin.signal)?) {
@@ -230,11 +262,19 @@ impl Child {
             }
             OnLost::Kill(after) => {
                 crate::say(format_args!("{error}; stopping the command"));
-                descendants::signal(self.pid, Signal::SIGTERM);
+                self.signal_all(Signal::SIGTERM);
                 Instant::now().checked_add(after).map_or(Lock::Lost, Lock::KillAt)
             }
         }
     }
+}
+
+/// Makes this process the parent of all whose parents end below it (prctl(2), PR_SET_CHILD_SUBREAPER).
+fn adopt_orphans() -> io::Result<()> {
+    #[cfg(target_os = "linux")]
+    return Ok(nix::sys::prctl::set_child_subreaper(true)?);
+    #[cfg(not(target_os = "linux"))]
+    Err(io::ErrorKind::Unsupported.into())
 }
 
 /// True for the signals by which a terminal stops a job.

@@ -12,8 +12,16 @@ use nix::unistd::Pid;
 /// Sends a signal to a process and to all its descendants. What is started meanwhile by those that were not reached yet
 /// is looked for again, so that nothing slips away; where there is no /proc, the process alone is signalled.
 pub(super) fn signal(root: Pid, signal: Signal) {
+    signal_but(Vec::new(), root, signal);
+}
+
+/// The same without the process itself.
+pub(super) fn signal_below(root: Pid, signal: Signal) {
+    signal_but(vec![root], root, signal);
+}
+
+fn signal_but(mut reached: Vec<Pid>, root: Pid, signal: Signal) {
     const ROUNDS_MAX: usize = 10;
-    let mut reached = Vec::new();
     for _ in 0..ROUNDS_MAX {
         let new: Vec<Pid> = list(root).into_iter().filter(|pid| !reached.contains(pid)).collect();
         if new.is_empty() {

@@ -30,6 +30,11 @@ pub enum What {
     Finished(Outcome, Token),
     /// The lock is held and it did not want to wait. The client is idle again.
     Busy,
+    /// The lock is held by one under whose lock it asked, which waits for it in turn. The client is idle again.
+    HeldAbove,
+    /// It asked under this token, and would wait for one who waits for that: [`super::Table::cycle`] says for whom. The
+    /// client is idle again.
+    Deadlock(Token),
     /// It held the lock for longer than the limit: it is released, and the connection is to be closed.
     Expired,
     /// It holds the lock no more, or never did.

@@ -39,6 +39,9 @@ impl From<&LockRequest> for Terms {
 pub(super) struct RequestId(NonZeroU32);
 
 impl RequestId {
+    /// The first in order.
+    pub(super) const FIRST: RequestId = RequestId(NonZeroU32::MIN);
+
     pub(super) fn new(index: usize) -> RequestId {
         let number = u32::try_from(index + 1).expect("fewer requests than descriptors");
         RequestId(NonZeroU32::new(number).expect("one more than an index"))

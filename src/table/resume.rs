@@ -130,6 +130,9 @@ impl Table {
         if details.uid != uid || !same_lock || (asked.holds.is_some() && asked.holds != token) {
             return Err(NotYours);
         }
+        self.nested_gone(id);
+        let request = &mut self.requests[id.index()];
+        let details = request.details.as_mut().expect("only protocol 2 has nonces");
         details.asked = Some(asked);
         if request.client.is_none() && request.deadline != Millis::NEVER {
             // It was given so long to come back, and it has.
@@ -145,8 +148,10 @@ impl Table {
             (None, None) => unreachable!("only holds are restored"),
         }
         self.attach(id, client);
+        self.nested_asked(id);
         match self.requests[id.index()].stage {
             Stage::Holding => {
+                self.nested_granted(id);
                 let token = Token(self.requests[id.index()].order);
                 effects.record.push(Change::Resumed(client));
                 self.tell(id, What::Granted(token), effects);

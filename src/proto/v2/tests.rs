@@ -41,9 +41,9 @@ fn any_mode() -> impl Strategy<Value = Mode> {
 fn any_lock_request() -> impl Strategy<Value = LockRequest> {
     let slots = prop_oneof![Just((true, 1)), (1..=SLOTS_MAX).prop_map(|slots| (false, slots))];
     let nonce = option::of(any::<u128>().prop_map(Nonce));
-    let resumed = (option::of(any_token()), option::of(any::<u32>()), option::of(any::<u64>()));
+    let resumed = (vec(option::of(any_token()), 2), option::of(any::<u32>()), option::of(any::<u64>()));
     (any_key(), nonce, any_mode(), slots, any::<[bool; 3]>(), any_who(), resumed).prop_map(
-        |(key, nonce, mode, (shared, slots), [nowait, exec, inherits], who, (holds, child, place))| {
+        |(key, nonce, mode, (shared, slots), [nowait, exec, inherits], who, (tokens, child, place))| {
             LockRequest { key, nonce, mode, shared, slots, nowait, exec, inherits, holds, child, place, who }
         },
     )

@@ -1,0 +1,47 @@
+//! What became of a job, for programs: one JSON object (`--status-fd`, `--status-file`).
+
+use serde::Serialize;
+
+use super::{Ended, Error};
+use crate::proto::{Outcome, Token};
+
+/// What became of a job, as far as it is known.
+#[derive(Debug, Default, Serialize)]
+pub struct Report {
+    /// The lock's key.
+    pub key: String,
+    /// `ran`, `finished`, `busy`, `lost` or `error`.
+    verdict: &'static str,
+    /// How the command ended: this one's if it ran, or the holder's that finished first.
+    pub outcome: Option<Outcome>,
+    /// The token of the lock: this one's if it was granted, or the holder's that finished first.
+    pub token: Option<Token>,
+    /// How long it waited for the lock, in milliseconds.
+    pub waited_ms: u64,
+    /// How long it held the lock, in milliseconds.
+    pub held_ms: u64,
+    /// What went wrong, for people.
+    error: Option<String>,
+}
+
+impl Report {
+    /// Nothing has happened yet.
+    pub fn new(key: &str) -> Report {
+        Report { key: key.into(), ..Report::default() }
+    }
+
+    /// The report as one line of JSON, with its newline.
+    pub fn line(&mut self, result: &Result<Ended, Error>) -> String {
+        self.verdict = match result {
+            Ok(Ended::Ran(_)) => "ran",
+            Ok(Ended::Finished(_) | Ended::Adopted(_)) => "finished",
+            Ok(Ended::Busy) => "busy",
+            Ok(Ended::Lost) => "lost",
+            Err(error) => {
+                self.error = Some(error.to_string());
+                "error"
+            }
+        };
+        serde_json::to_string(self).expect("a report has no part that JSON lacks") + "\n"
+    }
+}

@@ -1,0 +1,147 @@
+//! Requests that are made under another lock, by the command that runs under it: `kmutex run A -- kmutex run B -- make`.
+//! The holder of A cannot release before the request for B has come to its end, so that two such holders can wait for
+//! each other for ever. The request that would close such a cycle is refused.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::{Effects, RequestId, Stage, Table, What};
+use crate::proto::{LockId, Token};
+
+/// How many requests are looked at for a cycle, before it is taken that there is none: nobody is to keep the daemon busy
+/// with a web of requests.
+const STEPS_MAX: usize = 1_000;
+
+/// The requests that were made under another lock.
+#[derive(Default)]
+pub(super) struct Nested {
+    /// By the token that each was made under.
+    under: BTreeSet<(Token, RequestId)>,
+    /// Those that hold, by their own tokens.
+    holding: BTreeMap<Token, RequestId>,
+}
+
+/// A step of a cycle: this lock is held, with this token, by one who waits for the next.
+pub type Step = (LockId, Token);
+
+impl Table {
+    pub(super) fn nested_asked(&mut self, id: RequestId) {
+        if let Some(within) = self.within(id) {
+            self.nested.under.insert((within, id));
+        }
+    }
+
+    pub(super) fn nested_granted(&mut self, id: RequestId) {
+        if self.within(id).is_some() {
+            self.nested.holding.insert(Token(self.requests[id.index()].order), id);
+        }
+    }
+
+    pub(super) fn nested_gone(&mut self, id: RequestId) {
+        if let Some(within) = self.within(id) {
+            let request = &self.requests[id.index()];
+            self.nested.under.remove(&(within, id));
+            if request.stage == Stage::Holding {
+                self.nested.holding.remove(&Token(request.order));
+            }
+        }
+    }
+
+    fn within(&self, id: RequestId) -> Option<Token> {
+        self.requests[id.index()].asked()?.within
+    }
+
+    /// The token that a request was made under, the token which that one was made under, and so on.
+    fn above(&self, within: Token) -> Vec<Token> {
+        let mut above = vec![within];
+        while let Some(&id) = self.nested.holding.get(above.last().expect("it began with one"))
+            && let Some(next) = self.within(id)
+            && above.len() < STEPS_MAX
+        {
+            above.push(next);
+        }
+        above
+    }
+
+    /// Refuses a request for a lock that is held by one above it, which it would wait for until that one has waited for
+    /// it. False: it is none.
+    pub(super) fn refuse_if_held_above(&mut self, id: RequestId, effects: &mut Effects) -> bool {
+        let Some(within) = self.within(id) else { return false };
+        let above = self.above(within);
+        let lock = &self.locks[self.requests[id.index()].lock as usize];
+        let is_above = |holder: RequestId| above.contains(&Token(self.requests[holder.index()].order));
+        let held = lock.holders.iter(&self.requests).any(is_above);
+        if held {
+            self.tell(id, What::HeldAbove, effects);
+        }
+        held
+    }
+
+    /// Refuses a request that would wait for one who waits for it. False: it is none.
+    pub(super) fn refuse_if_cyclic(&mut self, id: RequestId, effects: &mut Effects) -> bool {
+        let Some(within) = self.within(id) else { return false };
+        let lock = self.locks[self.requests[id.index()].lock as usize].id;
+        let is_cyclic = self.cycle(within, lock).is_some();
+        if is_cyclic {
+            self.tell(id, What::Deadlock(within), effects);
+        }
+        is_cyclic
+    }
+
+    /// Who would wait for whom if one that runs under the token `within` waited for `lock`: the holder of `lock`, what
+    /// that one waits for, and so on, to a lock that is held above the one who asks. `None`: it would not wait for ever.
+    pub fn cycle(&self, within: Token, lock: LockId) -> Option<Vec<Step>> {
+        let search = Search { above: self.above(within), seen: BTreeSet::new(), path: Vec::new() };
+        let index = self.index_of(lock)?;
+        search.through(self, index)
+    }
+}
+
+/// A search, depth first, through those who wait for each other.
+struct Search {
+    /// Where it is to arrive.
+    above: Vec<Token>,
+    seen: BTreeSet<Token>,
+    path: Vec<Step>,
+}
+
+impl Search {
+    fn through(mut self, table: &Table, lock: usize) -> Option<Vec<Step>> {
+        self.lock(table, lock).then_some(self.path)
+    }
+
+    /// Through all who hold a lock.
+    fn lock(&mut self, table: &Table, index: usize) -> bool {
+        let lock = &table.locks[index];
+        let holders = lock.holders.iter(&table.requests);
+        holders
+            .into_iter()
+            .any(|holder| self.token(table, lock.id, Token(table.requests[holder.index()].order)))
+    }
+
+    /// Through all that is asked for under a token.
+    fn token(&mut self, table: &Table, lock: LockId, token: Token) -> bool {
+        if self.seen.len() >= STEPS_MAX || !self.seen.insert(token) {
+            return false;
+        }
+        self.path.push((lock, token));
+        let arrived = self.above.contains(&token)
+            || table
+                .nested
+                .under
+                .range((token, RequestId::FIRST)..)
+                .take_while(|(under, _)| *under == token)
+                .any(|&(_, id)| {
+                    let request = &table.requests[id.index()];
+                    let index = request.lock as usize;
+                    match request.stage {
+                        Stage::Holding => self.token(table, table.locks[index].id, Token(request.order)),
+                        Stage::Waiting => self.lock(table, index),
+                        Stage::Deferred => false,
+                    }
+                });
+        if !arrived {
+            self.path.pop();
+        }
+        arrived
+    }
+}
