@@ -1,5 +1,6 @@
 //! The rules one by one, for reading. That they hold together is `simulation.rs`'s to show.
 
+mod nested;
 mod resume;
 
 use super::*;

@@ -63,7 +63,7 @@ fn with_adopt_the_holders_status_is_everybodys() {
     assert_eq!(waiters(&["--on-peer-failure", "adopt"], 0), (vec![0; 3], 0));
     let daemon = Daemon::start();
     let mut holder =
-        Process::spawn(&mut daemon.run(&["k", "sh", "-c", "read x; kill -9 $$"]).stdin(Stdio::piped()));
+        Process::spawn(daemon.run(&["k", "sh", "-c", "read x; kill -9 $$"]).stdin(Stdio::piped()));
     daemon.wait_for_counts("k", 1, 0);
     let mut waiter = Process::spawn(&mut daemon.run(&["--on-peer-failure", "adopt", "k", "true"]));
     daemon.wait_for_counts("k", 1, 1);

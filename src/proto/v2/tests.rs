@@ -44,7 +44,21 @@ fn any_lock_request() -> impl Strategy<Value = LockRequest> {
     let resumed = (vec(option::of(any_token()), 2), option::of(any::<u32>()), option::of(any::<u64>()));
     (any_key(), nonce, any_mode(), slots, any::<[bool; 3]>(), any_who(), resumed).prop_map(
         |(key, nonce, mode, (shared, slots), [nowait, exec, inherits], who, (tokens, child, place))| {
-            LockRequest { key, nonce, mode, shared, slots, nowait, exec, inherits, holds, child, place, who }
+            LockRequest {
+                key,
+                nonce,
+                mode,
+                shared,
+                slots,
+                nowait,
+                exec,
+                inherits,
+                within: tokens[0],
+                holds: tokens[1],
+                child,
+                place,
+                who,
+            }
         },
     )
 }

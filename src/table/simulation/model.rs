@@ -204,6 +204,7 @@ impl Model {
             What::Finished(outcome, token) => self.finished(client, about, outcome, token),
             What::Busy => self.told_busy(event, client, about),
             What::Expired => self.expired(event, client),
+            What::HeldAbove | What::Deadlock(_) => panic!("nobody asks under another lock here"),
             What::Lost(_) | What::Superseded => panic!("nobody resumes or breaks anything here"),
         }
     }
