@@ -19,6 +19,9 @@ _kmutex() {
             kmutex,break)
                 cmd="kmutex__subcmd__break"
                 ;;
+            kmutex,lock)
+                cmd="kmutex__subcmd__lock"
+                ;;
             kmutex,run)
                 cmd="kmutex__subcmd__run"
                 ;;
@@ -28,6 +31,9 @@ _kmutex() {
             kmutex,status)
                 cmd="kmutex__subcmd__status"
                 ;;
+            kmutex,unlock)
+                cmd="kmutex__subcmd__unlock"
+                ;;
             *)
                 ;;
         esac
@@ -35,7 +41,7 @@ _kmutex() {
 
     case "${cmd}" in
         kmutex)
-            opts="-h -V --help --version run status break serve"
+            opts="-h -V --help --version run lock unlock status break serve"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -70,8 +76,70 @@ _kmutex() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        kmutex__subcmd__lock)
+            opts="-s -x -n -w -E -h --pid --queue --shared --exclusive --slots --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --on-peer-failure --note --no-autostart --verbose --sock --trust-uid --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --pid)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --slots)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --wait)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --timeout)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -w)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --conflict-exit-code)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -E)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --finished-exit-code)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --on-peer-failure)
+                    COMPREPLY=($(compgen -W "skip retry adopt" -- "${cur}"))
+                    return 0
+                    ;;
+                --note)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --sock)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --trust-uid)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         kmutex__subcmd__run)
-            opts="-c -s -x -n -w -E -o -F -h --command --queue --shared --exclusive --slots --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --close --no-fork --on-lost --kill-after --no-autostart --verbose --sock --trust-uid --help"
+            opts="-c -s -x -n -w -E -o -F -h --command --queue --shared --exclusive --slots --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --on-peer-failure --note --no-autostart --verbose --sock --trust-uid --tree --reentrant --status-fd --status-file --close --no-fork --on-lost --kill-after --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -113,11 +181,11 @@ _kmutex() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
-                --on-lost)
-                    COMPREPLY=($(compgen -W "kill continue" -- "${cur}"))
+                --on-peer-failure)
+                    COMPREPLY=($(compgen -W "skip retry adopt" -- "${cur}"))
                     return 0
                     ;;
-                --kill-after)
+                --note)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -126,6 +194,33 @@ _kmutex() {
                     return 0
                     ;;
                 --trust-uid)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --status-fd)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --status-file)
+                    local oldifs
+                    if [ -n "${IFS+x}" ]; then
+                        oldifs="$IFS"
+                    fi
+                    IFS=$'\n'
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    if [ -n "${oldifs+x}" ]; then
+                        IFS="$oldifs"
+                    fi
+                    if [[ "${BASH_VERSINFO[0]}" -ge 4 ]]; then
+                        compopt -o filenames
+                    fi
+                    return 0
+                    ;;
+                --on-lost)
+                    COMPREPLY=($(compgen -W "kill continue" -- "${cur}"))
+                    return 0
+                    ;;
+                --kill-after)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -228,6 +323,32 @@ _kmutex() {
                 return 0
             fi
             case "${prev}" in
+                --sock)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --trust-uid)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
+        kmutex__subcmd__unlock)
+            opts="-h --pid --sock --trust-uid --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --pid)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --sock)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0

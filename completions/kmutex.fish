@@ -27,28 +27,60 @@ end
 complete -c kmutex -n "__fish_kmutex_needs_command" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_needs_command" -s V -l version -d 'Print version'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "run" -d 'Run a command under a lock'
+complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "lock" -d 'Take a lock for the shell that this is started from'
+complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "unlock" -d 'Release a lock that kmutex lock has taken'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "status" -d 'Show who holds which locks, and who waits'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "break" -d 'Free a lock by force'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "serve" -d 'Serve locks: the daemon'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s c -l command -d 'Run SHELL_COMMAND with $SHELL -c, or /bin/sh -c if SHELL is not set' -r
-complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l slots -d 'Run while fewer than N hold the lock' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l slots -d 'Take the lock while fewer than N hold it' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s w -l wait -l timeout -d 'Wait for at most SECS seconds, which may have a fraction, then fail; 0 is --nonblock' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s E -l conflict-exit-code -d 'The exit status when the lock was not to be had: busy with --nonblock, or --wait ran out' -r
-complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l finished-exit-code -d 'The exit status when another holder finished first, and the command was not run' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l finished-exit-code -d 'The exit status when another holder finished first' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l on-peer-failure -d 'What to do when the holder that was waited for has failed: ended with a status other than 0, or died of a signal' -r -f -a "skip\t'Exit with 79 all the same'
+retry\t'Ask for the lock again, so that one of those who waited runs the command next'
+adopt\t'Exit as that holder did, also when it did not fail'"
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l note -d 'Show TEXT to those who wait for this one, and in kmutex status' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l status-fd -d 'At the end, write what happened to descriptor FD: one JSON object on a line' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l status-file -d 'The same, to FILE' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l on-lost -d 'What to do when the lock is lost while the command runs' -r -f -a "kill\t'Stop the command and its descendants: SIGTERM, then SIGKILL; exit with 74'
 continue\t'Say so on standard error and let it run; exit with 74 when it has ended'"
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l kill-after -d 'After SIGTERM for a lost lock, send SIGKILL to what is left after SECS seconds' -r
-complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
-complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
-complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l queue -d 'Wait for my turn and then run the command, whoever ran it before'
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l queue -d 'Wait for my turn, whoever had the lock before'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s s -l shared -d 'Share the lock with others who ask for a shared one'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s x -l exclusive -d 'Hold the lock alone; this is the default'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s n -l nonblock -d 'Do not wait: if somebody else holds the lock, fail'
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l no-autostart -d 'Do not start a daemon if none is there'
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l verbose -d 'Say on standard error who holds the lock, and how long it took to get it'
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l tree -d 'Hold the lock until all that the command has started has ended, and not only the command itself'
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l reentrant -d 'If the lock is held by the kmutex run that this one runs under, run the command without taking it again'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s o -l close -d 'Keep the lock\'s descriptor from the command'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s F -l no-fork -d 'Become the command instead of waiting for it'
-complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l no-autostart -d 'Do not start a daemon if none is there'
-complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l verbose -d 'Say on standard error how long it took to get the lock, and what is run'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l pid -d 'Take it for process PID instead of the one that starts this' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l slots -d 'Take the lock while fewer than N hold it' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s w -l wait -l timeout -d 'Wait for at most SECS seconds, which may have a fraction, then fail; 0 is --nonblock' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s E -l conflict-exit-code -d 'The exit status when the lock was not to be had: busy with --nonblock, or --wait ran out' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l finished-exit-code -d 'The exit status when another holder finished first' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l on-peer-failure -d 'What to do when the holder that was waited for has failed: ended with a status other than 0, or died of a signal' -r -f -a "skip\t'Exit with 79 all the same'
+retry\t'Ask for the lock again, so that one of those who waited runs the command next'
+adopt\t'Exit as that holder did, also when it did not fail'"
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l note -d 'Show TEXT to those who wait for this one, and in kmutex status' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l queue -d 'Wait for my turn, whoever had the lock before'
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s s -l shared -d 'Share the lock with others who ask for a shared one'
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s x -l exclusive -d 'Hold the lock alone; this is the default'
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s n -l nonblock -d 'Do not wait: if somebody else holds the lock, fail'
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l no-autostart -d 'Do not start a daemon if none is there'
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l verbose -d 'Say on standard error who holds the lock, and how long it took to get it'
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l pid -d 'It was taken for process PID' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l json -d 'Print one JSON object for each lock, on a line of its own'

@@ -55,6 +55,15 @@ pub enum Command {
     ///
     /// If nothing listens on the socket, starts a daemon there, which ends itself after a minute without use.
     Run(Run),
+    /// Take a lock for the shell that this is started from
+    ///
+    /// The lock is held when this returns, and until kmutex unlock KEY, or until that shell ends. Exits with 79 if
+    /// somebody else held the lock and finished meanwhile: `kmutex lock report || exit`.
+    Lock(Lock),
+    /// Release a lock that kmutex lock has taken
+    ///
+    /// Those who waited are told that the work is done.
+    Unlock(Unlock),
     /// Show who holds which locks, and who waits
     ///
     /// A table for people, or with --json one JSON object a line for programs.
@@ -87,43 +96,9 @@ pub struct Run {
     #[arg(short = 'c', long = "command", value_name = "SHELL_COMMAND", conflicts_with = "command")]
     pub shell_command: Option<OsString>,
 
-    /// Wait for my turn and then run the command, whoever ran it before
-    #[arg(long)]
-    pub queue: bool,
-
-    /// Share the lock with others who ask for a shared one
-    #[arg(short, long, conflicts_with_all = ["exclusive", "slots"])]
-    pub shared: bool,
-
-    /// Hold the lock alone; this is the default
-    #[arg(short = 'x', short_alias = 'e', long)]
-    pub exclusive: bool,
-
-    /// Run while fewer than N hold the lock
-    #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true, conflicts_with = "exclusive",
-          value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
-    pub slots: u32,
-
-    /// Do not wait: if somebody else holds the lock, fail
-    #[arg(short, long = "nonblock", aliases = ["nb", "nonblocking"], conflicts_with = "wait")]
-    pub nonblock: bool,
-
-    /// Wait for at most SECS seconds, which may have a fraction, then fail; 0 is --nonblock
-    #[arg(short, long, visible_alias = "timeout", value_name = "SECS", allow_negative_numbers = true,
-          value_parser = seconds)]
-    pub wait: Option<Duration>,
-
-    /// The exit status when the lock was not to be had: busy with --nonblock, or --wait ran out
-    #[arg(short = 'E', long, value_name = "N", default_value_t = 75, allow_negative_numbers = true)]
-    pub conflict_exit_code: u8,
-
-    /// The exit status when another holder finished first, and the command was not run
-    #[arg(long, value_name = "N", default_value_t = 79, allow_negative_numbers = true)]
-    pub finished_exit_code: u8,
-
-    /// What to do when the holder that was waited for has failed: ended with a status other than 0, or died of a signal
-    #[arg(long, value_name = "WHAT", default_value = "skip")]
-    pub on_peer_failure: OnPeerFailure,
+    /// How to ask for the lock
+    #[command(flatten)]
+    pub asking: Asking,
 
     /// Hold the lock until all that the command has started has ended, and not only the command itself
     ///
@@ -136,10 +111,6 @@ pub struct Run {
     /// Otherwise that is an error, since the two would wait for each other.
     #[arg(long)]
     pub reentrant: bool,
-
-    /// Show TEXT to those who wait for this one, and in kmutex status
-    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
-    pub note: OsString,
 
     /// At the end, write what happened to descriptor FD: one JSON object on a line
     #[arg(long, value_name = "FD", conflicts_with_all = ["no_fork", "status_file"])]
@@ -172,14 +143,90 @@ pub struct Run {
     /// After SIGTERM for a lost lock, send SIGKILL to what is left after SECS seconds
     #[arg(long, value_name = "SECS", default_value = "5", allow_negative_numbers = true, value_parser = seconds)]
     pub kill_after: Duration,
+}
+
+/// How a lock is asked for: what `run` and `lock` have in common.
+#[derive(Args, Debug)]
+pub struct Asking {
+    /// Wait for my turn, whoever had the lock before
+    #[arg(long)]
+    pub queue: bool,
+
+    /// Share the lock with others who ask for a shared one
+    #[arg(short, long, conflicts_with_all = ["exclusive", "slots"])]
+    pub shared: bool,
+
+    /// Hold the lock alone; this is the default
+    #[arg(short = 'x', short_alias = 'e', long)]
+    pub exclusive: bool,
+
+    /// Take the lock while fewer than N hold it
+    #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true, conflicts_with = "exclusive",
+          value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub slots: u32,
+
+    /// Do not wait: if somebody else holds the lock, fail
+    #[arg(short, long = "nonblock", aliases = ["nb", "nonblocking"], conflicts_with = "wait")]
+    pub nonblock: bool,
+
+    /// Wait for at most SECS seconds, which may have a fraction, then fail; 0 is --nonblock
+    #[arg(short, long, visible_alias = "timeout", value_name = "SECS", allow_negative_numbers = true,
+          value_parser = seconds)]
+    pub wait: Option<Duration>,
+
+    /// The exit status when the lock was not to be had: busy with --nonblock, or --wait ran out
+    #[arg(short = 'E', long, value_name = "N", default_value_t = 75, allow_negative_numbers = true)]
+    pub conflict_exit_code: u8,
+
+    /// The exit status when another holder finished first
+    #[arg(long, value_name = "N", default_value_t = 79, allow_negative_numbers = true)]
+    pub finished_exit_code: u8,
+
+    /// What to do when the holder that was waited for has failed: ended with a status other than 0, or died of a signal
+    #[arg(long, value_name = "WHAT", default_value = "skip")]
+    pub on_peer_failure: OnPeerFailure,
+
+    /// Show TEXT to those who wait for this one, and in kmutex status
+    #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
+    pub note: OsString,
 
     /// Do not start a daemon if none is there
     #[arg(long)]
     pub no_autostart: bool,
 
-    /// Say on standard error who holds the lock, how long it took to get it, and what is run
+    /// Say on standard error who holds the lock, and how long it took to get it
     #[arg(long)]
     pub verbose: bool,
+
+    /// Where the daemon is
+    #[command(flatten)]
+    pub daemon: Daemon,
+}
+
+/// What `kmutex lock` takes.
+#[derive(Args, Debug)]
+pub struct Lock {
+    /// The lock's name: 1 to 1024 bytes of UTF-8
+    pub key: OsString,
+
+    /// Take it for process PID instead of the one that starts this
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
+    pub pid: Option<u32>,
+
+    /// How to ask for the lock
+    #[command(flatten)]
+    pub asking: Asking,
+}
+
+/// What `kmutex unlock` takes.
+#[derive(Args, Debug)]
+pub struct Unlock {
+    /// The lock's name
+    pub key: OsString,
+
+    /// It was taken for process PID
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
+    pub pid: Option<u32>,
 
     /// Where the daemon is
     #[command(flatten)]

@@ -9,6 +9,8 @@
 //! | [`cli`] | the command line's definition |
 //! | [`daemon`] | the epoll loop: sockets to the table and back |
 //! | [`run`] | a command under a lock: the child, its signals, its status |
+//! | [`shell`] | a lock that a shell holds |
+//! | [`ask`] | asking for a lock at a command line |
 //! | [`status`] | what is held, for people and for programs |
 //! | [`force`] | breaking a lock |
 //! | [`client`] | the blocking client |
@@ -26,6 +28,7 @@
 #![forbid(unsafe_code)]
 
 pub mod addr;
+pub mod ask;
 pub mod cli;
 pub mod client;
 pub mod daemon;
@@ -38,6 +41,7 @@ pub mod names;
 pub mod proto;
 pub mod run;
 mod say;
+pub mod shell;
 pub mod status;
 pub mod table;
 

@@ -12,6 +12,7 @@ use std::time::Duration;
 use clap::Parser;
 use clap::error::ErrorKind;
 use kmutex::addr::{self, Addr, Reason};
+use kmutex::ask::{Acquired, Ask, OnPeerFailure, Wait};
 use kmutex::cli::{self, Cli, Command, Keyedmutexd, LogLevel};
 use kmutex::client::Dial;
 use kmutex::daemon::{self, LogTarget};
@@ -19,7 +20,8 @@ use kmutex::exit::Exit;
 use kmutex::force::{self, Consent};
 use kmutex::inherited;
 use kmutex::proto::{Key, v2::Mode};
-use kmutex::run::{self, Child, Ended, Job, OnLost, OnPeerFailure, Report, Wait};
+use kmutex::run::{self, Child, Ended, Job, OnLost, Report};
+use kmutex::shell;
 use kmutex::status::{self, Format};
 
 fn main() -> ExitCode {
@@ -30,6 +32,8 @@ fn main() -> ExitCode {
     } else {
         Cli::parse_quickly(args).map_err(Failure::from).and_then(|cli| match cli.command {
             Command::Run(args) => run(args),
+            Command::Lock(args) => lock(args),
+            Command::Unlock(args) => unlock(args),
             Command::Status(args) => status(args),
             Command::Break(args) => break_lock(args),
             Command::Serve(args) => serve(args),
@@ -52,52 +56,74 @@ fn run(args: cli::Run) -> Result<u8, Failure> {
         }
         None => args.command,
     };
-    let wait = match args.wait {
-        _ if args.nonblock => Wait::Never,
-        None => Wait::Forever,
-        Some(Duration::ZERO) => Wait::Never,
-        Some(limit) => Wait::For(limit),
-    };
     let child = match (args.no_fork, args.close) {
         (true, _) => Child::Exec,
         (false, true) => Child::Closed,
         (false, false) => Child::Inherits,
     };
     let job = Job {
-        dial: dial(&args.daemon, !args.no_autostart)?,
-        key: key(args.key)?,
+        ask: ask(&args.asking, args.key)?,
         argv,
-        mode: if args.queue { Mode::Queue } else { Mode::Once },
-        shared: args.shared,
-        slots: args.slots,
-        wait,
         child,
         on_lost: match args.on_lost {
             cli::OnLost::Kill => OnLost::Kill(args.kill_after),
             cli::OnLost::Continue => OnLost::Continue,
         },
-        on_peer_failure: match args.on_peer_failure {
-            cli::OnPeerFailure::Skip => OnPeerFailure::Skip,
-            cli::OnPeerFailure::Retry => OnPeerFailure::Retry,
-            cli::OnPeerFailure::Adopt => OnPeerFailure::Adopt,
-        },
         reentrant: args.reentrant,
         tree: args.tree,
-        note: args.note.to_string_lossy().into_owned(),
-        verbose: args.verbose,
     };
     let sink = Sink::open(args.status_fd, args.status_file)?;
-    let mut report = Report::new(job.key.as_str());
+    let mut report = Report::new(job.ask.key.as_str());
     let result = job.run(&mut report);
     if let Some(sink) = sink {
         sink.write(&report.line(&result))?;
     }
     Ok(match result.map_err(|e| failure(e.exit(), e))? {
         Ended::Ran(status) | Ended::Adopted(status) => status,
-        Ended::Finished(_) => args.finished_exit_code,
-        Ended::Busy => args.conflict_exit_code,
+        Ended::Finished(_) => args.asking.finished_exit_code,
+        Ended::Busy => args.asking.conflict_exit_code,
         Ended::Lost => Exit::Lost.code(),
     })
+}
+
+fn ask(args: &cli::Asking, name: OsString) -> Result<Ask, Failure> {
+    let wait = match args.wait {
+        _ if args.nonblock => Wait::Never,
+        None => Wait::Forever,
+        Some(Duration::ZERO) => Wait::Never,
+        Some(limit) => Wait::For(limit),
+    };
+    Ok(Ask {
+        dial: dial(&args.daemon, !args.no_autostart)?,
+        key: key(name)?,
+        mode: if args.queue { Mode::Queue } else { Mode::Once },
+        shared: args.shared,
+        slots: args.slots,
+        wait,
+        on_peer_failure: match args.on_peer_failure {
+            cli::OnPeerFailure::Skip => OnPeerFailure::Skip,
+            cli::OnPeerFailure::Retry => OnPeerFailure::Retry,
+            cli::OnPeerFailure::Adopt => OnPeerFailure::Adopt,
+        },
+        note: args.note.to_string_lossy().into_owned(),
+        verbose: args.verbose,
+    })
+}
+
+fn lock(args: cli::Lock) -> Result<u8, Failure> {
+    let ask = ask(&args.asking, args.key)?;
+    let acquired = shell::lock(&ask, args.pid).map_err(|e| failure(e.exit(), e))?;
+    Ok(match acquired {
+        Acquired::Granted { .. } => 0,
+        Acquired::Finished { status, .. } => status.unwrap_or(args.asking.finished_exit_code),
+        Acquired::Busy | Acquired::HeldAbove => args.asking.conflict_exit_code,
+    })
+}
+
+fn unlock(args: cli::Unlock) -> Result<u8, Failure> {
+    shell::unlock(&dial(&args.daemon, false)?, key(args.key)?, args.pid)
+        .map(|()| 0)
+        .map_err(|e| failure(e.exit(), e))
 }
 
 /// Where the report goes.

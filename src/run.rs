@@ -3,7 +3,6 @@
 mod child;
 mod descendants;
 mod report;
-mod waiting;
 
 use std::ffi::{OsStr, OsString};
 use std::fmt;
@@ -14,68 +13,29 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
-use crate::addr::Addr;
 use crate::addr::Reason;
-use crate::client::{self, Dial, Hold, RELEASE_WAIT, Session, Verdict};
+use crate::ask::{Acquired, Ask};
+use crate::client::{self, Hold, RELEASE_WAIT, Session};
 use crate::exit::{self, Exit};
-use crate::proto::v2::{LockRequest, Mode, Who};
-use crate::proto::{Key, Outcome, Token};
+use crate::proto::v2::LockRequest;
+use crate::proto::{Outcome, Token};
 pub use report::Report;
-use waiting::Display;
 
 /// What to run, under which lock, and how.
 #[derive(Clone, Debug)]
 pub struct Job {
-    /// Where the lock is.
-    pub dial: Dial,
-    /// Which lock.
-    pub key: Key,
+    /// Which lock, and how to ask for it.
+    pub ask: Ask,
     /// The program and its arguments; at least the program.
     pub argv: Vec<OsString>,
-    /// What to do when somebody else holds the lock.
-    pub mode: Mode,
-    /// Share the lock.
-    pub shared: bool,
-    /// Run while fewer than so many hold it.
-    pub slots: u32,
-    /// How long to wait.
-    pub wait: Wait,
     /// What the command gets of the lock, and who waits for it.
     pub child: Child,
     /// What to do when the lock is lost while the command runs.
     pub on_lost: OnLost,
-    /// What to do when the holder that was waited for has failed.
-    pub on_peer_failure: OnPeerFailure,
     /// If the lock is held by the command that this is part of, run without taking it again.
     pub reentrant: bool,
     /// Hold the lock until all that the command has started has ended.
     pub tree: bool,
-    /// What others are to see of it.
-    pub note: String,
-    /// Tell what is done on standard error.
-    pub verbose: bool,
-}
-
-/// What to do when the holder that was waited for ended with a status other than 0, or died of a signal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OnPeerFailure {
-    /// It is done all the same.
-    Skip,
-    /// Ask for the lock again: one of those who waited runs next.
-    Retry,
-    /// End as the holder did, also when it did not fail.
-    Adopt,
-}
-
-/// How long to wait for a lock.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Wait {
-    /// Until it comes.
-    Forever,
-    /// Not at all.
-    Never,
-    /// So long at the most.
-    For(Duration),
 }
 
 /// What becomes of the lock's descriptor, and of this process.
@@ -120,61 +80,29 @@ impl Job {
     /// When the lock or the command cannot be had. Whatever was locked is released.
     pub fn run(&self, report: &mut Report) -> Result<Ended, Error> {
         let asked = Instant::now();
-        let deadline = match self.wait {
-            Wait::For(limit) => asked.checked_add(limit),
-            Wait::Forever | Wait::Never => None,
-        };
-        loop {
-            let request = self.request();
-            let verdict = self.acquire(&request, deadline);
-            report.waited_ms = millis(asked);
-            let (session, verdict) = match verdict {
-                Err(client::Error::TimedOut) => return Ok(Ended::Busy),
-                other => other?,
-            };
-            match verdict {
-                Verdict::Busy(_) => return Ok(Ended::Busy),
-                Verdict::HeldAbove if self.reentrant => return Err(self.become_command()?),
-                Verdict::HeldAbove => {
-                    return Err(client::Error::Deadlock(format!(
-                        "the lock {:?} is held by the command that this is part of; see --reentrant",
-                        self.key.as_str()
-                    ))
-                    .into());
-                }
-                Verdict::Finished(outcome, token) => {
-                    (report.outcome, report.token) = (Some(outcome), Some(token));
-                    match (self.on_peer_failure, outcome) {
-                        (OnPeerFailure::Adopt, Outcome::Exit(status)) => return Ok(Ended::Adopted(status)),
-                        (OnPeerFailure::Adopt, Outcome::Signal(number)) => {
-                            return Ok(Ended::Adopted(exit::of_signal(number)));
-                        }
-                        (OnPeerFailure::Retry, Outcome::Exit(1..) | Outcome::Signal(_)) => {
-                            self.say(|| format!("the holder has failed ({outcome}); asking again"));
-                        }
-                        _ => return Ok(Ended::Finished(outcome)),
-                    }
-                }
-                Verdict::Granted(token) => {
-                    (report.outcome, report.token) = (None, Some(token));
-                    let waited = asked.elapsed().as_secs_f64();
-                    self.say(|| format!("got the lock {:?} after {waited:.6} s", self.key.as_str()));
-                    self.say(|| format!("running {}", self.command_line()));
-                    let granted = Instant::now();
-                    let ended = self.run_granted(request, session, token, report);
-                    report.held_ms = millis(granted);
-                    return ended;
-                }
+        let answer = self.ask.acquire(&self.request());
+        report.waited_ms = millis(asked);
+        match answer? {
+            Acquired::Busy => Ok(Ended::Busy),
+            Acquired::HeldAbove if self.reentrant => Err(self.become_command()?),
+            Acquired::HeldAbove => Err(client::Error::Deadlock(format!(
+                "the lock {:?} is held by the command that this is part of; see --reentrant",
+                self.ask.key.as_str()
+            ))
+            .into()),
+            Acquired::Finished { outcome, token, status } => {
+                (report.outcome, report.token) = (Some(outcome), Some(token));
+                Ok(status.map_or(Ended::Finished(outcome), Ended::Adopted))
+            }
+            Acquired::Granted { request, session, token } => {
+                report.token = Some(token);
+                self.ask.say(|| format!("running {}", self.command_line()));
+                let granted = Instant::now();
+                let ended = self.run_granted(request, session, token, report);
+                report.held_ms = millis(granted);
+                ended
             }
         }
-    }
-
-    fn acquire(
-        &self,
-        request: &LockRequest,
-        deadline: Option<Instant>,
-    ) -> Result<(Session, Verdict), client::Error> {
-        client::lock(&self.dial, request, deadline, &mut Display::new(self.key.as_str(), self.verbose))
     }
 
     fn run_granted(
@@ -189,7 +117,7 @@ impl Job {
             fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
                 .map_err(|e| Error::Os("pass the lock on", e.into()))?;
         }
-        self.run_locked(Hold::new(self.dial.clone(), request, session, token), report)
+        self.run_locked(Hold::new(self.ask.dial.clone(), request, session, token), report)
     }
 
     /// The lock is held above: the command needs nothing of this process. Returns only why that failed.
@@ -220,7 +148,7 @@ impl Job {
             Err(client::Error::Lost(why)) => {
                 crate::say(format_args!(
                     "lost the lock {:?} while the command ran: {why}",
-                    self.key.as_str()
+                    self.ask.key.as_str()
                 ));
                 return Ok(Ended::Lost);
             }
@@ -243,46 +171,18 @@ impl Job {
 
     fn request(&self) -> LockRequest {
         LockRequest {
-            nonce: Some(client::nonce()),
-            shared: self.shared,
-            slots: self.slots,
-            nowait: self.wait == Wait::Never,
             exec: self.child == Child::Exec,
             inherits: self.child == Child::Inherits,
-            within: self.within(),
-            who: self.who(),
-            ..LockRequest::new(self.key.clone(), self.mode)
+            ..self.ask.request(self.command_line())
         }
-    }
-
-    fn who(&self) -> Who {
-        let user = ["USER", "LOGNAME"].into_iter().find_map(|name| std::env::var(name).ok());
-        let host = nix::unistd::gethostname().unwrap_or_default();
-        Who {
-            pid: std::process::id(),
-            host: (&*host.to_string_lossy()).into(),
-            user: user.unwrap_or_default().into(),
-            command: self.command_line().into(),
-            note: self.note.as_str().into(),
-        }
-    }
-
-    /// The token of the lock under which this process runs itself, if it is of the same daemon.
-    fn within(&self) -> Option<Token> {
-        let sock = std::env::var_os(crate::addr::VARIABLE)?;
-        let here = self.dial.addr.absolute().ok()?;
-        if Addr::parse(&sock).ok()?.absolute().ok()? != here {
-            return None;
-        }
-        Some(Token(std::env::var(Token::VARIABLE).ok()?.parse().ok()?))
     }
 
     fn command(&self, token: Token) -> Result<Command, Error> {
-        let sock = self.dial.addr.absolute().map_err(|e| Error::Os("tell the working directory", e))?;
+        let sock = self.ask.dial.addr.absolute().map_err(|e| Error::Os("tell the working directory", e))?;
         let mut command = Command::new(&self.argv[0]);
         command
             .args(&self.argv[1..])
-            .env("KMUTEX_KEY", self.key.as_str())
+            .env("KMUTEX_KEY", self.ask.key.as_str())
             .env(Token::VARIABLE, token.to_string())
             .env(crate::addr::VARIABLE, OsString::from(&sock));
         Ok(command)
@@ -291,12 +191,6 @@ impl Job {
     /// The command for people to read, as it was given.
     fn command_line(&self) -> String {
         self.argv.join(OsStr::new(" ")).to_string_lossy().into_owned()
-    }
-
-    fn say(&self, what: impl FnOnce() -> String) {
-        if self.verbose {
-            crate::say(what());
-        }
     }
 }
 

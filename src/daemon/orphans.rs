@@ -25,12 +25,38 @@ struct Orphan {
     process: Option<OwnedFd>,
     /// What is watched is the command: with it, the hold ends.
     is_command: bool,
+    /// It was restored after a restart of the daemon, and its client may yet come.
+    is_restored: bool,
+}
+
+impl Orphan {
+    /// It was taken for a process that is not its client (`kmutex lock`), which is not expected to come back.
+    fn is_left(&self) -> bool {
+        self.record.held.terms.exec && self.record.child != 0 && (self.is_command || !self.is_restored)
+    }
 }
 
 impl Orphans {
     /// What was recorded of a hold.
     pub(super) fn record(&self, token: Token) -> Option<&Record> {
         self.0.get(&token).map(|orphan| &orphan.record)
+    }
+
+    /// The process that keeps it, as far as it is known.
+    pub(super) fn pid(&self, token: Token) -> Option<u32> {
+        let orphan = self.0.get(&token)?;
+        let is_command = orphan.is_command && orphan.record.child != 0;
+        Some(if is_command { orphan.record.child } else { orphan.record.pid })
+    }
+
+    /// True when its client should have come back since a restart of the daemon, and has not.
+    pub(super) fn is_missed(&self, token: Token) -> bool {
+        self.0.get(&token).is_some_and(|orphan| orphan.is_restored && !orphan.is_left())
+    }
+
+    /// True when it was taken for this process.
+    pub(super) fn is_left_to(&self, token: Token, pid: u32) -> bool {
+        self.0.get(&token).is_some_and(|orphan| orphan.is_left() && orphan.record.child == pid)
     }
 
     /// It has come back, or has ended.
@@ -79,7 +105,10 @@ impl Server {
             return Ok(false);
         }
         let token = held.token;
-        self.recorder.orphans.0.insert(token, Orphan { record, process: None, is_command });
+        self.recorder
+            .orphans
+            .0
+            .insert(token, Orphan { record, process: None, is_command, is_restored: true });
         if let Watch::Process(process) = process {
             self.watch_orphan(token, process)?;
         }
@@ -100,7 +129,8 @@ impl Server {
         let Ok(Watch::Process(process)) = Watch::process(child, self.now) else { return };
         let token = record.held.token;
         self.table.detach(client);
-        self.recorder.orphans.0.insert(token, Orphan { record, process: None, is_command: true });
+        let orphan = Orphan { record, process: None, is_command: true, is_restored: false };
+        self.recorder.orphans.0.insert(token, orphan);
         match self.watch_orphan(token, process) {
             Ok(()) => debug!("the command of {} goes on and keeps token {token}", self.name(client)),
             // Better a lock too long than one twice: it ends when the daemon does and cannot watch it either.

@@ -11,8 +11,8 @@ use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LISTED_MAX, LockRequest, LockStatus, Mode, Party, Request,
     decode_request, encode, error,
 };
-use crate::proto::{Key, LockId, Token};
-use crate::table::{ClientId, Effect, LockView, Loss, RequestView, What};
+use crate::proto::{Key, LockId, Outcome, Token};
+use crate::table::{ClientId, Effect, Held, LockView, Loss, RequestView, What};
 
 /// A status goes on when less than this waits to be sent. A lock of it may be as long as a frame.
 const STATUS_BYTES_AHEAD: usize = OUTPUT_BYTES_MAX - FRAME_BYTES_MAX;
@@ -65,6 +65,7 @@ impl Server {
             }
             // It has lost the lock meanwhile, and was told.
             (Request::Child { .. }, _) => {}
+            (Request::Unlock { key, pid, outcome }, _) => self.unlock(client, &key, pid, outcome),
             (Request::Break { key }, _) => self.break_lock(client, &key),
             (Request::Release { outcome }, State::Owner) => {
                 self.log_release(client, outcome);
@@ -90,6 +91,13 @@ impl Server {
         let connection = &mut self.connections[client.0 as usize];
         connection.child = asked.child.unwrap_or(0);
         let uid = connection.peer().map(|peer| peer.uid);
+        if let Some(child) = asked.child
+            && asked.holds.is_none()
+            && self.left_to(asked.key.id(), child).is_some()
+        {
+            let message = format!("lock: process {child} holds this lock");
+            return self.answer(client, &error(ErrorCode::HeldAbove, message));
+        }
         if self.now > self.started.plus(self.grace) {
             // Whoever waited for the daemon before has come by now, and nobody else goes before those who wait.
             asked.place = None;
@@ -98,6 +106,27 @@ impl Server {
             let message = "lock: this nonce names another request";
             self.answer(client, &error(ErrorCode::NotPermitted, message));
         }
+    }
+
+    /// Ends a hold that was left to a process.
+    fn unlock(&mut self, client: ClientId, key: &Key, pid: u32, outcome: Outcome) {
+        let by = self.connections[client.0 as usize].peer().map(|peer| peer.uid);
+        let held =
+            self.left_to(key.id(), pid).filter(|held| by == Some(0) || (by.is_some() && by == held.uid));
+        let Some(held) = held else {
+            let message = format!("unlock: process {pid} does not hold this lock");
+            return self.answer(client, &error(ErrorCode::NotHeld, message));
+        };
+        self.feed(|table, now, effects| table.release_orphan(now, held.token, outcome, effects));
+        self.answer(client, &Answer::Released);
+    }
+
+    /// The hold of a lock that was left to this process, if there is one.
+    fn left_to(&self, lock: LockId, pid: u32) -> Option<Held> {
+        let lock = self.table.find(lock)?;
+        let mut left =
+            lock.holders().filter(|holder| holder.client.is_none()).filter_map(|holder| holder.held);
+        left.find(|held| self.recorder.orphans.is_left_to(held.token, pid))
     }
 
     /// Root, the daemon's own user, and whoever holds the lock may break it.
@@ -219,13 +248,11 @@ impl Server {
     }
 
     fn party(&self, request: &RequestView<'_>) -> Party {
-        let orphan = match (request.client, request.held) {
-            (None, Some(held)) => self.recorder.orphans.record(held.token),
-            _ => None,
-        };
+        let orphan = request.held.filter(|_| request.client.is_none()).map(|held| held.token);
         let peer = request.client.and_then(|client| self.connections[client.0 as usize].peer());
         let mut who = request.asked.map(|asked| asked.who.clone()).unwrap_or_default();
-        if let Some(pid) = peer.map(|peer| peer.pid).or(orphan.map(|record| record.pid)) {
+        let pid_of = |token| self.recorder.orphans.pid(token);
+        if let Some(pid) = peer.map(|peer| peer.pid).or_else(|| orphan.and_then(pid_of)) {
             who.pid = pid;
         }
         Party {
@@ -236,7 +263,7 @@ impl Server {
             token: request.held.map(|held| held.token),
             mode: request.held.is_none().then_some(request.asked.map_or(Mode::Once, |asked| asked.mode)),
             shared: request.terms.shared,
-            orphan: request.client.is_none(),
+            orphan: orphan.is_some_and(|token| self.recorder.orphans.is_missed(token)),
         }
     }
 

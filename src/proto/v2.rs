@@ -30,6 +30,15 @@ pub enum Request {
         /// Its process id.
         pid: u32,
     },
+    /// This process, for which the lock was taken by a client that has gone since, is done with it.
+    Unlock {
+        /// The lock.
+        key: Key,
+        /// The process, as it was named in [`LockRequest::child`].
+        pid: u32,
+        /// How it ended.
+        outcome: Outcome,
+    },
     /// Take this lock from whoever holds it.
     Break {
         /// The lock.
@@ -373,6 +382,14 @@ pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
         "child" => match frame.pid {
             Some(pid @ 1..) => Ok(Request::Child { pid }),
             _ => Err(error(ErrorCode::BadRequest, "child: pid is missing")),
+        },
+        "unlock" => match (frame.key, frame.pid) {
+            (Some(text), Some(pid @ 1..)) => Ok(Request::Unlock {
+                key: key(text)?,
+                pid,
+                outcome: frame.outcome.unwrap_or(Outcome::Unknown),
+            }),
+            _ => Err(error(ErrorCode::BadRequest, "unlock: key or pid is missing")),
         },
         "break" => match frame.key {
             Some(text) => Ok(Request::Break { key: key(text)? }),

@@ -103,6 +103,13 @@ impl Table {
         }
     }
 
+    /// A holder that is not connected is done. Nothing happens if there is none with this token.
+    pub fn release_orphan(&mut self, now: Millis, token: Token, outcome: Outcome, effects: &mut Effects) {
+        if let Some(&id) = self.orphans.get(&token) {
+            self.end_hold(now, id, outcome, effects);
+        }
+    }
+
     /// Takes a lock from all who hold it, and lets whoever is next have it.
     pub fn break_lock(&mut self, now: Millis, lock: LockId, effects: &mut Effects) {
         let Some(index) = self.index_of(lock) else { return };

@@ -24,6 +24,7 @@ mod readme;
 mod resume;
 mod run;
 mod service;
+mod shell;
 mod signals;
 mod status;
 mod vanished;

@@ -280,9 +280,12 @@ fn the_command_knows_its_key_its_token_and_the_socket() {
 #[test]
 fn a_run_within_a_run_finds_the_same_daemon_from_anywhere() {
     let daemon = Daemon::start();
-    let script = format!("cd / && {KMUTEX} run --no-autostart -n inner true && ! {KMUTEX} run -n outer true");
+    let script =
+        format!("cd / && {KMUTEX} run --no-autostart -n inner true && {KMUTEX} run -n outer true 2>&1");
     let mut outer = daemon.run(&["--sock", "sock", "outer", "sh", "-c", &script]);
-    finish(outer.env_remove("KMUTEX_SOCK")).quietly(0);
+    let inner = finish(outer.env_remove("KMUTEX_SOCK"));
+    assert_eq!(inner.code, 75, "{inner:?}");
+    assert!(inner.stdout.contains("\"outer\" is held by the command that this is part of"), "{inner:?}");
 }
 
 #[test]

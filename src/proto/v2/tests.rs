@@ -70,6 +70,8 @@ fn any_request() -> impl Strategy<Value = Request> {
         1 => option::of(any_key()).prop_map(|key| Request::Status { key }),
         1 => (1..=u32::MAX).prop_map(|pid| Request::Child { pid }),
         1 => any_key().prop_map(|key| Request::Break { key }),
+        1 => (any_key(), 1..=u32::MAX, any_outcome())
+            .prop_map(|(key, pid, outcome)| Request::Unlock { key, pid, outcome }),
         1 => Just(Request::Ping),
     ]
 }

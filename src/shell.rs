@@ -1,0 +1,132 @@
+//! `kmutex lock` and `kmutex unlock`: a lock that a shell holds, or any process that is not kmutex. The daemon watches
+//! that process, and the lock ends with it at the latest.
+
+use std::fmt;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+
+use nix::unistd::{Uid, getppid};
+
+use crate::addr::{Addr, Reason};
+use crate::ask::{Acquired, Ask};
+use crate::client::{self, Dial, Session};
+use crate::exit::Exit;
+use crate::names;
+use crate::proto::v2::{Answer, ErrorCode, LockRequest, Request};
+use crate::proto::{Key, Outcome};
+
+/// Takes a lock for a process, by default for the one that has started this one. It is held when this returns
+/// [`Acquired::Granted`], and this process is needed no more.
+///
+/// # Errors
+/// When there is no such process, it is somebody else's, or the lock cannot be had.
+pub fn lock(ask: &Ask, pid: Option<u32>) -> Result<Acquired, Error> {
+    let pid = holder(&ask.dial, pid)?;
+    let request = LockRequest {
+        // Nobody says how the process ends, so its end is that of the work.
+        exec: true,
+        child: Some(pid),
+        ..ask.request(command_of(pid))
+    };
+    match ask.acquire(&request)? {
+        Acquired::HeldAbove => Err(client::Error::Deadlock(format!(
+            "the lock {:?} is held by process {pid} already, or by what it runs under",
+            ask.key.as_str()
+        ))
+        .into()),
+        other => Ok(other),
+    }
+}
+
+/// Releases a lock that [`lock`] has taken for that process.
+///
+/// # Errors
+/// When that process does not hold it, or there is no daemon.
+pub fn unlock(dial: &Dial, key: Key, pid: Option<u32>) -> Result<(), Error> {
+    let pid = holder(dial, pid)?;
+    let mut session = Session::connect(dial, None)?;
+    match session.call(&Request::Unlock { key: key.clone(), pid, outcome: Outcome::Unknown })? {
+        Answer::Released => Ok(()),
+        Answer::Error { code: ErrorCode::NotHeld, .. } => Err(Error::NotHeld(key, pid)),
+        other => Err(client::Error::unexpected(other).into()),
+    }
+}
+
+/// The process that is to hold: one of this user, on this machine.
+fn holder(dial: &Dial, pid: Option<u32>) -> Result<u32, Error> {
+    if !matches!(dial.addr, Addr::Unix(_)) {
+        return Err(Error::NotHere(dial.addr.clone()));
+    }
+    let pid = pid.unwrap_or(getppid().as_raw() as u32);
+    let owner = std::fs::metadata(format!("/proc/{pid}")).map_err(|e| match e.kind() {
+        io::ErrorKind::NotFound => Error::NoProcess(pid),
+        _ => Error::Process(pid, e),
+    })?;
+    let me = Uid::effective();
+    if !me.is_root() && owner.uid() != me.as_raw() {
+        return Err(Error::NotYours(pid, owner.uid()));
+    }
+    Ok(pid)
+}
+
+/// The command line of a process, for people (proc(5), /proc/PID/cmdline).
+fn command_of(pid: u32) -> String {
+    let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&words).trim_end_matches('\0').replace('\0', " ")
+}
+
+/// Why a process has no lock, or keeps it.
+#[derive(Debug)]
+pub enum Error {
+    /// The lock cannot be had.
+    Client(client::Error),
+    /// The daemon is on another machine, perhaps, and can watch no process here.
+    NotHere(Addr),
+    /// There is no such process.
+    NoProcess(u32),
+    /// The process is this user's.
+    NotYours(u32, u32),
+    /// Nothing can be told of the process.
+    Process(u32, io::Error),
+    /// The process does not hold the lock.
+    NotHeld(Key, u32),
+}
+
+impl Error {
+    /// The exit code for it.
+    pub fn exit(&self) -> Exit {
+        match self {
+            Error::Client(error) => error.exit(),
+            Error::NotHere(_) => Exit::Usage,
+            Error::NoProcess(_) => Exit::BadData,
+            Error::NotYours(..) | Error::NotHeld(..) => Exit::NotPermitted,
+            Error::Process(..) => Exit::Os,
+        }
+    }
+}
+
+impl From<client::Error> for Error {
+    fn from(error: client::Error) -> Error {
+        Error::Client(error)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Error::Client(error) => error.fmt(f),
+            Error::NotHere(addr) => {
+                write!(f, "a process can hold locks of a daemon on a Unix socket only, and {addr} is none")
+            }
+            Error::NoProcess(pid) => write!(f, "there is no process {pid}"),
+            Error::NotYours(pid, uid) => {
+                let user = names::user(*uid).unwrap_or_else(|| "of no name".into());
+                write!(f, "process {pid} is not yours: it belongs to uid {uid} ({user})")
+            }
+            Error::Process(pid, error) => write!(f, "cannot look at process {pid}: {}", Reason(error)),
+            Error::NotHeld(key, pid) => write!(f, "process {pid} does not hold the lock {:?}", key.as_str()),
+        }
+    }
+}
+
+impl std::error::Error for Error {}
