@@ -139,7 +139,7 @@ _kmutex() {
             return 0
             ;;
         kmutex__subcmd__run)
-            opts="-c -s -x -n -w -E -o -F -h --command --queue --shared --exclusive --slots --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --on-peer-failure --note --no-autostart --verbose --sock --trust-uid --tree --reentrant --status-fd --status-file --close --no-fork --on-lost --kill-after --help"
+            opts="-c -k -s -x -n -w -E -o -F -h --command --key --queue --shared --exclusive --slots --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --on-peer-failure --note --no-autostart --verbose --sock --trust-uid --tree --reentrant --status-fd --status-file --close --no-fork --on-lost --kill-after --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -150,6 +150,14 @@ _kmutex() {
                     return 0
                     ;;
                 -c)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --key)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                -k)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -33,6 +33,7 @@ complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "status" -d 'Show who 
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "break" -d 'Free a lock by force'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "serve" -d 'Serve locks: the daemon'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s c -l command -d 'Run SHELL_COMMAND with $SHELL -c, or /bin/sh -c if SHELL is not set' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s k -l key -d 'Run under the lock of this KEY and those of all others that are named so, instead of one KEY' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l slots -d 'Take the lock while fewer than N hold it' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s w -l wait -l timeout -d 'Wait for at most SECS seconds, which may have a fraction, then fail; 0 is --nonblock' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s E -l conflict-exit-code -d 'The exit status when the lock was not to be had: busy with --nonblock, or --wait ran out' -r

@@ -115,12 +115,11 @@ impl Ask {
         Some(Token(std::env::var(Token::VARIABLE).ok()?.parse().ok()?))
     }
 
-    /// Asks, waits, and asks again if a holder failed and that is what was wanted.
+    /// Asks, waits, and asks again if a holder failed and that is what was wanted. The time to wait began at `asked`.
     ///
     /// # Errors
     /// When no daemon can be reached, or it refuses.
-    pub fn acquire(&self, request: &LockRequest) -> Result<Acquired, client::Error> {
-        let asked = Instant::now();
+    pub fn acquire(&self, request: &LockRequest, asked: Instant) -> Result<Acquired, client::Error> {
         let deadline = match self.wait {
             Wait::For(limit) => asked.checked_add(limit),
             Wait::Forever | Wait::Never => None,

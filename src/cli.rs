@@ -82,11 +82,12 @@ pub enum Command {
 /// What `kmutex run` takes.
 #[derive(Args, Debug)]
 #[command(
-    override_usage = "kmutex run [OPTIONS] KEY [--] COMMAND [ARG]...\n       kmutex run [OPTIONS] KEY -c SHELL_COMMAND"
+    override_usage = "kmutex run [OPTIONS] KEY [--] COMMAND [ARG]...\n       kmutex run [OPTIONS] KEY -c SHELL_COMMAND\n       kmutex run [OPTIONS] -k KEY [-k KEY]... -- COMMAND [ARG]..."
 )]
 pub struct Run {
     /// The lock's name: 1 to 1024 bytes of UTF-8
-    pub key: OsString,
+    #[arg(required_unless_present = "keys")]
+    pub key: Option<OsString>,
 
     /// The command, and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_hint = ValueHint::CommandWithArguments)]
@@ -95,6 +96,13 @@ pub struct Run {
     /// Run SHELL_COMMAND with $SHELL -c, or /bin/sh -c if SHELL is not set
     #[arg(short = 'c', long = "command", value_name = "SHELL_COMMAND", conflicts_with = "command")]
     pub shell_command: Option<OsString>,
+
+    /// Run under the lock of this KEY and those of all others that are named so, instead of one KEY
+    ///
+    /// All or nothing: if one of them is not to be had, none is kept. They are taken in an order that is the same for
+    /// everybody, so that no two wait for each other.
+    #[arg(short = 'k', long = "key", value_name = "KEY")]
+    pub keys: Vec<OsString>,
 
     /// How to ask for the lock
     #[command(flatten)]

@@ -49,20 +49,31 @@ fn main() -> ExitCode {
 }
 
 fn run(args: cli::Run) -> Result<u8, Failure> {
+    // With -k there is no KEY, and what stands in its place is the command.
+    let (keys, first) = match args.keys.is_empty() {
+        true => (args.key.into_iter().collect(), None),
+        false => (args.keys, args.key),
+    };
+    let command: Vec<OsString> = first.into_iter().chain(args.command).collect();
     let argv = match args.shell_command {
+        Some(_) if !command.is_empty() => {
+            return Err(usage("there is a COMMAND as well as -c SHELL_COMMAND"));
+        }
         Some(command) => run::shell(command),
-        None if args.command.is_empty() => {
+        None if command.is_empty() => {
             return Err(usage("nothing to run: give a COMMAND, or -c SHELL_COMMAND"));
         }
-        None => args.command,
+        None => command,
     };
+    let keys = keys.into_iter().map(key).collect::<Result<Vec<Key>, Failure>>()?;
+    let asks = run::in_order(keys).into_iter().map(|key| ask(&args.asking, key)).collect::<Result<_, _>>()?;
     let child = match (args.no_fork, args.close) {
         (true, _) => Child::Exec,
         (false, true) => Child::Closed,
         (false, false) => Child::Inherits,
     };
     let job = Job {
-        ask: ask(&args.asking, args.key)?,
+        asks,
         argv,
         child,
         on_lost: match args.on_lost {
@@ -73,7 +84,7 @@ fn run(args: cli::Run) -> Result<u8, Failure> {
         tree: args.tree,
     };
     let sink = Sink::open(args.status_fd, args.status_file)?;
-    let mut report = Report::new(job.ask.key.as_str());
+    let mut report = Report::new(job.asks.iter().map(|ask| ask.key.as_str()));
     let result = job.run(&mut report);
     if let Some(sink) = sink {
         sink.write(&report.line(&result))?;
@@ -86,7 +97,7 @@ fn run(args: cli::Run) -> Result<u8, Failure> {
     })
 }
 
-fn ask(args: &cli::Asking, name: OsString) -> Result<Ask, Failure> {
+fn ask(args: &cli::Asking, key: Key) -> Result<Ask, Failure> {
     let wait = match args.wait {
         _ if args.nonblock => Wait::Never,
         None => Wait::Forever,
@@ -95,7 +106,7 @@ fn ask(args: &cli::Asking, name: OsString) -> Result<Ask, Failure> {
     };
     Ok(Ask {
         dial: dial(&args.daemon, !args.no_autostart)?,
-        key: key(name)?,
+        key,
         mode: if args.queue { Mode::Queue } else { Mode::Once },
         shared: args.shared,
         slots: args.slots,
@@ -111,7 +122,7 @@ fn ask(args: &cli::Asking, name: OsString) -> Result<Ask, Failure> {
 }
 
 fn lock(args: cli::Lock) -> Result<u8, Failure> {
-    let ask = ask(&args.asking, args.key)?;
+    let ask = ask(&args.asking, key(args.key)?)?;
     let acquired = shell::lock(&ask, args.pid).map_err(|e| failure(e.exit(), e))?;
     Ok(match acquired {
         Acquired::Granted { .. } => 0,

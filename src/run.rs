@@ -15,17 +15,17 @@ use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use crate::addr::Reason;
 use crate::ask::{Acquired, Ask};
-use crate::client::{self, Hold, RELEASE_WAIT, Session};
+use crate::client::{self, Hold, RELEASE_WAIT};
 use crate::exit::{self, Exit};
 use crate::proto::v2::LockRequest;
-use crate::proto::{Outcome, Token};
+use crate::proto::{Key, Outcome, Token};
 pub use report::Report;
 
 /// What to run, under which lock, and how.
 #[derive(Clone, Debug)]
 pub struct Job {
-    /// Which lock, and how to ask for it.
-    pub ask: Ask,
+    /// Which locks, and how to ask for each; at least one, and all of one daemon. See [`in_order`].
+    pub asks: Vec<Ask>,
     /// The program and its arguments; at least the program.
     pub argv: Vec<OsString>,
     /// What the command gets of the lock, and who waits for it.
@@ -77,82 +77,87 @@ impl Job {
     /// Does it, and notes in `report` what happens. Does not return when the job is to become the command and does.
     ///
     /// # Errors
-    /// When the lock or the command cannot be had. Whatever was locked is released.
+    /// When a lock or the command cannot be had. Whatever was locked is released.
     pub fn run(&self, report: &mut Report) -> Result<Ended, Error> {
         let asked = Instant::now();
-        let answer = self.ask.acquire(&self.request());
-        report.waited_ms = millis(asked);
-        match answer? {
-            Acquired::Busy => Ok(Ended::Busy),
-            Acquired::HeldAbove if self.reentrant => Err(self.become_command()?),
-            Acquired::HeldAbove => Err(client::Error::Deadlock(format!(
-                "the lock {:?} is held by the command that this is part of; see --reentrant",
-                self.ask.key.as_str()
-            ))
-            .into()),
-            Acquired::Finished { outcome, token, status } => {
-                (report.outcome, report.token) = (Some(outcome), Some(token));
-                Ok(status.map_or(Ended::Finished(outcome), Ended::Adopted))
-            }
-            Acquired::Granted { request, session, token } => {
-                report.token = Some(token);
-                self.ask.say(|| format!("running {}", self.command_line()));
-                let granted = Instant::now();
-                let ended = self.run_granted(request, session, token, report);
-                report.held_ms = millis(granted);
-                ended
+        let mut holds = Vec::new();
+        for ask in &self.asks {
+            let answer = ask.acquire(&self.request(ask, &holds), asked);
+            report.waited_ms = millis(asked);
+            // Locks that are held by now and are not to be used go with their connections: nothing was done under them,
+            // which their waiters are told that way.
+            match answer? {
+                Acquired::Busy => return Ok(Ended::Busy),
+                Acquired::HeldAbove if self.reentrant => {}
+                Acquired::HeldAbove => {
+                    return Err(client::Error::Deadlock(format!(
+                        "the lock {:?} is held by the command that this is part of; see --reentrant",
+                        ask.key.as_str()
+                    ))
+                    .into());
+                }
+                Acquired::Finished { outcome, token, status } => {
+                    (report.outcome, report.token) = (Some(outcome), Some(token));
+                    return Ok(status.map_or(Ended::Finished(outcome), Ended::Adopted));
+                }
+                Acquired::Granted { request, session, token } => {
+                    report.token = Some(token);
+                    if self.child != Child::Closed {
+                        // The descriptors that are to be inherited; all others are closed on exec.
+                        fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
+                            .map_err(|e| Error::Os("pass the lock on", e.into()))?;
+                    }
+                    holds.push(Hold::new(ask.dial.clone(), request, session, token));
+                }
             }
         }
-    }
-
-    fn run_granted(
-        &self,
-        request: LockRequest,
-        session: Session,
-        token: Token,
-        report: &mut Report,
-    ) -> Result<Ended, Error> {
-        if self.child != Child::Closed {
-            // The one descriptor that is to be inherited; all others are closed on exec.
-            fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
-                .map_err(|e| Error::Os("pass the lock on", e.into()))?;
+        if holds.is_empty() {
+            return Err(self.become_command()?);
         }
-        self.run_locked(Hold::new(self.ask.dial.clone(), request, session, token), report)
+        self.asks[0].say(|| format!("running {}", self.command_line()));
+        let granted = Instant::now();
+        let ended = self.run_locked(holds, report);
+        report.held_ms = millis(granted);
+        ended
     }
 
-    /// The lock is held above: the command needs nothing of this process. Returns only why that failed.
+    /// All locks are held above: the command needs nothing of this process. Returns only why that failed.
     fn become_command(&self) -> Result<Error, Error> {
         let error = Command::new(&self.argv[0]).args(&self.argv[1..]).exec();
         Ok(Error::Command { program: self.argv[0].clone(), error })
     }
 
-    fn run_locked(&self, mut hold: Hold, report: &mut Report) -> Result<Ended, Error> {
-        let mut command = self.command(hold.token())?;
+    fn run_locked(&self, mut holds: Vec<Hold>, report: &mut Report) -> Result<Ended, Error> {
+        let mut command = self.command(holds.last().expect("there is one"))?;
         if self.child == Child::Exec {
             let error = command.exec();
-            return Err(self.not_started(hold, error));
+            return Err(self.not_started(holds, error));
         }
         let inherits = self.child == Child::Inherits;
-        let ended = match child::run(&mut command, &mut hold, inherits, self.on_lost, self.tree) {
-            Err(child::Error::Spawn(error)) => return Err(self.not_started(hold, error)),
+        let ended = match child::run(&mut command, &mut holds, inherits, self.on_lost, self.tree) {
+            Err(child::Error::Spawn(error)) => return Err(self.not_started(holds, error)),
             Err(child::Error::Os(doing, error)) => return Err(Error::Os(doing, error)),
             Ok(ended) => ended,
         };
         report.outcome = Some(ended.outcome);
-        if ended.lost {
-            return Ok(Ended::Lost);
-        }
-        match hold.release(ended.outcome, RELEASE_WAIT) {
-            // No daemon came back in time. The lock ends with this process, which the next daemon can tell.
-            Ok(_) | Err(client::Error::Closed) => {}
-            Err(client::Error::Lost(why)) => {
-                crate::say(format_args!(
-                    "lost the lock {:?} while the command ran: {why}",
-                    self.ask.key.as_str()
-                ));
-                return Ok(Ended::Lost);
+        let mut lost = ended.lost;
+        for hold in &mut holds {
+            match hold.release(ended.outcome, RELEASE_WAIT) {
+                // No daemon came back in time. The lock ends with this process, which the next daemon can tell.
+                Ok(_) | Err(client::Error::Closed) => {}
+                // It was said already.
+                Err(client::Error::Lost(_)) if lost => {}
+                Err(client::Error::Lost(why)) => {
+                    let key = hold.key().as_str();
+                    crate::say(format_args!("lost the lock {key:?} while the command ran: {why}"));
+                    lost = true;
+                }
+                Err(_) if lost => {}
+                Err(e) => return Err(e.into()),
             }
-            Err(e) => return Err(e.into()),
+        }
+        if lost {
+            return Ok(Ended::Lost);
         }
         Ok(Ended::Ran(match ended.outcome {
             Outcome::Signal(number) => exit::of_signal(number),
@@ -162,28 +167,35 @@ impl Job {
     }
 
     /// The command could not be started: those who wait are told with which status that ends.
-    fn not_started(&self, mut hold: Hold, error: io::Error) -> Error {
+    fn not_started(&self, mut holds: Vec<Hold>, error: io::Error) -> Error {
         let error = Error::Command { program: self.argv[0].clone(), error };
-        // If the daemon has gone meanwhile, the lock goes with this process.
-        let _ = hold.release(Outcome::Exit(error.exit().code()), RELEASE_WAIT);
+        for hold in &mut holds {
+            // If the daemon has gone meanwhile, the lock goes with this process.
+            let _ = hold.release(Outcome::Exit(error.exit().code()), RELEASE_WAIT);
+        }
         error
     }
 
-    fn request(&self) -> LockRequest {
+    /// The request for one of the locks. Each but the first is asked for under the one before, so that the daemon sees
+    /// that those wait for it.
+    fn request(&self, ask: &Ask, holds: &[Hold]) -> LockRequest {
+        let request = ask.request(self.command_line());
         LockRequest {
             exec: self.child == Child::Exec,
             inherits: self.child == Child::Inherits,
-            ..self.ask.request(self.command_line())
+            within: holds.last().map(Hold::token).or(request.within),
+            ..request
         }
     }
 
-    fn command(&self, token: Token) -> Result<Command, Error> {
-        let sock = self.ask.dial.addr.absolute().map_err(|e| Error::Os("tell the working directory", e))?;
+    fn command(&self, hold: &Hold) -> Result<Command, Error> {
+        let sock =
+            self.asks[0].dial.addr.absolute().map_err(|e| Error::Os("tell the working directory", e))?;
         let mut command = Command::new(&self.argv[0]);
         command
             .args(&self.argv[1..])
-            .env("KMUTEX_KEY", self.ask.key.as_str())
-            .env(Token::VARIABLE, token.to_string())
+            .env("KMUTEX_KEY", hold.key().as_str())
+            .env(Token::VARIABLE, hold.token().to_string())
             .env(crate::addr::VARIABLE, OsString::from(&sock));
         Ok(command)
     }
@@ -196,6 +208,14 @@ impl Job {
 
 fn millis(since: Instant) -> u64 {
     since.elapsed().as_millis() as u64
+}
+
+/// The order in which several locks are to be taken, each once: the same for everybody, so that no two who hold some of them
+/// wait for each other.
+pub fn in_order(mut keys: Vec<Key>) -> Vec<Key> {
+    keys.sort_unstable_by(|a, b| a.as_str().cmp(b.as_str()));
+    keys.dedup();
+    keys
 }
 
 /// What a shell command is run with: as flock(1) does, `$SHELL`, or else /bin/sh.

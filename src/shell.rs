@@ -4,6 +4,7 @@
 use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt;
+use std::time::Instant;
 
 use nix::unistd::{Uid, getppid};
 
@@ -28,7 +29,7 @@ pub fn lock(ask: &Ask, pid: Option<u32>) -> Result<Acquired, Error> {
         child: Some(pid),
         ..ask.request(command_of(pid))
     };
-    match ask.acquire(&request)? {
+    match ask.acquire(&request, Instant::now())? {
         Acquired::HeldAbove => Err(client::Error::Deadlock(format!(
             "the lock {:?} is held by process {pid} already, or by what it runs under",
             ask.key.as_str()

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Dial, Error, PAUSE_MAX, PAUSE_MIN, Session};
 use crate::proto::v2::{Answer, LockRequest, Request};
-use crate::proto::{Outcome, Token};
+use crate::proto::{Key, Outcome, Token};
 
 /// How long to look for a daemon to release a lock to.
 pub const RELEASE_WAIT: Duration = Duration::from_secs(2);
@@ -45,6 +45,11 @@ impl Hold {
     pub fn new(dial: Dial, request: LockRequest, session: Session, token: Token) -> Hold {
         let request = LockRequest { holds: Some(token), ..request };
         Hold { dial, request, token, link: Link::Up(session), name_child_at: None }
+    }
+
+    /// Which lock.
+    pub fn key(&self) -> &Key {
+        &self.request.key
     }
 
     /// The fencing token.

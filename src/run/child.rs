@@ -42,11 +42,11 @@ pub(super) struct Ended {
     pub(super) lost: bool,
 }
 
-/// Runs a command to its end, and keeps up the lock meanwhile. `inherits`: the command has the lock's descriptor. `tree`:
+/// Runs a command to its end, and keeps up the locks meanwhile. `inherits`: the command has the locks' descriptors. `tree`:
 /// its end is that of all that it has started.
 pub(super) fn run(
     command: &mut Command,
-    hold: &mut Hold,
+    holds: &mut [Hold],
     inherits: bool,
     on_lost: OnLost,
     tree: bool,
@@ -58,7 +58,9 @@ pub(super) fn run(
     let mut signals = Signals::catch().map_err(|e| Error::Os("catch signals", e))?;
     let pid = spawn(command).map_err(Error::Spawn)?;
     if inherits {
-        hold.has_child(pid.as_raw() as u32);
+        for hold in &mut *holds {
+            hold.has_child(pid.as_raw() as u32);
+        }
     }
     let mut child = Child { pid, job: Job::Running, tree, outcome: None };
     let mut lock = Lock::Held;
@@ -67,7 +69,7 @@ pub(super) fn run(
             return Ok(Ended { outcome, lost: lock != Lock::Held });
         }
         let (signalled, tended) =
-            wait_for_event(&signals, hold, lock).map_err(|e| Error::Os("wait", e.into()))?;
+            wait_for_event(&signals, holds, lock).map_err(|e| Error::Os("wait", e.into()))?;
         if signalled {
             for origin in signals.0.pending() {
                 child.signal(&origin).map_err(|e| Error::Os("pass on a signal", e.into()))?;
@@ -75,7 +77,7 @@ pub(super) fn run(
         }
         if tended
             && lock == Lock::Held
-            && let Err(error) = hold.tend()
+            && let Err(error) = holds.iter_mut().try_for_each(Hold::tend)
         {
             lock = child.lost(&error, on_lost);
         }
@@ -99,11 +101,12 @@ enum Lock {
 }
 
 /// Waits until there are signals, until there is something of the daemon's to tend to, or until it is time to kill.
-fn wait_for_event(signals: &Signals, hold: &Hold, lock: Lock) -> nix::Result<(bool, bool)> {
-    let (daemon, time) = match lock {
-        Lock::Held => (hold.readable(), hold.tend_at()),
-        Lock::KillAt(time) => (None, Some(time)),
-        Lock::Lost => (None, None),
+fn wait_for_event(signals: &Signals, holds: &[Hold], lock: Lock) -> nix::Result<(bool, bool)> {
+    let holds = if lock == Lock::Held { holds } else { &[] };
+    let time = match lock {
+        Lock::Held => holds.iter().filter_map(Hold::tend_at).min(),
+        Lock::KillAt(time) => Some(time),
+        Lock::Lost => None,
     };
     let timeout = time.map_or(PollTimeout::NONE, |time| {
         let left = time.saturating_duration_since(Instant::now());
@@ -111,14 +114,16 @@ fn wait_for_event(signals: &Signals, hold: &Hold, lock: Lock) -> nix::Result<(bo
         let millis = left.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
         PollTimeout::try_from(millis).expect("it is from 0 to i32::MAX")
     });
+    let daemons = holds.iter().filter_map(Hold::readable);
     let mut fds = vec![PollFd::new(signals.0.get_read().as_fd(), PollFlags::POLLIN)];
-    fds.extend(daemon.map(|daemon| PollFd::new(daemon, PollFlags::POLLIN)));
-    let count = match poll(&mut fds, timeout) {
+    fds.extend(daemons.map(|daemon| PollFd::new(daemon, PollFlags::POLLIN)));
+    match poll(&mut fds, timeout) {
         Err(nix::Error::EINTR) => return Ok((false, false)),
         other => other?,
     };
-    let ready = |fd: Option<&PollFd<'_>>| fd.and_then(PollFd::any).unwrap_or(false);
-    Ok((ready(fds.first()), ready(fds.get(1)) || count == 0 || daemon.is_none()))
+    let ready = |fd: &PollFd<'_>| fd.any().unwrap_or(false);
+    let is_time = time.is_some_and(|time| time <= Instant::now());
+    Ok((ready(&fds[0]), is_time || fds[1..].iter().any(ready)))
 }
 
 /// Starts the command. As execvp(3) does, a file that the kernel cannot execute is given to the shell.

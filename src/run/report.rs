@@ -8,8 +8,11 @@ use crate::proto::{Outcome, Token};
 /// What became of a job, as far as it is known.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
-    /// The lock's key.
+    /// The lock's key, or the first of several.
     pub key: String,
+    /// All of them, if there are several.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub keys: Vec<String>,
     /// `ran`, `finished`, `busy`, `lost` or `error`.
     verdict: &'static str,
     /// How the command ended: this one's if it ran, or the holder's that finished first.
@@ -26,8 +29,13 @@ pub struct Report {
 
 impl Report {
     /// Nothing has happened yet.
-    pub fn new(key: &str) -> Report {
-        Report { key: key.into(), ..Report::default() }
+    pub fn new<'a>(keys: impl Iterator<Item = &'a str>) -> Report {
+        let mut keys: Vec<String> = keys.map(String::from).collect();
+        let key = keys.first().cloned().unwrap_or_default();
+        if keys.len() == 1 {
+            keys.clear();
+        }
+        Report { key, keys, ..Report::default() }
     }
 
     /// The report as one line of JSON, with its newline.

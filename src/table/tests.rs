@@ -2,6 +2,7 @@
 
 mod nested;
 mod resume;
+mod several;
 
 use super::*;
 use crate::proto::Key;

@@ -24,6 +24,7 @@ mod readme;
 mod resume;
 mod run;
 mod service;
+mod several;
 mod shell;
 mod signals;
 mod status;
