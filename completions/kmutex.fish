@@ -85,6 +85,8 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -s h -l help -d 'P
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l json -d 'Print one JSON object for each lock, on a line of its own'
+complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l keys -d 'Print only the keys, each on a line of its own (but not those with control characters in them)'
+complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l watch -d 'Show it again every second, in place, until interrupted'
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
@@ -109,3 +111,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s f -l force -d 'R
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l no-log -d 'Log nothing'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l detach -d 'Detach from whoever started this, and write a newline to standard output when serving (used by run)'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s h -l help -d 'Print help (see more with \'--help\')'
+
+# Keys, from those that are held or waited for, where a KEY is expected.
+complete -c kmutex -n "__fish_kmutex_using_subcommand run lock unlock status break" -f -a "(kmutex status --keys 2>/dev/null)"
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s k -l key -x -a "(kmutex status --keys 2>/dev/null)"

@@ -38,9 +38,32 @@ fn main() -> io::Result<()> {
         write_page(&man, command, &format!("kmutex-{}", command.get_name()))?;
     }
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        generate_to(shell, &mut Cli::command(), "kmutex", &completions)?;
+        let path = generate_to(shell, &mut Cli::command(), "kmutex", &completions)?;
+        complete_keys(shell, &path)?;
     }
     Ok(())
+}
+
+/// Teaches a shell what clap cannot know: that keys are to be had from `kmutex status --keys`.
+fn complete_keys(shell: Shell, path: &Path) -> io::Result<()> {
+    let generated = fs::read_to_string(path)?;
+    let text = match shell {
+        Shell::Bash => generated + include_str!("keys/kmutex.bash"),
+        Shell::Fish => generated + include_str!("keys/kmutex.fish"),
+        Shell::Zsh => {
+            let (head, body) = generated.split_once('\n').unwrap_or((&generated, ""));
+            let of_key = |line: &str| match line.trim_start_matches(['\'', '*', ':', '"']) {
+                rest if rest.starts_with("key -- ") || rest.contains("]:KEY:") => {
+                    line.replace(":_default'", ":_kmutex_keys'")
+                }
+                _ => line.to_string(),
+            };
+            let body: Vec<String> = body.lines().map(of_key).collect();
+            format!("{head}\n{}{}\n", include_str!("keys/_kmutex"), body.join("\n"))
+        }
+        _ => generated,
+    };
+    fs::write(path, text)
 }
 
 fn write_page(folder: &Path, command: &Command, name: &str) -> io::Result<()> {

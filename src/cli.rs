@@ -271,6 +271,14 @@ pub struct Status {
     #[arg(long)]
     pub json: bool,
 
+    /// Print only the keys, each on a line of its own (but not those with control characters in them)
+    #[arg(long, conflicts_with = "json")]
+    pub keys: bool,
+
+    /// Show it again every second, in place, until interrupted
+    #[arg(long, conflicts_with_all = ["json", "keys"])]
+    pub watch: bool,
+
     /// Where the daemon is
     #[command(flatten)]
     pub daemon: Daemon,

@@ -165,10 +165,18 @@ impl Sink {
 }
 
 fn status(args: cli::Status) -> Result<u8, Failure> {
-    let format = if args.json { Format::Json } else { Format::People };
+    let format = match (args.json, args.keys) {
+        (true, _) => Format::Json,
+        (_, true) => Format::Keys,
+        (false, false) => Format::People,
+    };
     let key = args.key.map(key).transpose()?;
-    let mut out = io::BufWriter::new(io::stdout().lock());
-    match status::print(&dial(&args.daemon, false)?, key, format, &mut out) {
+    let dial = dial(&args.daemon, false)?;
+    let printed = match args.watch {
+        true => status::watch(&dial, key, &mut io::stdout().lock()),
+        false => status::print(&dial, key, format, &mut io::BufWriter::new(io::stdout().lock())),
+    };
+    match printed {
         // Whoever reads it has read enough.
         Err(status::Error::Output(e)) if e.kind() == io::ErrorKind::BrokenPipe => Ok(0),
         other => other.map(|()| 0).map_err(|e| failure(e.exit(), e)),

@@ -2,7 +2,8 @@
 
 use std::collections::HashMap;
 use std::fmt;
-use std::io::{self, Write};
+use std::io::{self, IsTerminal, Write};
+use std::time::Duration;
 
 use crate::client::{self, Dial, Session};
 use crate::describe;
@@ -17,6 +18,8 @@ pub enum Format {
     People,
     /// One JSON object a line, as the daemon sends it.
     Json,
+    /// The keys alone, one a line: those that are one line.
+    Keys,
 }
 
 /// Prints the lock of `key`, or all locks.
@@ -33,6 +36,11 @@ pub fn print(dial: &Dial, key: Option<Key>, format: Format, out: &mut impl Write
                 let line = serde_json::to_string(&status).map_err(io::Error::from)?;
                 writeln!(out, "{line}")?;
             }
+            (Answer::Lock(status), Format::Keys) => {
+                if let Some(key) = status.key.filter(|key| !key.contains(char::is_control)) {
+                    writeln!(out, "{key}")?;
+                }
+            }
             (Answer::Lock(status), Format::People) => table.add(&status),
             (Answer::End, _) => break,
             (other, _) => return Err(client::Error::Protocol(format!("unexpected answer {other:?}")).into()),
@@ -42,6 +50,54 @@ pub fn print(dial: &Dial, key: Option<Key>, format: Format, out: &mut impl Write
         table.print(out)?;
     }
     Ok(out.flush()?)
+}
+
+/// How often [`watch`] looks.
+const PAUSE: Duration = Duration::from_secs(1);
+
+/// Prints the table again and again: in place on a terminal, and one below the other elsewhere. While the daemon is away it
+/// says so.
+///
+/// # Errors
+/// When there is no daemon at the beginning, or the output cannot be written. It does not end otherwise.
+pub fn watch(dial: &Dial, key: Option<Key>, out: &mut impl Write) -> Result<(), Error> {
+    let is_terminal = io::stdout().is_terminal();
+    let mut has_begun = false;
+    loop {
+        let mut table = Vec::new();
+        match print(dial, key.clone(), Format::People, &mut table) {
+            Err(Error::Client(error)) if has_begun => writeln!(table, "kmutex: {error}")?,
+            other => other?,
+        }
+        has_begun = true;
+        let text = String::from_utf8_lossy(&table);
+        match rustix::termios::tcgetwinsize(io::stdout()) {
+            Ok(size) if is_terminal => {
+                write!(out, "{}", in_place(&text, size.ws_row.into(), size.ws_col.into()))?
+            }
+            _ => writeln!(out, "{text}")?,
+        }
+        out.flush()?;
+        std::thread::sleep(PAUSE);
+    }
+}
+
+/// A text over what is on a terminal of that many rows and columns: as much of it as fits.
+fn in_place(text: &str, rows: usize, columns: usize) -> String {
+    let (rows, columns) = (if rows == 0 { 24 } else { rows }, if columns == 0 { 80 } else { columns });
+    let count = text.lines().count();
+    // The cursor stands in the last row.
+    let fit = if count < rows { count } else { rows.saturating_sub(2) };
+    let mut screen = "\x1b[H".to_string();
+    for line in text.lines().take(fit) {
+        screen.extend(line.chars().take(columns));
+        screen.push_str("\x1b[K\n");
+    }
+    if fit < count {
+        screen.push_str(&format!("and {} more\x1b[K\n", count - fit));
+    }
+    screen.push_str("\x1b[J");
+    screen
 }
 
 const HEADINGS: [&str; 7] = ["KEY", "STATE", "PID", "USER", "HOST", "FOR", "COMMAND"];
@@ -155,3 +211,14 @@ impl fmt::Display for Error {
 }
 
 impl std::error::Error for Error {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_does_not_fit_on_a_terminal_is_counted() {
+        assert_eq!(in_place("a\nbc\n", 5, 1), "\x1b[Ha\x1b[K\nb\x1b[K\n\x1b[J");
+        assert_eq!(in_place("1\n2\n3\n4\n", 4, 9), "\x1b[H1\x1b[K\n2\x1b[K\nand 2 more\x1b[K\n\x1b[J");
+    }
+}

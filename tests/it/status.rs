@@ -105,3 +105,48 @@ fn a_reader_that_has_enough_ends_it_quietly() {
     assert_eq!(String::from_utf8_lossy(&output.stderr), "");
     assert_eq!(daemon.status().len(), 2_000);
 }
+
+#[test]
+fn the_keys_alone_are_one_a_line() {
+    let daemon = Daemon::start();
+    let _holders = ["b b", "a", "two\nlines"].map(|key| daemon.hold(key));
+    let text = finish(&mut daemon.kmutex(&["status", "--keys"])).quietly(0);
+    let mut keys: Vec<_> = text.lines().collect();
+    keys.sort_unstable();
+    assert_eq!(keys, ["a", "b b"]);
+}
+
+#[test]
+fn watching_goes_on_across_a_restart_of_the_daemon() {
+    let mut daemon = Daemon::start();
+    let holder = daemon.hold("k");
+    let mut command = daemon.kmutex(&["status", "--watch"]);
+    let mut watch = Process::spawn(command.stdout(Stdio::piped()));
+    let next = |watch: &mut Process, words: &str| while !watch.line().unwrap().contains(words) {};
+    next(&mut watch, "k    holds");
+    daemon.kill();
+    next(&mut watch, "kmutex: cannot connect");
+    daemon.restart(&[]);
+    next(&mut watch, "k    holds");
+    drop(holder);
+    let folder = tempfile::tempdir().unwrap();
+    let mut nowhere = Command::new(KMUTEX);
+    nowhere.args(["status", "--watch", "--sock"]).arg(folder.path().join("sock"));
+    finish(&mut nowhere).complaining(69, &["cannot connect"]);
+}
+
+#[test]
+fn on_a_terminal_it_is_watched_in_place() {
+    let daemon = Daemon::start();
+    let _holder = daemon.hold("k");
+    let screen = daemon.folder().join("screen");
+    let mut script = crate::harness::tool("script");
+    script
+        .args(["-qfec", &format!("{KMUTEX} status --watch")])
+        .arg(&screen)
+        .env("KMUTEX_SOCK", daemon.sock());
+    let _watch = Process::spawn(script.stdin(Stdio::piped()).stdout(Stdio::null()));
+    crate::harness::wait_until("two looks", || {
+        std::fs::read_to_string(&screen).unwrap_or_default().matches("\u{1b}[HKEY").count() >= 2
+    });
+}

@@ -1,0 +1,20 @@
+
+# Keys, from those that are held or waited for, where a KEY is expected.
+_kmutex_with_keys() {
+    _kmutex "$@"
+    local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}" index
+    case "${COMP_WORDS[1]}" in
+        run|lock|unlock|status|break) ;;
+        *) return ;;
+    esac
+    [[ COMP_CWORD -lt 2 || "$current" == -* ]] && return
+    if [[ "$previous" != -k && "$previous" != --key ]]; then
+        # Only the first word that is neither an option nor, as far as one can see, the value of one.
+        for ((index = 2; index < COMP_CWORD; index++)); do
+            [[ "${COMP_WORDS[index]}" == -* || "${COMP_WORDS[index-1]}" == -* ]] || return
+        done
+    fi
+    local IFS=$'\n'
+    COMPREPLY+=($(compgen -W "$(kmutex status --keys 2>/dev/null)" -- "$current"))
+}
+complete -F _kmutex_with_keys -o bashdefault -o default kmutex
