@@ -63,7 +63,7 @@ pub enum Acquired {
     /// The lock is held, as long as the session lives.
     Granted {
         /// As it was granted.
-        request: LockRequest,
+        request: Box<LockRequest>,
         /// The connection.
         session: Session,
         /// The fencing token.
@@ -153,7 +153,7 @@ impl Ask {
                 Verdict::Granted(token) => {
                     let waited = asked.elapsed().as_secs_f64();
                     self.say(|| format!("got the lock {:?} after {waited:.6} s", self.key.as_str()));
-                    return Ok(Acquired::Granted { request, session, token });
+                    return Ok(Acquired::Granted { request: Box::new(request), session, token });
                 }
             }
         }

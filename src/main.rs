@@ -19,7 +19,7 @@ use kmutex::daemon::{self, LogTarget};
 use kmutex::exit::Exit;
 use kmutex::force::{self, Consent};
 use kmutex::inherited;
-use kmutex::proto::{Key, v2::Mode};
+use kmutex::proto::{Key, Token, v2::Mode};
 use kmutex::run::{self, Child, Ended, Job, OnLost, Report};
 use kmutex::shell;
 use kmutex::status::{self, Format};
@@ -66,7 +66,11 @@ fn run(args: cli::Run) -> Result<u8, Failure> {
         None => command,
     };
     let keys = keys.into_iter().map(key).collect::<Result<Vec<Key>, Failure>>()?;
-    let asks = run::in_order(keys).into_iter().map(|key| ask(&args.asking, key)).collect::<Result<_, _>>()?;
+    let keys = run::in_order(keys).map_err(|key| usage(&format!("-k {:?} is given twice", key.as_str())))?;
+    if args.reentrant && std::env::var_os(Token::VARIABLE).is_none() {
+        return Err(usage("--reentrant: this does not run under a lock"));
+    }
+    let asks = keys.into_iter().map(|key| ask(&args.asking, key)).collect::<Result<_, _>>()?;
     let child = match (args.no_fork, args.close) {
         (true, _) => Child::Exec,
         (false, true) => Child::Closed,

@@ -107,7 +107,7 @@ impl Job {
                         fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
                             .map_err(|e| Error::Os("pass the lock on", e.into()))?;
                     }
-                    holds.push(Hold::new(ask.dial.clone(), request, session, token));
+                    holds.push(Hold::new(ask.dial.clone(), *request, session, token));
                 }
             }
         }
@@ -210,12 +210,17 @@ fn millis(since: Instant) -> u64 {
     since.elapsed().as_millis() as u64
 }
 
-/// The order in which several locks are to be taken, each once: the same for everybody, so that no two who hold some of them
-/// wait for each other.
-pub fn in_order(mut keys: Vec<Key>) -> Vec<Key> {
+/// The order in which several locks are to be taken: the same for everybody, so that no two who hold some of them wait for
+/// each other.
+///
+/// # Errors
+/// The key that is among them twice.
+pub fn in_order(mut keys: Vec<Key>) -> Result<Vec<Key>, Key> {
     keys.sort_unstable_by(|a, b| a.as_str().cmp(b.as_str()));
-    keys.dedup();
-    keys
+    match keys.windows(2).find(|two| two[0] == two[1]) {
+        Some(two) => Err(two[0].clone()),
+        None => Ok(keys),
+    }
 }
 
 /// What a shell command is run with: as flock(1) does, `$SHELL`, or else /bin/sh.

@@ -119,12 +119,14 @@ impl fmt::Display for Error {
             Error::NotHere(addr) => {
                 write!(f, "a process can hold locks of a daemon on a Unix socket only, and {addr} is none")
             }
-            Error::NoProcess(pid) => write!(f, "there is no process {pid}"),
+            Error::NoProcess(pid) => write!(f, "--pid {pid}: there is no such process"),
             Error::NotYours(pid, uid) => {
                 let user = names::user(*uid).unwrap_or_else(|| "of no name".into());
-                write!(f, "process {pid} is not yours: it belongs to uid {uid} ({user})")
+                write!(f, "--pid {pid}: the process is not yours, but that of uid {uid} ({user})")
             }
-            Error::Process(pid, error) => write!(f, "cannot look at process {pid}: {}", Reason(error)),
+            Error::Process(pid, error) => {
+                write!(f, "--pid {pid}: cannot look at the process: {}", Reason(error))
+            }
             Error::NotHeld(key, pid) => write!(f, "process {pid} does not hold the lock {:?}", key.as_str()),
         }
     }

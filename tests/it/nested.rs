@@ -29,6 +29,8 @@ fn a_reentrant_run_goes_on_under_the_outer_lock() {
     let script = r#""$KMUTEX" run --reentrant k -- sh -c 'echo inner; exit 4'"#;
     let inner = finish(&mut under(&daemon, &[], "k", script));
     assert_eq!((inner.code, inner.stdout.as_str()), (4, "inner\n"), "{inner:?}");
+    finish(daemon.run(&["--reentrant", "k", "true"]).env_remove("KMUTEX_TOKEN"))
+        .complaining(64, &["--reentrant"]);
     // Of a lock that nobody above holds it is an ordinary run.
     let script = r#""$KMUTEX" run --reentrant free -- sh -c '"$KMUTEX" status --json free'"#;
     assert!(finish(&mut under(&daemon, &[], "k", script)).quietly(0).contains("\"holding\":1"));

@@ -19,8 +19,7 @@ fn run(daemon: &Daemon, options: &[&str], keys: &[&str], command: &[&str]) -> Co
 #[test]
 fn all_of_them_are_held_while_the_command_runs() {
     let daemon = Daemon::start();
-    let mut holder =
-        run(&daemon, &[], &["b", "a", "b"], &["sh", "-c", "echo $KMUTEX_KEY; read line; exit 5"]);
+    let mut holder = run(&daemon, &[], &["b", "a"], &["sh", "-c", "echo $KMUTEX_KEY; read line; exit 5"]);
     let mut holder = Process::spawn(holder.stdin(Stdio::piped()).stdout(Stdio::piped()));
     assert_eq!(holder.line().unwrap(), "b", "the last in order is that of $KMUTEX_TOKEN");
     assert_eq!((daemon.counts("a"), daemon.counts("b")), ((1, 0), (1, 0)));
@@ -121,5 +120,7 @@ fn what_is_missing_is_named() {
     finish(&mut daemon.run(&["-k", "a", "-k", "b"])).complaining(64, &["nothing to run"]);
     finish(&mut daemon.run(&["-k", "a", "-c", "true", "b", "true"])).complaining(64, &["COMMAND"]);
     finish(&mut daemon.run(&["-k", "a", "-k", "", "--", "true"])).complaining(65, &["key"]);
+    finish(&mut daemon.run(&["-k", "a", "-k", "b", "-k", "a", "--", "true"]))
+        .complaining(64, &["-k", "\"a\"", "twice"]);
     finish(&mut daemon.run::<&str>(&[])).complaining(64, &["KEY"]);
 }

@@ -138,8 +138,8 @@ fn a_process_that_cannot_hold_is_named() {
     let addr = line.rsplit(' ').next().unwrap();
     for command in ["lock", "unlock"] {
         finish(&mut daemon.kmutex(&[command, "--sock", addr, "k"])).complaining(64, &["Unix socket", addr]);
-        finish(&mut daemon.kmutex(&[command, "--pid", "4194305", "k"])).complaining(65, &["process 4194305"]);
-        finish(&mut daemon.kmutex(&[command, "--pid", "0", "k"])).complaining(64, &["0"]);
+        finish(&mut daemon.kmutex(&[command, "--pid", "4194305", "k"])).complaining(65, &["--pid 4194305"]);
+        finish(&mut daemon.kmutex(&[command, "--pid", "0", "k"])).complaining(64, &["--pid"]);
     }
 }
 
@@ -150,5 +150,5 @@ fn a_process_of_somebody_else_cannot_hold() {
     let _daemon = other.serve(other.command(other.kmutex()), &sock, &[]);
     let mut lock = other.command(other.kmutex());
     lock.args(["lock", "--pid", &std::process::id().to_string(), "k", "--sock"]).arg(&sock);
-    finish(&mut lock).complaining(77, &["is not yours", "uid 0"]);
+    finish(&mut lock).complaining(77, &["--pid", "not yours", "uid 0"]);
 }
