@@ -1,5 +1,6 @@
-//! Several locks at once: taken one after the other in an order that is the same for everybody, as `kmutex run -k` does.
-//! Nobody waits for ever, among any number of others who want some of the same locks or only one.
+//! Several locks at once, in a world of many who want some of the same. Taken in an order that is the same for everybody,
+//! as `kmutex run -k` does, or in any order, one under the other, where those who would wait for each other are refused:
+//! nobody waits for ever.
 
 use std::collections::BTreeMap;
 
@@ -39,6 +40,8 @@ struct World {
     owner: BTreeMap<u32, u32>,
     next_connection: u32,
     done: u32,
+    /// Who was refused, because it would have waited for ever.
+    refused: Vec<u32>,
     /// How many others have begun at the most while one was waiting for its first or next lock.
     longest: u32,
 }
@@ -72,16 +75,36 @@ impl World {
                     }
                 }
                 What::Waiting { .. } => {}
+                What::Deadlock(_) => self.refused.push(number),
                 other => panic!("nobody should be told {other:?}"),
             }
         }
     }
 
-    fn is_ready(job: &Job) -> bool {
-        !job.wants.is_empty() && job.holds.len() == job.wants.len()
+    fn new(wants: &mut impl FnMut() -> Vec<u64>) -> World {
+        let mut world = World {
+            scene: Scene::new(),
+            jobs: BTreeMap::new(),
+            owner: BTreeMap::new(),
+            next_connection: 1,
+            done: 0,
+            refused: Vec::new(),
+            longest: 0,
+        };
+        for number in 0..CLIENTS {
+            world.jobs.insert(number, Job { wants: wants(), ..Job::default() });
+            world.ask(number);
+        }
+        world
     }
 
-    /// A job that has all its locks gives them back, and wants others.
+    /// Those who have all that they want.
+    fn ready(&self) -> Vec<u32> {
+        let is_ready = |job: &Job| job.holds.len() == job.wants.len();
+        self.jobs.iter().filter(|(_, job)| is_ready(job)).map(|(&number, _)| number).collect()
+    }
+
+    /// A job gives back all its locks, and wants others.
     fn finish(&mut self, number: u32, wants: Vec<u64>) {
         let job = self.jobs.get_mut(&number).unwrap();
         let holds = std::mem::take(&mut job.holds);
@@ -96,40 +119,64 @@ impl World {
     }
 }
 
+/// Some want many, some only one.
+fn some_keys(chance: &mut Chance) -> Vec<u64> {
+    let some: Vec<u64> = (0..KEYS).filter(|_| chance.below(3) == 0).collect();
+    if some.is_empty() { vec![chance.below(KEYS)] } else { some }
+}
+
 #[test]
 fn jobs_that_take_their_locks_in_order_all_come_to_their_end() {
     for seed in 1..=8 {
         let mut chance = Chance(seed);
-        let mut wants = || {
-            let some: Vec<u64> = (0..KEYS).filter(|_| chance.below(3) == 0).collect();
-            // Some want many, some only one.
-            if some.is_empty() { vec![chance.below(KEYS)] } else { some }
-        };
-        let scene = Scene::new();
-        let (jobs, owner) = (BTreeMap::new(), BTreeMap::new());
-        let mut world = World { scene, jobs, owner, next_connection: 1, done: 0, longest: 0 };
-        for number in 0..CLIENTS {
-            world.jobs.insert(number, Job { wants: wants(), ..Job::default() });
-            world.ask(number);
-        }
+        let mut wants = || some_keys(&mut chance);
+        let mut world = World::new(&mut wants);
         let mut pick = Chance(seed + 100);
         while world.done < JOBS {
-            let ready: Vec<u32> = world
-                .jobs
-                .iter()
-                .filter(|(_, job)| World::is_ready(job))
-                .map(|(&number, _)| number)
-                .collect();
+            let ready = world.ready();
             assert!(!ready.is_empty(), "all wait for each other (seed {seed})");
             let number = ready[pick.below(ready.len() as u64) as usize];
             world.finish(number, wants());
             world.ask(number);
         }
+        assert!(world.refused.is_empty(), "nobody would have waited for ever (seed {seed})");
         // One waits behind those who came before it, of whom each may wait behind those who came before that one.
         assert!(
             world.longest < CLIENTS * KEYS as u32,
             "one waited for {} others (seed {seed})",
             world.longest
         );
+    }
+}
+
+#[test]
+fn of_jobs_that_take_their_locks_in_any_order_enough_are_refused_and_no_more() {
+    for seed in 1..=8 {
+        let mut chance = Chance(seed);
+        let mut wants = || {
+            let mut keys = some_keys(&mut chance);
+            let by = chance.below(keys.len() as u64) as usize;
+            keys.rotate_left(by);
+            keys
+        };
+        let mut world = World::new(&mut wants);
+        let mut pick = Chance(seed + 100);
+        let mut refused = 0;
+        while world.done < JOBS {
+            let number = match world.refused.pop() {
+                Some(number) => {
+                    refused += 1;
+                    number
+                }
+                None => {
+                    let ready = world.ready();
+                    assert!(!ready.is_empty(), "all wait for each other (seed {seed})");
+                    ready[pick.below(ready.len() as u64) as usize]
+                }
+            };
+            world.finish(number, wants());
+            world.ask(number);
+        }
+        assert!((1..JOBS / 2).contains(&refused), "{refused} were refused (seed {seed})");
     }
 }
