@@ -104,6 +104,8 @@ pub struct Token(pub u64);
 impl Token {
     /// The environment variable that tells a command the token of its lock.
     pub const VARIABLE: &str = "KMUTEX_TOKEN";
+    /// The one that tells it those of all its locks, with spaces between them, if it has several.
+    pub const LIST_VARIABLE: &str = "KMUTEX_TOKENS";
 }
 
 impl fmt::Display for Token {

@@ -128,7 +128,7 @@ impl Job {
     }
 
     fn run_locked(&self, mut holds: Vec<Hold>, report: &mut Report) -> Result<Ended, Error> {
-        let mut command = self.command(holds.last().expect("there is one"))?;
+        let mut command = self.command(&holds)?;
         if self.child == Child::Exec {
             let error = command.exec();
             return Err(self.not_started(holds, error));
@@ -188,7 +188,8 @@ impl Job {
         }
     }
 
-    fn command(&self, hold: &Hold) -> Result<Command, Error> {
+    fn command(&self, holds: &[Hold]) -> Result<Command, Error> {
+        let hold = holds.last().expect("there is one");
         let sock =
             self.asks[0].dial.addr.absolute().map_err(|e| Error::Os("tell the working directory", e))?;
         let mut command = Command::new(&self.argv[0]);
@@ -197,6 +198,10 @@ impl Job {
             .env("KMUTEX_KEY", hold.key().as_str())
             .env(Token::VARIABLE, hold.token().to_string())
             .env(crate::addr::VARIABLE, OsString::from(&sock));
+        if holds.len() > 1 {
+            let tokens: Vec<String> = holds.iter().map(|hold| hold.token().to_string()).collect();
+            command.env(Token::LIST_VARIABLE, tokens.join(" "));
+        }
         Ok(command)
     }
 

@@ -86,8 +86,12 @@ fn heir(record: &Record) -> io::Result<Watch> {
 
 /// An environment is `NAME=VALUE` after `NAME=VALUE`, each ended by a zero byte (proc(5)).
 fn has_token(environment: &[u8], token: Token) -> bool {
-    let wanted = format!("{}={token}", Token::VARIABLE);
-    environment.split(|&byte| byte == 0).any(|variable| variable == wanted.as_bytes())
+    let wanted = token.to_string();
+    environment.split(|&byte| byte == 0).any(|variable| {
+        let value = |name: &str| variable.strip_prefix(name.as_bytes())?.strip_prefix(b"=");
+        let values = value(Token::VARIABLE).or_else(|| value(Token::LIST_VARIABLE)).unwrap_or_default();
+        values.split(|&byte| byte == b' ').any(|value| value == wanted.as_bytes())
+    })
 }
 
 /// How much earlier a process may seem to have started than it did: the kernel tells it in ticks of a clock, of which
@@ -127,5 +131,9 @@ mod tests {
         }
         assert!(!has_token(b"XKMUTEX_TOKEN=123\0", Token(123)));
         assert!(!has_token(b"", Token(123)));
+        let several = b"KMUTEX_TOKENS=12 123\0KMUTEX_TOKEN=123\0";
+        assert!(
+            has_token(several, Token(12)) && has_token(several, Token(123)) && !has_token(several, Token(1))
+        );
     }
 }

@@ -177,6 +177,26 @@ fn a_command_of_which_no_daemon_has_heard_keeps_its_lock() {
     assert_eq!(daemon.run(&["--queue", "k", "true"]).status().unwrap().code(), Some(0));
 }
 
+/// The same with several locks.
+#[test]
+fn a_command_of_which_no_daemon_has_heard_keeps_all_its_locks() {
+    let mut daemon = Daemon::made(&[], |command| command.env("KMUTEX_FAILPOINT", "child:1"));
+    let mut command = daemon.run(&["-k", "a", "-k", "b", "--", "sh", "-c", "echo $$; exec sleep 1000"]);
+    let mut run = Process::spawn(command.stdout(Stdio::piped()));
+    let child = Stray::new(&run.line().unwrap());
+    assert_eq!(daemon.process().wait(), 128 + 9);
+    run.signal(Signal::SIGKILL);
+    run.wait();
+    daemon.restart(&["--grace", "0"]);
+    for key in ["a", "b"] {
+        assert_eq!(daemon.run(&["-n", key, "true"]).status().unwrap().code(), Some(75), "{key}");
+    }
+    child.kill();
+    for key in ["a", "b"] {
+        assert_eq!(daemon.run(&["--queue", key, "true"]).status().unwrap().code(), Some(0), "{key}");
+    }
+}
+
 /// The same, but kmutex is killed only when another daemon waits for it.
 #[test]
 fn a_command_of_which_no_daemon_has_heard_keeps_its_lock_when_kmutex_is_killed_later() {
