@@ -42,7 +42,7 @@ pub(super) fn start_and_connect(path: &Path, deadline: Option<Instant>) -> Resul
     }
 }
 
-/// Starts a daemon and waits until it serves. False: another one does, or is about to.
+/// Starts a daemon and waits until it serves. False: another one does or is about to, or this one was killed.
 fn start(path: &Path) -> Result<bool, Error> {
     let failed = |why: String, exit| Error::Autostart { path: path.into(), why, exit };
     let os = |e: io::Error| failed(Reason(&e).to_string(), Exit::Unavailable);
@@ -58,8 +58,11 @@ fn start(path: &Path) -> Result<bool, Error> {
     if output.status.success() {
         return Ok(true);
     }
-    if output.status.code() == Some(i32::from(Exit::Busy.code())) {
-        return Ok(false);
+    match output.status.code() {
+        Some(code) if code == i32::from(Exit::Busy.code()) => return Ok(false),
+        // It was killed on its way, by somebody who may not kill the next one.
+        None => return Ok(false),
+        Some(_) => {}
     }
     let said = String::from_utf8_lossy(&output.stderr);
     let why = said.trim().trim_start_matches("kmutex: ").replace('\n', "; ");
