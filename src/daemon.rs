@@ -101,6 +101,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     if listeners.is_empty() {
         listeners = Listener::bind_all(&config.addrs, &config.access)?;
     }
+    failpoint::hit("start");
     let recorder = open_recorder(config, &listeners)?;
     if config.detach {
         // Whoever started this waits for the process that ends here, and may connect from then on.

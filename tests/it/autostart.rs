@@ -295,3 +295,13 @@ fn a_run_that_meets_a_daemon_that_is_just_ending_does_not_fail() {
         }
     }
 }
+
+/// Whoever kills one daemon on its way may not kill the next one, so another is started; but not for ever.
+#[cfg(feature = "failpoints")]
+#[test]
+fn a_daemon_that_is_killed_whenever_it_starts_is_given_up() {
+    let place = Place::new();
+    let mut run = place.run(&["k", "true"]);
+    finish(run.env("KMUTEX_FAILPOINT", "start:1")).complaining(69, &["cannot connect"]);
+    finish(&mut place.run(&["k", "true"])).quietly(0);
+}
