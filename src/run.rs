@@ -81,13 +81,36 @@ impl Job {
     pub fn run(&self, report: &mut Report) -> Result<Ended, Error> {
         let asked = Instant::now();
         let mut holds = Vec::new();
+        let ended = self.acquire(&mut holds, asked, report);
+        report.waited_ms = millis(asked);
+        match ended {
+            Ok(None) => {}
+            other => {
+                for hold in &mut holds {
+                    // Nothing was done under it, which is what those who wait for it are told. If the daemon has gone
+                    // meanwhile, the lock goes with this process.
+                    let _ = hold.release(Outcome::Vanished, RELEASE_WAIT);
+                }
+                return other.map(|ended| ended.expect("it is not none"));
+            }
+        }
+        self.asks[0].say(|| format!("running {}", self.command_line()));
+        let granted = Instant::now();
+        let ended = self.run_locked(holds, report);
+        report.held_ms = millis(granted);
+        ended
+    }
+
+    /// Takes all the locks, but for those that are held above. `Some`: one is not to be had.
+    fn acquire(
+        &self,
+        holds: &mut Vec<Hold>,
+        asked: Instant,
+        report: &mut Report,
+    ) -> Result<Option<Ended>, Error> {
         for ask in &self.asks {
-            let answer = ask.acquire(&self.request(ask, &holds), asked);
-            report.waited_ms = millis(asked);
-            // Locks that are held by now and are not to be used go with their connections: nothing was done under them,
-            // which their waiters are told that way.
-            match answer? {
-                Acquired::Busy => return Ok(Ended::Busy),
+            match ask.acquire(&self.request(ask, holds), asked)? {
+                Acquired::Busy => return Ok(Some(Ended::Busy)),
                 Acquired::HeldAbove if self.reentrant => {}
                 Acquired::HeldAbove => {
                     return Err(client::Error::Deadlock(format!(
@@ -98,7 +121,7 @@ impl Job {
                 }
                 Acquired::Finished { outcome, token, status } => {
                     (report.outcome, report.token) = (Some(outcome), Some(token));
-                    return Ok(status.map_or(Ended::Finished(outcome), Ended::Adopted));
+                    return Ok(Some(status.map_or(Ended::Finished(outcome), Ended::Adopted)));
                 }
                 Acquired::Granted { request, session, token } => {
                     report.token = Some(token);
@@ -111,20 +134,7 @@ impl Job {
                 }
             }
         }
-        if holds.is_empty() {
-            return Err(self.become_command()?);
-        }
-        self.asks[0].say(|| format!("running {}", self.command_line()));
-        let granted = Instant::now();
-        let ended = self.run_locked(holds, report);
-        report.held_ms = millis(granted);
-        ended
-    }
-
-    /// All locks are held above: the command needs nothing of this process. Returns only why that failed.
-    fn become_command(&self) -> Result<Error, Error> {
-        let error = Command::new(&self.argv[0]).args(&self.argv[1..]).exec();
-        Ok(Error::Command { program: self.argv[0].clone(), error })
+        Ok(None)
     }
 
     fn run_locked(&self, mut holds: Vec<Hold>, report: &mut Report) -> Result<Ended, Error> {
@@ -189,12 +199,13 @@ impl Job {
     }
 
     fn command(&self, holds: &[Hold]) -> Result<Command, Error> {
-        let hold = holds.last().expect("there is one");
+        let mut command = Command::new(&self.argv[0]);
+        command.args(&self.argv[1..]);
+        // Where all is held above, what the command was told there is true here.
+        let Some(hold) = holds.last() else { return Ok(command) };
         let sock =
             self.asks[0].dial.addr.absolute().map_err(|e| Error::Os("tell the working directory", e))?;
-        let mut command = Command::new(&self.argv[0]);
         command
-            .args(&self.argv[1..])
             .env("KMUTEX_KEY", hold.key().as_str())
             .env(Token::VARIABLE, hold.token().to_string())
             .env(crate::addr::VARIABLE, OsString::from(&sock));

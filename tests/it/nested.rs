@@ -31,6 +31,9 @@ fn a_reentrant_run_goes_on_under_the_outer_lock() {
     assert_eq!((inner.code, inner.stdout.as_str()), (4, "inner\n"), "{inner:?}");
     finish(daemon.run(&["--reentrant", "k", "true"]).env_remove("KMUTEX_TOKEN"))
         .complaining(64, &["--reentrant"]);
+    let script = r#""$KMUTEX" run --reentrant --status-file report k sh -c 'exit 5'; cat report"#;
+    let report = finish(&mut under(&daemon, &[], "k", script)).quietly(0);
+    assert!(report.contains(r#""verdict":"ran","outcome":{"exit":5},"token":null"#), "{report}");
     // Of a lock that nobody above holds it is an ordinary run.
     let script = r#""$KMUTEX" run --reentrant free -- sh -c '"$KMUTEX" status --json free'"#;
     assert!(finish(&mut under(&daemon, &[], "k", script)).quietly(0).contains("\"holding\":1"));

@@ -51,6 +51,13 @@ fn if_one_is_not_to_be_had_none_is_kept_and_nobody_is_told_that_it_was_done() {
     assert_eq!(both.wait(), 79, "the work of b is done");
     assert_eq!(other.wait(), 0, "that of a is not");
     assert!(daemon.status().is_empty());
+    // The same where kmutex would have become the command, whose end would have been that of the work.
+    let holder = daemon.hold("b");
+    let mut both = Process::spawn(&mut run(&daemon, &["-F", "-w", "0.5"], &["a", "b"], &["true"]));
+    daemon.wait_for_counts("a", 1, 0);
+    let mut other = Process::spawn(&mut daemon.run(&["a", "true"]));
+    assert_eq!((both.wait(), other.wait()), (75, 0));
+    drop(holder);
 }
 
 #[test]
