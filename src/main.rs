@@ -12,7 +12,7 @@ use std::time::Duration;
 use clap::Parser;
 use clap::error::ErrorKind;
 use kmutex::addr::{self, Addr, Reason};
-use kmutex::ask::{Acquired, Ask, OnPeerFailure, Wait};
+use kmutex::ask::{Ask, OnPeerFailure, Wait};
 use kmutex::cli::{self, Cli, Command, Keyedmutexd, LogLevel};
 use kmutex::client::Dial;
 use kmutex::daemon::{self, LogTarget};
@@ -21,7 +21,7 @@ use kmutex::force::{self, Consent};
 use kmutex::inherited;
 use kmutex::proto::{Key, Token, v2::Mode};
 use kmutex::run::{self, Child, Ended, Job, OnLost, Report};
-use kmutex::shell;
+use kmutex::shell::{self, Taken};
 use kmutex::status::{self, Format};
 
 fn main() -> ExitCode {
@@ -127,11 +127,10 @@ fn ask(args: &cli::Asking, key: Key) -> Result<Ask, Failure> {
 
 fn lock(args: cli::Lock) -> Result<u8, Failure> {
     let ask = ask(&args.asking, key(args.key)?)?;
-    let acquired = shell::lock(&ask, args.pid).map_err(|e| failure(e.exit(), e))?;
-    Ok(match acquired {
-        Acquired::Granted { .. } => 0,
-        Acquired::Finished { status, .. } => status.unwrap_or(args.asking.finished_exit_code),
-        Acquired::Busy | Acquired::HeldAbove => args.asking.conflict_exit_code,
+    Ok(match shell::lock(&ask, args.pid).map_err(|e| failure(e.exit(), e))? {
+        Taken::Held(_) => 0,
+        Taken::Finished(status) => status.unwrap_or(args.asking.finished_exit_code),
+        Taken::Busy => args.asking.conflict_exit_code,
     })
 }
 

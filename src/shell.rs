@@ -14,14 +14,24 @@ use crate::client::{self, Dial, Session};
 use crate::exit::Exit;
 use crate::names;
 use crate::proto::v2::{Answer, ErrorCode, LockRequest, Request};
-use crate::proto::{Key, Outcome};
+use crate::proto::{Key, Outcome, Token};
 
-/// Takes a lock for a process, by default for the one that has started this one. It is held when this returns
-/// [`Acquired::Granted`], and this process is needed no more.
+/// What became of a lock that was to be taken for a process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Taken {
+    /// The process holds it, with this fencing token.
+    Held(Token),
+    /// Another holder was done first; the status to end with as well, if that was asked for.
+    Finished(Option<u8>),
+    /// Somebody else holds it, and there was no waiting, or no more.
+    Busy,
+}
+
+/// Takes a lock for a process, by default for the one that has started this one.
 ///
 /// # Errors
 /// When there is no such process, it is somebody else's, or the lock cannot be had.
-pub fn lock(ask: &Ask, pid: Option<u32>) -> Result<Acquired, Error> {
+pub fn lock(ask: &Ask, pid: Option<u32>) -> Result<Taken, Error> {
     let pid = holder(&ask.dial, pid)?;
     let request = LockRequest {
         // Nobody says how the process ends, so its end is that of the work.
@@ -30,12 +40,18 @@ pub fn lock(ask: &Ask, pid: Option<u32>) -> Result<Acquired, Error> {
         ..ask.request(command_of(pid))
     };
     match ask.acquire(&request, Instant::now())? {
+        Acquired::Granted { session, token, .. } => {
+            // Whatever the shell asks of the daemon next, the lock is known to be its.
+            session.leave()?;
+            Ok(Taken::Held(token))
+        }
+        Acquired::Finished { status, .. } => Ok(Taken::Finished(status)),
+        Acquired::Busy => Ok(Taken::Busy),
         Acquired::HeldAbove => Err(client::Error::Deadlock(format!(
             "the lock {:?} is held by process {pid} already, or by what it runs under",
             ask.key.as_str()
         ))
         .into()),
-        other => Ok(other),
     }
 }
 

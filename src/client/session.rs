@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, recv};
+use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 use nix::unistd::Uid;
 
 use super::{Dial, Error, Verdict, autostart};
@@ -144,6 +144,22 @@ impl Session {
                 Ok(Answer::Error { code: ErrorCode::HeldAbove, .. }) => Verdict::HeldAbove,
                 Ok(other) => return Err(Error::unexpected(other)),
             });
+        }
+    }
+
+    /// Ends the stream, and returns when the daemon has taken note of that. If it dies first, its journal has.
+    ///
+    /// # Errors
+    /// [`Error::Silent`] when it does not.
+    pub fn leave(mut self) -> Result<(), Error> {
+        // Where it is closed already, there is nothing to end.
+        let _ = shutdown(self.fd.as_raw_fd(), Shutdown::Write);
+        loop {
+            match self.answer() {
+                Ok(_) => {}
+                Err(Error::Silent) => return Err(Error::Silent),
+                Err(_) => return Ok(()),
+            }
         }
     }
 
