@@ -18,6 +18,8 @@
 //!
 //! A lock exists while a request for it does.
 
+#[cfg(test)]
+mod chance;
 mod effect;
 mod list;
 mod nested;

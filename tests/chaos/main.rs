@@ -6,6 +6,9 @@
 //! as the machine's own chance lets it.
 #![allow(unreachable_pub)]
 
+#[path = "../../src/table/chance.rs"]
+#[allow(dead_code)]
+mod chance;
 mod checker;
 #[path = "../it/harness.rs"]
 #[allow(dead_code)]
@@ -24,6 +27,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::time::{ClockId, clock_gettime};
 use nix::unistd::Pid;
 
+use chance::Chance;
 use harness::{Autostarted, KMUTEX, Process, tool, wait_for, wait_until};
 
 const CLIENTS: u64 = 40;
@@ -62,19 +66,6 @@ const ROLES: [Role; 11] = [
     // Without the descriptor the lock is kmutex's alone: to kill that is to let others in.
     Role { options: &["--queue", "-o"], key: "b", kind: "exclusive", codes: &[0], orphans: false },
 ];
-
-/// A number that depends on nothing but the seed (splitmix64).
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % limit
-    }
-}
 
 struct Arena {
     folder: PathBuf,
@@ -178,6 +169,7 @@ impl Arena {
     fn kill_daemons(&self) {
         let mut chance = Chance(self.seed ^ 1);
         while !self.is_over() {
+            // Not to wait for anything: this is when it happens.
             std::thread::sleep(Duration::from_millis(100 + chance.below(300)));
             let Some(pid) = daemon(&self.sock()) else { continue };
             self.note(&format!("daemon {pid} is killed"));

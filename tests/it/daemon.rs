@@ -187,6 +187,7 @@ fn assert_is_idle(daemon: &Daemon) {
     let strace = Process::spawn(strace.stderr(Stdio::null()));
     // It is attached when the call that the daemon waits in is seen.
     wait_until("strace", || fs::read_to_string(&trace).is_ok_and(|calls| calls.contains("epoll_wait(")));
+    // Not to wait for anything: it is watched for so long.
     std::thread::sleep(Duration::from_millis(2_500));
     let calls = fs::read_to_string(&trace).unwrap();
     assert_eq!(calls.matches("epoll_wait(").count(), 1, "{calls}");
@@ -302,7 +303,8 @@ fn when_idle_it_ends_if_asked_to_but_not_under_a_client() {
     let mut daemon = Daemon::with(&["--idle-exit", "0.2"]);
     let mut client = daemon.wire();
     client.send(KEY).expect("O");
-    std::thread::sleep(Duration::from_millis(300));
+    // One that began later and has no client has ended before it.
+    assert_eq!(Daemon::with(&["--idle-exit", "0.2"]).process().wait(), 0);
     assert!(daemon.process().is_running(), "it has a client");
     drop(client);
     assert_eq!(daemon.process().wait(), 0);

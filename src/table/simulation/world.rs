@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeSet, VecDeque};
 
+use super::super::chance::Chance;
 use super::super::{ClientId, Config, Effect, Effects, Millis, RequestView, Table, What};
 use super::model::{Event, Model, Stage, Wish};
 use super::tally::Tally;
@@ -14,26 +15,6 @@ const COLD_KEYS: usize = 1000;
 const STEPS_PER_FULL_CHECK: u64 = 64;
 /// How much of the past is shown when an invariant breaks.
 const EVENTS_SHOWN: usize = 12;
-
-/// Splitmix64: Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
-struct Chance(u64);
-
-impl Chance {
-    fn draw(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mixed = (self.0 ^ (self.0 >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        let mixed = (mixed ^ (mixed >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        mixed ^ (mixed >> 31)
-    }
-
-    fn below(&mut self, bound: u64) -> u64 {
-        self.draw() % bound
-    }
-
-    fn percent(&mut self, percent: u64) -> bool {
-        self.below(100) < percent
-    }
-}
 
 /// How this world is inclined. Every figure but the first three is a percentage.
 struct Odds {

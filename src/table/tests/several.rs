@@ -5,23 +5,11 @@
 use std::collections::BTreeMap;
 
 use super::*;
+use crate::table::chance::Chance;
 
 const KEYS: u64 = 5;
 const CLIENTS: u32 = 24;
 const JOBS: u32 = 3_000;
-
-/// A number that depends on nothing but those before it (splitmix64).
-struct Chance(u64);
-
-impl Chance {
-    fn below(&mut self, limit: u64) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        (z ^ (z >> 31)) % limit
-    }
-}
 
 /// One who wants some of the keys, takes them in order, and gives them back together.
 #[derive(Default)]
