@@ -3,7 +3,7 @@
 use crate::names;
 use crate::proto::v2::Party;
 
-/// A holder or waiter in a few words, without its protocol's details: `"make" (pid 123, alice on host) for 1m02s, note`.
+/// A holder or waiter in a few words, without its protocol's details: `"make", note (pid 123, alice on host) for 1m02s`.
 pub fn party(party: &Party) -> String {
     let who = &party.who;
     let mut told = match who.command.as_str() {
@@ -11,6 +11,10 @@ pub fn party(party: &Party) -> String {
         "" => "somebody".to_string(),
         command => format!("{command:?}"),
     };
+    // Early, so that a narrow terminal shows it: somebody wanted it seen.
+    if !who.note.is_empty() {
+        told.push_str(&format!(", {}", who.note.as_str()));
+    }
     let user = party.uid.map(user).unwrap_or_else(|| who.user.as_str().into());
     let pid = if who.pid == 0 { String::new() } else { format!("pid {}", who.pid) };
     let place = [("", user.as_str()), ("on ", who.host.as_str())];
@@ -21,9 +25,6 @@ pub fn party(party: &Party) -> String {
         told.push_str(&format!(" ({})", known.join(", ")));
     }
     told.push_str(&format!(" for {}", span(party.for_ms)));
-    if !who.note.is_empty() {
-        told.push_str(&format!(", {}", who.note.as_str()));
-    }
     told
 }
 
@@ -72,7 +73,7 @@ mod tests {
             shared: false,
             orphan: false,
         };
-        assert_eq!(party(&known), r#""make all" (pid 12, u on h) for 1m02s, job 7"#);
+        assert_eq!(party(&known), r#""make all", job 7 (pid 12, u on h) for 1m02s"#);
         let unknown = Party { protocol: 1, who: Who::default(), ..known };
         assert_eq!(party(&unknown), "a client of protocol 1 for 1m02s");
     }
