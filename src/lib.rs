@@ -31,6 +31,8 @@ pub mod addr;
 pub mod ask;
 pub mod cli;
 pub mod client;
+#[cfg(feature = "etcd")]
+pub mod cluster;
 pub mod daemon;
 pub mod describe;
 pub mod exit;

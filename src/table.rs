@@ -15,12 +15,14 @@
 //!
 //! - Resuming: a daemon that was restarted is told what was held ([`Table::restore`]); such a hold has no client until
 //!   its holder's request comes again, with the same nonce.
+//! - Where hosts share their locks, nothing is given here that was not won from the others: `elsewhere.rs`.
 //!
 //! A lock exists while a request for it does.
 
 #[cfg(test)]
-mod chance;
+pub(crate) mod chance;
 mod effect;
+mod elsewhere;
 mod list;
 mod nested;
 mod request;
@@ -40,7 +42,9 @@ use slab::Slab;
 use crate::proto::v1::State;
 use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{LockId, Nonce, Outcome, Token};
-pub use effect::{Change, Effect, Effects, Loss, What};
+pub use effect::{Change, Effect, Effects, Loss, Stir, What};
+use elsewhere::Elsewhere;
+pub use elsewhere::Wants;
 use list::{Links, List};
 use nested::Nested;
 pub use nested::Step;
@@ -54,7 +58,6 @@ pub use view::{LockView, RequestView};
 pub struct Millis(pub u64);
 
 impl Millis {
-    /// Later than any time.
     /// No moment: later than all.
     pub const NEVER: Millis = Millis(u64::MAX);
 
@@ -73,6 +76,11 @@ pub struct ClientId(pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Mark(u64);
 
+impl Mark {
+    /// Before all requests.
+    pub const NONE: Mark = Mark(0);
+}
+
 /// The locks and the requests for them.
 pub struct Table {
     hasher: KeyedHasher,
@@ -89,6 +97,8 @@ pub struct Table {
     /// Holds that have not resumed.
     orphans: BTreeMap<Token, RequestId>,
     nested: Nested,
+    /// Where each lock must be won from other hosts, what is known of them.
+    elsewhere: Option<Elsewhere>,
     hold_limit: Option<Millis>,
     next_token: u64,
     first_arrival: u64,
@@ -104,6 +114,8 @@ pub struct Config {
     pub first_token: Token,
     /// How long a protocol 1 owner may hold.
     pub hold_limit: Option<Millis>,
+    /// Other hosts have the same locks: each must be won from them before it is given here.
+    pub is_shared: bool,
 }
 
 impl Table {
@@ -120,6 +132,7 @@ impl Table {
             nonces: BTreeMap::new(),
             orphans: BTreeMap::new(),
             nested: Nested::default(),
+            elsewhere: config.is_shared.then(Elsewhere::default),
             hold_limit: config.hold_limit,
             next_token: config.first_token.0,
             // Tokens and places both grow across restarts, and have the same reason to.
@@ -143,7 +156,7 @@ impl Table {
         if self.admits(id) {
             self.grant(now, id, effects);
         } else {
-            self.wait(id, effects);
+            self.wait_or_ask(id, effects);
         }
     }
 
@@ -185,11 +198,13 @@ impl Table {
         if self.admits(id) {
             self.grant(now, id, effects);
         } else if self.refuse_if_held_above(id, effects) {
+            let lock = self.requests[id.index()].lock;
             self.remove_request(id);
+            self.abandon(lock, effects);
         } else if undecided {
             self.deferred.push_back(&mut self.requests, id);
         } else {
-            self.wait(id, effects);
+            self.wait_or_ask(id, effects);
         }
         Ok(())
     }
@@ -218,13 +233,16 @@ impl Table {
                 self.remove_request(id);
                 // An exclusive waiter at the head of the queue may have held back shared ones.
                 self.admit_queue(now, lock, effects);
-                self.remove_if_unused(lock);
+                self.abandon(lock, effects);
             }
-            Stage::Deferred => {
-                let lock = request.lock;
-                self.deferred.unlink(&mut self.requests, id);
+            Stage::Deferred | Stage::Undecided => {
+                let (lock, stage) = (request.lock, request.stage);
+                match stage {
+                    Stage::Undecided => self.unlink_undecided(id),
+                    _ => self.deferred.unlink(&mut self.requests, id),
+                }
                 self.remove_request(id);
-                self.remove_if_unused(lock);
+                self.abandon(lock, effects);
             }
         }
     }
@@ -236,15 +254,23 @@ impl Table {
             && self.requests[id.index()].order < mark.0
         {
             self.deferred.unlink(&mut self.requests, id);
-            let nowait = self.requests[id.index()].asked().is_some_and(|asked| asked.nowait);
             if self.admits(id) {
                 self.grant(now, id, effects);
-            } else if nowait {
-                self.tell(id, What::Busy, effects);
-                self.remove_request(id);
+            } else if self.must_ask(id) {
+                self.ask_elsewhere(id, effects);
             } else {
-                self.wait(id, effects);
+                self.wait_or_go(id, effects);
             }
+        }
+    }
+
+    /// Lets a request wait, for which the lock is not to be had now, or sends it away if it does not want to wait.
+    fn wait_or_go(&mut self, id: RequestId, effects: &mut Effects) {
+        if self.requests[id.index()].asked().is_some_and(|asked| asked.nowait) {
+            self.tell(id, What::Busy, effects);
+            self.remove_request(id);
+        } else {
+            self.wait(id, effects);
         }
     }
 
@@ -289,6 +315,10 @@ impl Table {
     /// Where everything about admission is decided: a request gets in when nobody queues before it, and those who hold
     /// the lock let it in beside them.
     fn admits(&self, id: RequestId) -> bool {
+        if self.elsewhere.is_some() {
+            // Not for us alone to say: see `Table::won`.
+            return false;
+        }
         let request = &self.requests[id.index()];
         let lock = &self.locks[request.lock as usize];
         (lock.queue.is_empty() || lock.queue.head() == Some(id)) && self.holders_admit(lock, request)
@@ -304,11 +334,15 @@ impl Table {
         holder.slots > 1 && lock.holding < request.terms.slots
     }
 
-    /// The one place where a lock is given. (Where each lock must also be won from other hosts, the step between
-    /// "admitted here" and "held" belongs here.)
+    /// Gives a lock under the next token.
     fn grant(&mut self, now: Millis, id: RequestId, effects: &mut Effects) {
         let token = self.next_token;
         self.next_token += 1;
+        self.grant_as(now, id, token, effects);
+    }
+
+    /// The one place where a lock is given.
+    fn grant_as(&mut self, now: Millis, id: RequestId, token: u64, effects: &mut Effects) {
         let request = &mut self.requests[id.index()];
         request.stage = Stage::Holding;
         request.order = token;
@@ -371,6 +405,16 @@ impl Table {
     fn end_hold(&mut self, now: Millis, id: RequestId, outcome: Outcome, effects: &mut Effects) {
         let request = &self.requests[id.index()];
         let (index, token) = (request.lock, Token(request.order));
+        effects.record.push(Change::Ended(token));
+        if self.elsewhere.is_some() {
+            effects.stir.push(Stir::Ended(self.locks[index as usize].id, token, outcome));
+        }
+        self.end_hold_unrecorded(now, id, outcome, effects);
+    }
+
+    fn end_hold_unrecorded(&mut self, now: Millis, id: RequestId, outcome: Outcome, effects: &mut Effects) {
+        let request = &self.requests[id.index()];
+        let (index, token) = (request.lock, Token(request.order));
         if request.deadline != Millis::NEVER {
             self.deadlines.remove(&(request.deadline, id));
         }
@@ -381,7 +425,6 @@ impl Table {
         lock.holding -= 1;
         lock.holders.unlink(&mut self.requests, id);
         self.remove_request(id);
-        effects.record.push(Change::Ended(token));
 
         self.tell_line(index, Line::V1, outcome, token, effects);
         if outcome == Outcome::Vanished {
@@ -412,7 +455,7 @@ impl Table {
             return;
         };
         let lock = &self.locks[lock as usize];
-        if self.holders_admit(lock, &self.requests[oldest.index()]) {
+        if self.elsewhere.is_none() && self.holders_admit(lock, &self.requests[oldest.index()]) {
             self.leave_line(oldest);
             self.grant(now, oldest, effects);
         }
@@ -515,6 +558,7 @@ impl Table {
             Ok(entry) => entry.remove(),
             Err(_) => unreachable!("every lock is found by its identity"),
         };
+        self.forget_elsewhere(index);
         self.locks.remove(index as usize);
     }
 }

@@ -43,6 +43,7 @@ impl Server {
                 debug!("finished: {lock}, token {token}: {outcome}, told {client}")
             }
             What::Busy => debug!("busy: {lock}, told {client}"),
+            What::Unavailable => debug!("unavailable: {lock}, told {client}"),
             What::HeldAbove => debug!("refused: {lock} is held above {client}"),
             What::Deadlock(_) => debug!("refused: {client} would wait for ever for {lock}"),
             What::Expired => debug!("expire: {lock}, held by {client}"),

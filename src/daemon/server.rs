@@ -120,6 +120,7 @@ impl Server {
                 hash_key: RandomState::new().hash_one(0),
                 first_token: Token(micros.max(last + 1)),
                 hold_limit: config.hold_limit.map(millis),
+                is_shared: false,
             }),
             recorder,
             effects: Effects::default(),

@@ -35,6 +35,7 @@ impl Server {
             // Protocol 1 has no words for these: the answer does not come yet, or the connection ends.
             What::Waiting { .. }
             | What::Busy
+            | What::Unavailable
             | What::HeldAbove
             | What::Deadlock(_)
             | What::Expired

@@ -171,6 +171,9 @@ impl Server {
             What::Finished(outcome, token) => Answer::Finished { outcome, token },
             What::Busy => Answer::Busy { holders: holders() },
             What::Lost(Loss::Unknown) => Answer::Lost { why: "the daemon does not know of it".into() },
+            What::Lost(Loss::Elsewhere) => {
+                Answer::Lost { why: "its lease in etcd is lost, or its key there was removed".into() }
+            }
             What::Lost(Loss::Broken) => Answer::Lost { why: "it was broken".into() },
             What::Expired => Answer::Lost { why: "its time is up".into() },
             What::HeldAbove => {
@@ -181,6 +184,10 @@ impl Server {
                 )
             }
             What::Deadlock(within) => error(ErrorCode::Deadlock, self.tell_cycle(within, effect.lock)),
+            What::Unavailable => error(
+                ErrorCode::Unavailable,
+                "etcd cannot be asked whether the lock is free; see the daemon's log",
+            ),
             // That connection is not listened to any more.
             What::Superseded => return,
         };

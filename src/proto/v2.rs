@@ -286,6 +286,10 @@ pub enum ErrorCode {
     Deadlock,
     /// The daemon cannot record the lock, so it does not give it. The connection is closed.
     CannotRecord,
+    /// The other hosts cannot be asked whether the lock is free, and the request was not to wait.
+    Unavailable,
+    /// Hosts that share their locks have exclusive ones only.
+    PerHost,
     /// What a newer daemon may say.
     #[serde(other)]
     Other,

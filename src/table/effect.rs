@@ -39,6 +39,9 @@ pub enum What {
     Expired,
     /// It holds the lock no more, or never did.
     Lost(Loss),
+    /// It did not want to wait, and whether the lock is free cannot be told: the other hosts cannot be asked. The client
+    /// is idle again.
+    Unavailable,
     /// Its request is another connection's now; this one is to be closed.
     Superseded,
 }
@@ -50,6 +53,8 @@ pub enum Loss {
     Unknown,
     /// Somebody broke the lock.
     Broken,
+    /// It is not ours among the hosts any more, or may soon not be.
+    Elsewhere,
 }
 
 /// What a change to the set of holds is, for the journal.
@@ -71,4 +76,15 @@ pub struct Effects {
     pub tell: Vec<Effect>,
     /// To be recorded before any of it is told.
     pub record: Vec<Change>,
+    /// What the other hosts may have to be asked or told; only where there are some.
+    pub stir: Vec<Stir>,
+}
+
+/// What makes it necessary to look at how a lock stands among the hosts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Stir {
+    /// Somebody asks for it, or has stopped asking: see [`super::Table::wants`].
+    Wants(LockId),
+    /// A hold of it here has ended so.
+    Ended(LockId, Token, Outcome),
 }

@@ -136,7 +136,7 @@ impl Search {
                     match request.stage {
                         Stage::Holding => self.token(table, table.locks[index].id, Token(request.order)),
                         Stage::Waiting => self.lock(table, index),
-                        Stage::Deferred => false,
+                        Stage::Deferred | Stage::Undecided => false,
                     }
                 });
         if !arrived {

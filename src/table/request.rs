@@ -57,6 +57,8 @@ impl RequestId {
 pub(super) enum Stage {
     /// Not decided until all that had already happened is in.
     Deferred,
+    /// Not decided until the other hosts have been asked.
+    Undecided,
     Waiting,
     Holding,
 }

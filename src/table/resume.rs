@@ -110,9 +110,12 @@ impl Table {
         }
     }
 
-    /// Takes a lock from all who hold it, and lets whoever is next have it.
+    /// Takes a lock from all who hold it here, and lets whoever is next have it.
     pub fn break_lock(&mut self, now: Millis, lock: LockId, effects: &mut Effects) {
         let Some(index) = self.index_of(lock) else { return };
+        if self.held_here(lock).is_none() {
+            return;
+        }
         // Listed first: those who are let in on the way are not to be broken in turn.
         let holders: Vec<RequestId> = self.locks[index].holders.iter(&self.requests).collect();
         for id in holders {
@@ -164,7 +167,7 @@ impl Table {
                 self.tell(id, What::Granted(token), effects);
             }
             Stage::Waiting => self.tell_waiting(id, effects),
-            Stage::Deferred => {}
+            Stage::Deferred | Stage::Undecided => {}
         }
         Ok(())
     }

@@ -19,7 +19,12 @@ struct Scene {
 impl Scene {
     fn new() -> Scene {
         Scene {
-            table: Table::new(Config { hash_key: 1, first_token: Token(100), hold_limit: Some(LIMIT) }),
+            table: Table::new(Config {
+                hash_key: 1,
+                first_token: Token(100),
+                hold_limit: Some(LIMIT),
+                is_shared: false,
+            }),
             now: Millis(5_000),
         }
     }

@@ -4,6 +4,7 @@ use std::hash::BuildHasher;
 
 use slab::Slab;
 
+use super::list::List;
 use super::{ClientId, Held, Lock, Millis, Request, RequestId, Stage, Table, Terms};
 use crate::proto::v2::{LISTED_MAX, LockRequest};
 use crate::proto::{LockId, Token};
@@ -13,11 +14,15 @@ use crate::proto::{LockId, Token};
 pub struct LockView<'a> {
     lock: &'a Lock,
     requests: &'a Slab<Request>,
+    /// Those of whom it is not decided yet whether they have to wait.
+    undecided: List,
+    /// The hold of another host.
+    elsewhere: Option<RequestId>,
 }
 
 /// A holder or a waiter.
 pub struct RequestView<'a> {
-    /// Who it is. `None`: it was not heard of since a restart of the daemon.
+    /// Who it is. `None`: it was not heard of since a restart of the daemon, or is another host's.
     pub client: Option<ClientId>,
     /// When it was granted the lock, or asked for it.
     pub since: Millis,
@@ -27,6 +32,8 @@ pub struct RequestView<'a> {
     pub held: Option<Held>,
     /// On what terms it holds or waits.
     pub terms: Terms,
+    /// It is the hold of another host.
+    pub is_elsewhere: bool,
 }
 
 impl Table {
@@ -56,7 +63,8 @@ impl Table {
     }
 
     fn view(&self, index: usize) -> LockView<'_> {
-        LockView { lock: &self.locks[index], requests: &self.requests }
+        let (undecided, elsewhere) = (self.undecided(index as u32), self.holder_elsewhere(index as u32));
+        LockView { lock: &self.locks[index], requests: &self.requests, undecided, elsewhere }
     }
 }
 
@@ -69,7 +77,7 @@ impl<'a> LockView<'a> {
     /// The lock's key, when one of its holders or waiters has told it.
     pub fn key(&self) -> Option<&'a str> {
         // The first of a line knows it, unless it is of protocol 1 (then all of its line are) or has not resumed yet.
-        let lines = [self.lock.holders, self.lock.once_waiters, self.lock.queue];
+        let lines = [self.lock.holders, self.lock.once_waiters, self.lock.queue, self.undecided];
         let first = lines.into_iter().flat_map(|line| line.iter(self.requests).take(LISTED_MAX));
         first.filter_map(|id| self.requests[id.index()].asked()).map(|asked| asked.key.as_str()).next()
     }
@@ -90,14 +98,15 @@ impl<'a> LockView<'a> {
         self.lock.holders.iter(self.requests).map(move |id| this.request(id))
     }
 
-    /// Those who wait: the queue, then the once waiters, then those of protocol 1; in each the oldest first.
+    /// Those who wait: the queue, then the once waiters, then those of protocol 1, then those of whom the other hosts have
+    /// not said whether they have to; in each the oldest first.
     pub fn waiters(&self) -> impl Iterator<Item = RequestView<'a>> {
         let (requests, this) = (self.requests, *self);
-        let lines = [self.lock.queue, self.lock.once_waiters, self.lock.v1_waiters];
+        let lines = [self.lock.queue, self.lock.once_waiters, self.lock.v1_waiters, self.undecided];
         lines.into_iter().flat_map(move |line| line.iter(requests)).map(move |id| this.request(id))
     }
 
-    fn request(&self, id: RequestId) -> RequestView<'a> {
+    pub(super) fn request(&self, id: RequestId) -> RequestView<'a> {
         let request = &self.requests[id.index()];
         let details = request.details.as_deref();
         let held = (request.stage == Stage::Holding).then(|| Held {
@@ -114,6 +123,7 @@ impl<'a> LockView<'a> {
             asked: request.asked(),
             held,
             terms: request.terms,
+            is_elsewhere: self.elsewhere == Some(id),
         }
     }
 }

@@ -113,8 +113,18 @@ fn any_status() -> impl Strategy<Value = LockStatus> {
 fn any_answer() -> impl Strategy<Value = Answer> {
     use ErrorCode::*;
     let parties = || vec(any_party(), 0..3);
-    let code =
-        select(&[BadFrame, UnknownType, BadRequest, BadKey, WrongState, NotPermitted, CannotRecord, Other]);
+    let code = select(&[
+        BadFrame,
+        UnknownType,
+        BadRequest,
+        BadKey,
+        WrongState,
+        NotPermitted,
+        CannotRecord,
+        Unavailable,
+        PerHost,
+        Other,
+    ]);
     prop_oneof![
         (any_string(0..20), any::<u32>()).prop_map(|(version, pid)| Answer::Hello { version, pid }),
         any_token().prop_map(|token| Answer::Granted { token }),

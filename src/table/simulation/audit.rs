@@ -5,7 +5,7 @@ use super::super::{ClientId, Line, Millis, RequestId, Stage, Table};
 
 impl Table {
     /// Panics when the table's parts contradict each other.
-    pub(super) fn audit(&self) {
+    pub(crate) fn audit(&self) {
         assert_eq!(self.by_id.len(), self.locks.len(), "every lock is found by its identity, once");
         let mut listed = self.audit_list(self.deferred, Stage::Deferred).len();
         let mut deferred = vec![0; self.locks.capacity()];
@@ -32,7 +32,8 @@ impl Table {
             assert!(ids.iter().all(|id| its(id) == kind), "a request waits in the wrong line");
             ids
         });
-        let all = holders.iter().chain(lines.iter().flatten());
+        let undecided = self.audit_list(self.undecided(index as u32), Stage::Undecided);
+        let all = holders.iter().chain(lines.iter().flatten()).chain(&undecided);
         assert!(all.clone().all(|&id| self.lock_of(id) == index), "a request is listed by another's lock");
         assert_eq!(lock.holding as usize, holders.len(), "the count of holders is wrong");
         assert_eq!(lock.queued as usize, lines[2].len(), "the count of the queue is wrong");
@@ -62,7 +63,9 @@ impl Table {
             );
             count += 1;
         }
-        assert_eq!(count + self.orphans.len(), self.requests.len(), "a request has no client");
+        let elsewhere = self.locks.iter().filter(|(index, _)| self.holder_elsewhere(*index as u32).is_some());
+        let others = self.orphans.len() + elsewhere.count();
+        assert_eq!(count + others, self.requests.len(), "a request has no client");
     }
 
     fn audit_deadlines(&self) {

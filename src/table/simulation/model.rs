@@ -206,6 +206,7 @@ impl Model {
             What::Expired => self.expired(event, client),
             What::HeldAbove | What::Deadlock(_) => panic!("nobody asks under another lock here"),
             What::Lost(_) | What::Superseded => panic!("nobody resumes or breaks anything here"),
+            What::Unavailable => panic!("there are no other hosts here"),
         }
     }
 

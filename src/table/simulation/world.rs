@@ -80,7 +80,7 @@ impl World {
             step: 0,
             past: VecDeque::new(),
             now: Millis(chance.below(1_000_000)),
-            table: Table::new(Config { hash_key, first_token, hold_limit }),
+            table: Table::new(Config { hash_key, first_token, hold_limit, is_shared: false }),
             model: Model::new(clients, odds.hot_keys as usize + COLD_KEYS, hold_limit),
             speaks_v1: (0..clients).map(|_| chance.percent(odds.v1)).collect(),
             effects: Effects::default(),

@@ -1,0 +1,399 @@
+//! How this host stands among the hosts that share their locks: a line for each lock, in etcd, in which the first holds.
+//!
+//! A state machine like the table, without input or output: it is told what the table needs ([`Stir`]), what etcd has
+//! answered ([`Cluster::answered`]) and what the watch has seen ([`Cluster::heard`]); it tells the table who holds what
+//! elsewhere and what this host has won, and says what etcd is to be asked next ([`Cluster::take_asks`]). Nothing here
+//! knows of connections, threads or encodings, so that `cluster/simulation.rs` can drive three hosts through every
+//! kind of failure.
+//!
+//! The rules (`docs/cluster.md` has them for users):
+//! - A host has at most one place in the line of a lock, and at most one question about it under way. Its own clients
+//!   wait in its own table.
+//! - Each question ends with reading the line, so that its answer is a whole truth as of some revision; what the watch
+//!   sees later is applied to that. Which question came through and which did not is not remembered but read.
+//! - A place is given up in the transaction that says how the hold ended. One that goes without a word belonged to a
+//!   holder that vanished.
+//! - What a place is called is never used again. A place of this host that it does not know of (a question that was
+//!   given up for lost, and came through after all) is removed.
+
+mod contest;
+#[cfg(test)]
+mod simulation;
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use serde::{Deserialize, Serialize};
+
+use crate::proto::v2::{Mode, Text, Who};
+use crate::proto::{LockId, Outcome, Token};
+use crate::table::{Effects, Mark, Millis, RequestView, Stir, Table};
+use contest::Contest;
+
+/// When etcd cannot be asked, how long until it is asked again.
+const PAUSE: Millis = Millis(500);
+
+/// A revision of etcd's store.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Revision(pub i64);
+
+/// Names a lease: its number in hexadecimal digits, with which the names of all its places begin.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LeaseName(pub String);
+
+impl LeaseName {
+    /// What a place is called: nobody else calls one so.
+    fn place(&self, number: u64) -> String {
+        format!("{}.{number:x}", self.0)
+    }
+
+    fn is_of(&self, place: &str) -> bool {
+        place.strip_prefix(&*self.0).is_some_and(|rest| rest.starts_with('.'))
+    }
+}
+
+/// Who has a place, for people on other hosts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Claim {
+    /// The lock's key, if it is known here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub key: Option<String>,
+    /// The machine of the daemon.
+    pub host: Text,
+    /// The protocol that the client speaks.
+    pub protocol: u8,
+    /// What it waits for, if it has to.
+    #[serde(default)]
+    pub mode: Mode,
+    /// What it has told of itself.
+    #[serde(default)]
+    pub who: Who,
+    /// When the place was taken: milliseconds since 1970, by the clock of that machine.
+    #[serde(default)]
+    pub since_ms: u64,
+}
+
+/// How a hold has ended: what a host leaves behind for those who waited.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Which hold.
+    pub token: Token,
+    /// How.
+    pub outcome: Outcome,
+}
+
+/// A place in the line of a lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Contender {
+    /// What the place is called.
+    pub place: String,
+    /// When it was taken. The lowest of a line holds the lock, and this is its token.
+    pub revision: Revision,
+    /// Whose it is. `None`: not kmutex's.
+    pub claim: Option<Claim>,
+}
+
+/// The line of a lock, as it was at a revision.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Line {
+    /// When.
+    pub revision: Revision,
+    /// Who stands in it.
+    pub contenders: Vec<Contender>,
+    /// How the last hold ended that somebody has told of.
+    pub last: Option<Record>,
+}
+
+/// What the watch has seen of a lock.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Heard {
+    /// Somebody has taken a place.
+    Joined(Contender),
+    /// The place of this name is gone.
+    Left(String),
+    /// Somebody has told how a hold ended.
+    Recorded(Record),
+}
+
+/// A question to etcd, about the line of one lock. The answer is its [`Line`] afterwards.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Ask {
+    /// To be named in the answer.
+    pub id: u64,
+    /// Which lock.
+    pub lock: LockId,
+    /// What.
+    pub what: Question,
+}
+
+/// What etcd is to do before it reads the line.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Question {
+    /// Nothing.
+    Read,
+    /// Take this place if nobody has one.
+    Try {
+        /// What it is called.
+        place: String,
+        /// Whose it is.
+        claim: Box<Claim>,
+    },
+    /// Take this place behind all others.
+    Stand {
+        /// What it is called.
+        place: String,
+        /// Whose it is.
+        claim: Box<Claim>,
+    },
+    /// Give up this place, if it is the one that was taken at this revision, and all in one:
+    Leave {
+        /// What it is called.
+        place: String,
+        /// When it was taken.
+        revision: Revision,
+        /// How the hold ended, to be left behind.
+        record: Option<Record>,
+        /// Where to stand next, behind all others.
+        next: Option<(String, Box<Claim>)>,
+    },
+}
+
+/// Why there is no answer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Failure {
+    /// Nothing was done.
+    NotDone,
+    /// It may have been done, or may yet be.
+    Unknown,
+    /// Nothing was done, because the lease is gone.
+    LeaseGone,
+}
+
+/// The standing of this host in all lines that concern it.
+pub struct Cluster {
+    /// `None`: there is none at the moment, so that nothing can be asked.
+    lease: Option<LeaseName>,
+    /// Until when the lease, and so all that is held here, may be relied upon.
+    good_until: Millis,
+    contests: BTreeMap<LockId, Contest>,
+    /// Those to be looked at.
+    stirred: BTreeSet<LockId>,
+    /// Those that have something to ask, and cannot at the moment.
+    pending: BTreeSet<LockId>,
+    asks: Vec<Ask>,
+    /// The last question did not come through: when to try again, with one question first.
+    retry_at: Option<Millis>,
+    next_id: u64,
+    next_place: u64,
+}
+
+impl Cluster {
+    /// Nothing is known yet. Places are numbered from `first_place`, which must be higher than any number before.
+    pub fn new(first_place: u64) -> Cluster {
+        Cluster {
+            lease: None,
+            good_until: Millis(0),
+            contests: BTreeMap::new(),
+            stirred: BTreeSet::new(),
+            pending: BTreeSet::new(),
+            asks: Vec::new(),
+            retry_at: None,
+            next_id: 0,
+            next_place: first_place,
+        }
+    }
+
+    /// There is a lease, new or kept alive, which may be relied on until then.
+    pub fn leased(&mut self, lease: LeaseName, good_until: Millis) {
+        if self.lease.as_ref() != Some(&lease) {
+            self.lease = Some(lease);
+            self.good_until = good_until;
+        }
+        self.good_until = self.good_until.max(good_until);
+        self.can_ask_again();
+    }
+
+    /// The lease is gone, or may soon be: whatever this host holds, it holds no more.
+    pub fn lost_lease(&mut self, table: &mut Table, now: Millis, effects: &mut Effects) {
+        self.lease = None;
+        let mut held = Vec::new();
+        let mut cursor = 0;
+        while let Some((lock, next)) = table.next_lock(cursor) {
+            held.extend(table.held_here(lock.id()).map(|_| lock.id()));
+            cursor = next;
+        }
+        for lock in held {
+            table.lose(now, lock, effects);
+        }
+        for (lock, contest) in &mut self.contests {
+            contest.lose_place();
+            // The next lease may be of another store, whose revisions begin anew.
+            contest.forget_line(Revision(0));
+            self.stirred.insert(*lock);
+        }
+    }
+
+    /// Until when what is held here may be relied on. `None`: it may not.
+    pub fn good_until(&self) -> Option<Millis> {
+        self.lease.as_ref().map(|_| self.good_until)
+    }
+
+    /// When to try again to ask what could not be asked.
+    pub fn retry_at(&self) -> Option<Millis> {
+        self.retry_at.filter(|_| self.lease.is_some() && !self.pending.is_empty())
+    }
+
+    /// True while questions do not come through.
+    pub fn is_away(&self) -> bool {
+        self.retry_at.is_some()
+    }
+
+    /// No question comes through at the moment, whatever it is.
+    pub fn cannot_ask(&mut self, now: Millis) {
+        self.retry_at = Some(now.plus(PAUSE));
+    }
+
+    fn can_ask_again(&mut self) {
+        if self.lease.is_some() {
+            self.retry_at = None;
+            self.stirred.append(&mut self.pending);
+        }
+    }
+
+    /// Takes note of what has changed in the table.
+    pub fn stir(&mut self, stir: Stir) {
+        let lock = match stir {
+            Stir::Wants(lock) => lock,
+            Stir::Ended(lock, token, outcome) => {
+                if let Some(contest) = self.contests.get_mut(&lock) {
+                    contest.ended(token, outcome);
+                }
+                lock
+            }
+        };
+        self.stirred.insert(lock);
+    }
+
+    /// The watch has seen this of a lock, at this revision.
+    pub fn heard(&mut self, lock: LockId, revision: Revision, what: Heard) {
+        if let Some(contest) = self.contests.get_mut(&lock) {
+            contest.heard(revision, what);
+        } else if let (Heard::Joined(contender), Some(lease)) = (&what, &self.lease)
+            && lease.is_of(&contender.place)
+        {
+            // Given up for lost, and come through after all. It is looked into.
+            self.contests.insert(lock, Contest::unread());
+        } else {
+            return;
+        }
+        self.stirred.insert(lock);
+    }
+
+    /// The watch has missed something up to this revision, and sees all that comes after.
+    pub fn missed(&mut self, revision: Revision) {
+        for (lock, contest) in &mut self.contests {
+            contest.forget_line(revision);
+            self.stirred.insert(*lock);
+        }
+    }
+
+    /// A question was answered, or not.
+    pub fn answered(
+        &mut self,
+        table: &mut Table,
+        now: Millis,
+        (lock, id): (LockId, u64),
+        answer: Result<Line, Failure>,
+        effects: &mut Effects,
+    ) {
+        let Some(contest) = self.contests.get_mut(&lock) else { return };
+        self.stirred.insert(lock);
+        match answer {
+            Ok(line) => {
+                contest.answered(id, line);
+                self.can_ask_again();
+            }
+            Err(failure) => {
+                if let Some(mark) = contest.not_answered(id, failure) {
+                    table.unavailable(lock, mark, effects);
+                }
+                if failure != Failure::LeaseGone {
+                    self.cannot_ask(now);
+                }
+            }
+        }
+    }
+
+    /// Looks at all that was stirred: tells the table what is true, and makes up the questions that follow.
+    pub fn review(&mut self, table: &mut Table, now: Millis, effects: &mut Effects) {
+        let may_probe = self.retry_at.is_none_or(|at| at <= now);
+        if may_probe {
+            self.stirred.append(&mut self.pending);
+        }
+        for lock in std::mem::take(&mut self.stirred) {
+            self.contests.entry(lock).or_default().sync(table, now, lock, effects);
+            // One question tells whether the others have a chance.
+            let has_probed = self.is_away() && !self.asks.is_empty();
+            if self.lease.is_some() && may_probe && !has_probed {
+                self.ask(table, lock);
+            } else if self.contests[&lock].needs(table, lock) {
+                self.pending.insert(lock);
+                if self.is_away() {
+                    table.unavailable(lock, table.mark(), effects);
+                }
+            }
+            if self.contests[&lock].is_over(table, lock) {
+                self.contests.remove(&lock);
+            }
+        }
+        if self.is_away() && !self.asks.is_empty() {
+            self.retry_at = Some(now.plus(PAUSE));
+        }
+    }
+
+    /// What etcd is to be asked.
+    pub fn take_asks(&mut self) -> Vec<Ask> {
+        std::mem::take(&mut self.asks)
+    }
+
+    /// True when [`Cluster::review`] has something to look at now.
+    pub fn is_stirred(&self, now: Millis) -> bool {
+        !self.stirred.is_empty() || self.retry_at().is_some_and(|at| at <= now)
+    }
+
+    /// Who has the first place of a lock, as far as it is known.
+    pub fn holder(&self, lock: LockId) -> Option<&Contender> {
+        self.contests.get(&lock)?.first()
+    }
+
+    fn ask(&mut self, table: &Table, lock: LockId) {
+        let (Some(contest), Some(lease)) = (self.contests.get_mut(&lock), &self.lease) else { return };
+        let place = lease.place(self.next_place);
+        let Some(what) = contest.question(table, lock, lease, place) else { return };
+        self.next_place += 1;
+        self.next_id += 1;
+        contest.asked(self.next_id, table.mark(), &what);
+        self.asks.push(Ask { id: self.next_id, lock, what });
+    }
+}
+
+impl Claim {
+    /// On behalf of a request. Host and time are for the caller to fill in.
+    fn of(key: Option<&str>, request: &RequestView<'_>) -> Claim {
+        let asked = request.asked;
+        Claim {
+            key: key.map(Into::into),
+            protocol: request.terms.protocol,
+            mode: asked.map_or(Mode::Once, |asked| asked.mode),
+            who: asked.map(|asked| asked.who.clone()).unwrap_or_default(),
+            ..Claim::default()
+        }
+    }
+}
+
+/// A question that is under way, and what it may have done.
+#[derive(Debug)]
+struct Asked {
+    id: u64,
+    /// Those who had come when it was asked.
+    mark: Mark,
+}

@@ -1,0 +1,271 @@
+//! The contest for one lock: its line as far as it is known, this host's place in it, and what to ask next.
+
+use std::collections::BTreeMap;
+
+use super::{Asked, Claim, Contender, Failure, Heard, LeaseName, Line, Question, Record, Revision};
+use crate::proto::{LockId, Outcome, Token};
+use crate::table::{Effects, Mark, Millis, Table};
+
+#[derive(Debug, Default)]
+pub(super) struct Contest {
+    /// The first holds.
+    line: BTreeMap<Revision, Contender>,
+    /// The revision that the line is true of. `None`: it is not known.
+    as_of: Option<Revision>,
+    /// The last revision that something was heard of before the line was known.
+    missed: Revision,
+    /// It must be read before anything else, because it is not certain what has been done.
+    must_read: bool,
+    /// How the last hold ended that anybody has told of.
+    last: Option<Record>,
+    /// The hold of another host that the table knows of.
+    told: Option<Told>,
+    /// What this host's place is called, and what the one is called that may have taken its stead.
+    mine: Option<String>,
+    next: Option<String>,
+    /// The place is to be given up.
+    leaves: Option<Leaving>,
+    asked: Option<Asked>,
+    /// Those who had come before the last question that was answered.
+    mark: Option<Mark>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Told {
+    token: Token,
+    is_kmutex: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Leaving {
+    token: Token,
+    record: Option<Record>,
+}
+
+impl Contest {
+    /// One of which something is known, and nothing certain.
+    pub(super) fn unread() -> Contest {
+        Contest { must_read: true, ..Contest::default() }
+    }
+
+    pub(super) fn first(&self) -> Option<&Contender> {
+        self.line.first_key_value().map(|(_, contender)| contender)
+    }
+
+    /// A hold of this host has ended.
+    pub(super) fn ended(&mut self, token: Token, outcome: Outcome) {
+        // After a restart it may not be known yet what the place is called, nor whether it is there.
+        if self.mine.is_some() || self.as_of.is_none() {
+            // To say nothing is to say that the holder has vanished.
+            let record = (outcome != Outcome::Vanished).then_some(Record { token, outcome });
+            self.leaves = Some(Leaving { token, record });
+        }
+    }
+
+    pub(super) fn lose_place(&mut self) {
+        (self.mine, self.next, self.leaves) = (None, None, None);
+    }
+
+    /// What happened up to this revision is not known.
+    pub(super) fn forget_line(&mut self, revision: Revision) {
+        self.as_of = None;
+        self.missed = revision;
+        self.must_read = true;
+    }
+
+    pub(super) fn heard(&mut self, revision: Revision, what: Heard) {
+        let Some(as_of) = self.as_of else {
+            self.missed = self.missed.max(revision);
+            return;
+        };
+        // Several events may have the same revision; what is done twice is done once.
+        if revision < as_of {
+            return;
+        }
+        self.as_of = Some(revision);
+        match what {
+            Heard::Joined(contender) => drop(self.line.insert(contender.revision, contender)),
+            Heard::Left(place) => self.line.retain(|_, contender| contender.place != place),
+            Heard::Recorded(record) => self.last = Some(record),
+        }
+    }
+
+    pub(super) fn asked(&mut self, id: u64, mark: Mark, what: &Question) {
+        self.asked = Some(Asked { id, mark });
+        match what {
+            Question::Read => {}
+            Question::Try { place, .. } | Question::Stand { place, .. } => self.mine = Some(place.clone()),
+            Question::Leave { next, .. } => self.next = next.as_ref().map(|(place, _)| place.clone()),
+        }
+    }
+
+    pub(super) fn answered(&mut self, id: u64, line: Line) {
+        let Some(asked) = self.asked.take_if(|asked| asked.id == id) else { return };
+        if self.as_of.is_none_or(|as_of| as_of <= line.revision) {
+            self.as_of = Some(line.revision);
+            self.line = line.contenders.into_iter().map(|one| (one.revision, one)).collect();
+            self.last = line.last;
+        }
+        self.must_read = self.missed > line.revision;
+        self.missed = Revision(0);
+        if self.must_read {
+            self.as_of = None;
+        }
+        self.mark = Some(asked.mark);
+        self.find_place();
+    }
+
+    /// What this host's place is by now.
+    fn find_place(&mut self) {
+        if let Some(next) = self.next.take()
+            && self.revision_of(&next).is_some()
+        {
+            self.mine = Some(next);
+            self.leaves = None;
+        } else if let Some(mine) = &self.mine {
+            if self.revision_of(mine).is_none() {
+                self.lose_place();
+            }
+        } else if let Some(Leaving { token, .. }) = self.leaves {
+            match self.line.get(&Revision(token.0 as i64)) {
+                Some(place) => self.mine = Some(place.place.clone()),
+                None => self.lose_place(),
+            }
+        }
+    }
+
+    fn revision_of(&self, place: &str) -> Option<Revision> {
+        self.line.values().find(|contender| contender.place == place).map(|contender| contender.revision)
+    }
+
+    /// There is no answer to a question. Returns the mark of those whom it concerned.
+    pub(super) fn not_answered(&mut self, id: u64, failure: Failure) -> Option<Mark> {
+        let asked = self.asked.take_if(|asked| asked.id == id)?;
+        if failure == Failure::Unknown || self.as_of.is_none() {
+            self.must_read = true;
+        } else {
+            self.find_place();
+        }
+        Some(asked.mark)
+    }
+
+    /// Tells the table what is true of the other hosts, and what this one has won.
+    pub(super) fn sync(&mut self, table: &mut Table, now: Millis, lock: LockId, effects: &mut Effects) {
+        if self.must_read || self.as_of.is_none() {
+            return;
+        }
+        let first = self.first().map(|first| (Token(first.revision.0 as u64), first.claim.is_some()));
+        if let Some(held) = table.held_here(lock) {
+            match self.line.get(&Revision(held.0 as i64)) {
+                Some(place) if self.mine.is_none() => self.mine = Some(place.place.clone()),
+                Some(_) => {}
+                // Somebody has removed it.
+                None => {
+                    self.lose_place();
+                    table.lose(now, lock, effects);
+                }
+            }
+            return;
+        }
+        if let Some(told) = self.told
+            && first.is_none_or(|(token, _)| token != told.token)
+        {
+            self.told = None;
+            table.ended_elsewhere(now, lock, self.outcome_of(told), effects);
+        }
+        let Some((token, is_kmutex)) = first else { return };
+        let place = self.first().map(|first| &first.place);
+        if self.next.is_some() && place == self.next.as_ref() {
+            // The watch was faster than the answer, which will say that this is mine.
+        } else if self.mine.is_some() && place == self.mine.as_ref() {
+            if self.leaves.is_none() && !table.won(now, lock, token, effects) {
+                self.leaves = Some(Leaving { token, record: None });
+            }
+        } else if table.find(lock).is_some() {
+            self.told = Some(Told { token, is_kmutex });
+            table.held_elsewhere(now, lock, token, self.mark.unwrap_or(Mark::NONE), effects);
+        }
+    }
+
+    /// How a hold ended whose place is gone.
+    fn outcome_of(&self, told: Told) -> Outcome {
+        match self.last {
+            // Either its own word, or that of one who came after it, which will do for those who waited.
+            Some(last) if last.token >= told.token => last.outcome,
+            _ if told.is_kmutex => Outcome::Vanished,
+            _ => Outcome::Unknown,
+        }
+    }
+
+    /// What is to be asked now. A new place would be called `place`.
+    pub(super) fn question(
+        &mut self,
+        table: &Table,
+        lock: LockId,
+        lease: &LeaseName,
+        place: String,
+    ) -> Option<Question> {
+        if self.asked.is_some() {
+            return None;
+        }
+        let wants = table.wants(lock);
+        if self.must_read || (self.as_of.is_none() && table.held_here(lock).is_some()) {
+            return Some(Question::Read);
+        }
+        let claim = || {
+            let key = table.find(lock).and_then(|lock| lock.key().map(String::from));
+            let contender = table.contender(lock);
+            Box::new(contender.map(|one| Claim::of(key.as_deref(), &one)).unwrap_or_default())
+        };
+        if let Some(stray) = self.stray(lease) {
+            let (place, revision) = (stray.place.clone(), stray.revision);
+            return Some(Question::Leave { place, revision, record: None, next: None });
+        }
+        let Some((mine, revision)) = self.place() else {
+            return match wants {
+                _ if wants.turn => Some(Question::Stand { place, claim: claim() }),
+                _ if wants.word || wants.succession => Some(Question::Try { place, claim: claim() }),
+                _ => None,
+            };
+        };
+        let held = table.held_here(lock).is_some();
+        match self.leaves {
+            Some(Leaving { record, .. }) => {
+                let next = wants.turn.then(|| (place, claim()));
+                Some(Question::Leave { place: mine, revision, record, next })
+            }
+            None if held => None,
+            // Nobody waits for their turn any more.
+            None if !wants.turn => Some(Question::Leave { place: mine, revision, record: None, next: None }),
+            None if wants.word => Some(Question::Read),
+            None => None,
+        }
+    }
+
+    /// True when there is something to ask, or will be.
+    pub(super) fn needs(&self, table: &Table, lock: LockId) -> bool {
+        self.asked.is_none()
+            && (self.must_read
+                || self.leaves.is_some()
+                || !table.wants(lock).is_nothing()
+                || (self.as_of.is_none() && table.held_here(lock).is_some())
+                || (self.mine.is_some() && table.held_here(lock).is_none()))
+    }
+
+    /// True when nothing is left to do or to know.
+    pub(super) fn is_over(&self, table: &Table, lock: LockId) -> bool {
+        self.asked.is_none() && !self.must_read && self.mine.is_none() && table.find(lock).is_none()
+    }
+
+    fn place(&self) -> Option<(String, Revision)> {
+        let mine = self.mine.clone()?;
+        let revision = self.revision_of(&mine)?;
+        Some((mine, revision))
+    }
+
+    /// A place of this host that is not the one it knows of.
+    fn stray(&self, lease: &LeaseName) -> Option<&Contender> {
+        let is_mine = |contender: &&Contender| Some(&contender.place) == self.mine.as_ref();
+        self.line.values().filter(|contender| lease.is_of(&contender.place)).find(|one| !is_mine(one))
+    }
+}

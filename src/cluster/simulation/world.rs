@@ -1,0 +1,524 @@
+//! The hosts and their clients, and what becomes of them.
+
+use std::collections::BTreeMap;
+
+use super::super::{Ask, Cluster, Failure, LeaseName, Line, Question};
+use super::store::Store;
+use crate::proto::v2::{LockRequest, Mode};
+use crate::proto::{Key, LockId, Outcome, Token};
+use crate::table::chance::Chance;
+use crate::table::{self, ClientId, Effects, Millis, Table, What};
+
+const HOSTS: usize = 3;
+const CLIENTS: u32 = 6;
+const KEYS: u64 = 3;
+const TTL: u64 = 1_000;
+const MARGIN: u64 = 250;
+
+/// How often each thing came up.
+pub(super) type Seen = BTreeMap<&'static str, u64>;
+
+#[derive(Clone, Copy, Debug)]
+enum Client {
+    Idle,
+    /// Since this step.
+    Asking {
+        key: usize,
+        since: u64,
+        nowait: bool,
+    },
+    Holding {
+        key: usize,
+    },
+}
+
+struct Host {
+    table: Table,
+    cluster: Cluster,
+    clients: Vec<Client>,
+    effects: Effects,
+    lease: Option<String>,
+    leases_had: u64,
+    next_keep: u64,
+    watched: usize,
+    /// It cannot reach etcd until then.
+    cut_until: u64,
+    /// It does nothing at all until then.
+    frozen_until: u64,
+    flights: Vec<Flight>,
+}
+
+/// A question on its way, or its answer.
+struct Flight {
+    ask: Ask,
+    lease: LeaseName,
+    /// When etcd gets it. `None`: it has, or never will.
+    arrives: Option<u64>,
+    /// When the host hears of it. `None`: it has given up waiting.
+    returns: Option<u64>,
+    answer: Result<Line, Failure>,
+}
+
+pub(super) struct World {
+    seed: u64,
+    chance: Chance,
+    now: u64,
+    step: u64,
+    store: Store,
+    hosts: Vec<Host>,
+    keys: Vec<Key>,
+    /// By key: the last token, the last step at which a hold had an end, the last at which anybody stood in line.
+    tokens: Vec<Token>,
+    ended: Vec<u64>,
+    occupied: Vec<u64>,
+    calm: bool,
+    seen: Seen,
+}
+
+impl World {
+    pub(super) fn new(seed: u64) -> World {
+        let host = |number: u64| Host {
+            table: Table::new(table::Config {
+                hash_key: seed,
+                first_token: Token(1_000_000),
+                hold_limit: None,
+                is_shared: true,
+            }),
+            cluster: Cluster::new(number << 32),
+            clients: vec![Client::Idle; CLIENTS as usize],
+            effects: Effects::default(),
+            lease: None,
+            leases_had: 0,
+            next_keep: 0,
+            watched: 0,
+            cut_until: 0,
+            frozen_until: 0,
+            flights: Vec::new(),
+        };
+        World {
+            seed,
+            chance: Chance(seed),
+            now: 1,
+            step: 0,
+            store: Store::default(),
+            hosts: (0..HOSTS as u64).map(host).collect(),
+            keys: (0..KEYS).map(|n| Key::new(format!("key {n}")).unwrap()).collect(),
+            tokens: vec![Token(0); KEYS as usize],
+            ended: vec![0; KEYS as usize],
+            occupied: vec![0; KEYS as usize],
+            calm: seed % 5 == 0,
+            seen: Seen::new(),
+        }
+    }
+
+    pub(super) fn run(mut self, steps: u64) -> Seen {
+        for _ in 0..steps {
+            self.step();
+            let host = self.chance.below(HOSTS as u64) as usize;
+            if self.hosts[host].frozen_until <= self.now {
+                self.act(host);
+                self.settle(host);
+            }
+            if !self.calm {
+                self.trouble();
+            }
+        }
+        self.drain();
+        std::mem::take(&mut self.seen)
+    }
+
+    /// Time passes; etcd, the links and the daemons do their part.
+    fn step(&mut self) {
+        self.step += 1;
+        self.now += self.chance.below(8);
+        let expired = self.store.expire(self.now);
+        self.note("expired", expired);
+        if expired > 0 {
+            self.ended.fill(self.step);
+        }
+        for host in 0..HOSTS {
+            self.carry(host);
+            if self.hosts[host].frozen_until <= self.now {
+                self.turn(host);
+            }
+        }
+        for (key, occupied) in self.keys.iter().zip(&mut self.occupied) {
+            if !self.store.line(key.id()).contenders.is_empty() {
+                *occupied = self.step;
+            }
+        }
+    }
+
+    /// Questions arrive at etcd.
+    fn carry(&mut self, host: usize) {
+        for flight in &mut self.hosts[host].flights {
+            if flight.arrives.is_some_and(|at| at <= self.now) {
+                flight.arrives = None;
+                flight.answer = self.store.carry_out(&flight.ask, &flight.lease);
+                if let Question::Leave { .. } = flight.ask.what {
+                    // For other hosts, this is when it ends.
+                    let key = self.keys.iter().position(|key| key.id() == flight.ask.lock).unwrap();
+                    self.ended[key] = self.step;
+                }
+                // What is said after the host has given up is not heard.
+                if flight.returns.is_none() {
+                    *self.seen.entry("late question").or_default() += 1;
+                }
+            }
+        }
+    }
+
+    /// One turn of a daemon's loop.
+    fn turn(&mut self, host: usize) {
+        let now = self.now;
+        // Before anything else: may what is held be relied on still?
+        if self.hosts[host].cluster.good_until().is_some_and(|until| until.0 <= now) {
+            self.lose_lease(host);
+        }
+        self.keep_lease(host);
+        let cut = self.hosts[host].cut_until > now;
+        if !cut && self.chance.percent(30) {
+            self.watch(host);
+        }
+        let mut flights = std::mem::take(&mut self.hosts[host].flights);
+        flights.retain_mut(|flight| {
+            if flight.returns.is_some_and(|at| at <= now) {
+                flight.returns = None;
+                let answer = flight.answer.clone();
+                if answer == Err(Failure::LeaseGone) {
+                    self.lose_lease(host);
+                }
+                let about = (flight.ask.lock, flight.ask.id);
+                self.feed(host, |table, cluster, effects| {
+                    cluster.answered(table, Millis(now), about, answer, effects);
+                });
+            }
+            flight.arrives.is_some() || flight.returns.is_some()
+        });
+        self.hosts[host].flights = flights;
+        self.settle(host);
+    }
+
+    fn settle(&mut self, host: usize) {
+        let now = Millis(self.now);
+        if let Some(mark) = self.hosts[host].table.deferred() {
+            self.feed(host, |table, _, effects| table.settle(now, mark, effects));
+        }
+        let mut rounds = 0;
+        while self.hosts[host].cluster.is_stirred(now) {
+            self.feed(host, |table, cluster, effects| cluster.review(table, now, effects));
+            rounds += 1;
+            assert!(rounds < 20, "it does not come to rest");
+        }
+        for ask in self.hosts[host].cluster.take_asks() {
+            self.send(host, ask);
+        }
+    }
+
+    fn send(&mut self, host: usize, ask: Ask) {
+        let lease = LeaseName(self.hosts[host].lease.clone().expect("nothing is asked without a lease"));
+        let soon = self.now + 1 + self.chance.below(20);
+        let back = soon + self.chance.below(20);
+        let cut = self.hosts[host].cut_until > self.now;
+        let kind = if self.calm { 99 } else { self.chance.below(100) };
+        let (arrives, returns, answer) = match kind {
+            _ if cut => (None, Some(soon), Err(Failure::NotDone)),
+            // It is done, or is done late, and the host does not hear of it.
+            0..3 => (Some(soon), Some(back.max(soon + 1) + 100), Err(Failure::Unknown)),
+            3..6 => (Some(soon + 400), Some(soon + 100), Err(Failure::Unknown)),
+            6..9 => (None, Some(soon + 100), Err(Failure::Unknown)),
+            _ => (Some(soon), Some(back), Err(Failure::Unknown)),
+        };
+        if (0..3).contains(&kind) {
+            self.note("lost answer", 1);
+            // It arrives, and only that.
+            let ghost = Flight {
+                ask: ask.clone(),
+                lease: lease.clone(),
+                arrives,
+                returns: None,
+                answer: answer.clone(),
+            };
+            self.hosts[host].flights.push(ghost);
+            self.hosts[host].flights.push(Flight { ask, lease, arrives: None, returns, answer });
+        } else if (3..6).contains(&kind) {
+            let ghost = Flight {
+                ask: ask.clone(),
+                lease: lease.clone(),
+                arrives,
+                returns: None,
+                answer: answer.clone(),
+            };
+            self.hosts[host].flights.push(ghost);
+            self.hosts[host].flights.push(Flight { ask, lease, arrives: None, returns, answer });
+        } else {
+            self.hosts[host].flights.push(Flight { ask, lease, arrives, returns, answer });
+        }
+    }
+
+    fn keep_lease(&mut self, host: usize) {
+        let now = self.now;
+        if self.hosts[host].cut_until > now || self.hosts[host].next_keep > now {
+            return;
+        }
+        let this = &mut self.hosts[host];
+        this.next_keep = now + TTL / 3;
+        let name = match &this.lease {
+            Some(name) if self.store.leases.contains_key(name) => name.clone(),
+            Some(_) => return self.lose_lease(host),
+            None => {
+                this.leases_had += 1;
+                let name = format!("{host}{:03}", this.leases_had);
+                this.lease = Some(name.clone());
+                name
+            }
+        };
+        self.store.leases.insert(name.clone(), now + TTL);
+        let this = &mut self.hosts[host];
+        this.cluster.leased(LeaseName(name), Millis(now + TTL - MARGIN));
+    }
+
+    fn lose_lease(&mut self, host: usize) {
+        let now = Millis(self.now);
+        self.hosts[host].next_keep = 0;
+        if let Some(lease) = self.hosts[host].lease.take()
+            && self.chance.percent(30)
+            && self.hosts[host].cluster.good_until().is_some_and(|until| until.0 + MARGIN <= now.0)
+        {
+            self.store.revoke(&lease);
+            self.ended.fill(self.step);
+        }
+        self.feed(host, |table, cluster, effects| cluster.lost_lease(table, now, effects));
+    }
+
+    fn watch(&mut self, host: usize) {
+        let mut position = self.hosts[host].watched;
+        let revision = self.store.revision();
+        match self.store.watch(&mut position) {
+            None => {
+                self.note("compacted", 1);
+                self.hosts[host].cluster.missed(revision);
+            }
+            Some(news) => {
+                for (revision, lock, what) in news.to_vec() {
+                    self.hosts[host].cluster.heard(lock, revision, what);
+                }
+            }
+        }
+        self.hosts[host].watched = position;
+    }
+
+    /// Hands something to a host, and hears what its clients are told.
+    fn feed(&mut self, host: usize, event: impl FnOnce(&mut Table, &mut Cluster, &mut Effects)) {
+        let this = &mut self.hosts[host];
+        let mut effects = std::mem::take(&mut this.effects);
+        event(&mut this.table, &mut this.cluster, &mut effects);
+        effects.stir.drain(..).for_each(|stir| this.cluster.stir(stir));
+        effects.record.clear();
+        for effect in effects.tell.drain(..) {
+            self.hear(host, effect.client.0 as usize, effect.lock, effect.what);
+        }
+        self.hosts[host].table.audit();
+        self.hosts[host].effects = effects;
+    }
+
+    fn hear(&mut self, host: usize, client: usize, lock: LockId, what: What) {
+        let before = self.hosts[host].clients[client];
+        let (key, since) = match before {
+            Client::Idle => panic!("an idle client is told {what:?}"),
+            Client::Asking { key, since, .. } => (key, since),
+            Client::Holding { key } => (key, self.step),
+        };
+        assert_eq!(self.keys[key].id(), lock);
+        let after = match what {
+            What::Granted(token) => {
+                self.check_grant(host, key, token);
+                Client::Holding { key }
+            }
+            What::Waiting { .. } => {
+                self.note("waiting", 1);
+                before
+            }
+            What::Finished(outcome, _) => {
+                if outcome != Outcome::Vanished {
+                    assert!(self.ended[key] >= since, "told of an end that came before it asked");
+                    self.note("finished", 1);
+                }
+                Client::Idle
+            }
+            What::Busy => {
+                let is_held = !self.store.line(lock).contenders.is_empty();
+                assert!(
+                    is_held || self.occupied[key] >= since,
+                    "told that a lock is held which was free all the time"
+                );
+                self.note("busy", 1);
+                Client::Idle
+            }
+            What::Unavailable => {
+                assert!(matches!(before, Client::Asking { nowait: true, .. }), "one that waits is sent away");
+                self.note("unavailable", 1);
+                Client::Idle
+            }
+            What::Lost(_) => {
+                assert!(matches!(before, Client::Holding { .. }), "one that holds nothing loses it");
+                self.note("lost", 1);
+                self.ended[key] = self.step;
+                Client::Idle
+            }
+            other => panic!("nobody is told {other:?} here"),
+        };
+        self.hosts[host].clients[client] = after;
+    }
+
+    /// Nobody else believes, with reason, to hold the lock.
+    fn check_grant(&mut self, host: usize, key: usize, token: Token) {
+        for (number, other) in self.hosts.iter().enumerate() {
+            let is_good = other.cluster.good_until().is_some_and(|until| until.0 > self.now);
+            let holds = other.clients.iter().any(|c| matches!(c, Client::Holding { key: of } if *of == key));
+            assert!(
+                !(is_good && holds),
+                "host {host} gives key {key} to one beside a holder on host {number}"
+            );
+        }
+        let line = self.store.line(self.keys[key].id());
+        let before =
+            line.contenders.iter().find(|one| one.claim.is_none() && one.revision.0 < token.0 as i64);
+        assert_eq!(before, None, "given beside another program's hold");
+        assert!(token > self.tokens[key], "tokens do not grow");
+        let until = self.hosts[host].cluster.good_until();
+        assert!(until.is_some_and(|until| until.0 > self.now), "given without a lease");
+        self.tokens[key] = token;
+        self.note("granted", 1);
+    }
+
+    /// One client of a host does something.
+    fn act(&mut self, host: usize) {
+        let now = Millis(self.now);
+        let client = self.chance.below(u64::from(CLIENTS)) as usize;
+        let id = ClientId(client as u32);
+        match self.hosts[host].clients[client] {
+            Client::Idle => self.ask(host, client),
+            Client::Asking { .. } => {
+                if self.chance.percent(5) {
+                    self.hosts[host].clients[client] = Client::Idle;
+                    self.feed(host, |table, _, effects| table.gone(now, id, effects));
+                }
+            }
+            Client::Holding { key } => {
+                if self.chance.percent(40) {
+                    let vanishes = self.chance.percent(20);
+                    self.ended[key] = self.step;
+                    self.hosts[host].clients[client] = Client::Idle;
+                    if vanishes {
+                        self.note("vanished", 1);
+                        self.feed(host, |table, _, effects| table.gone(now, id, effects));
+                    } else {
+                        self.feed(host, |table, _, effects| {
+                            table.release(now, id, Outcome::Exit(0), effects)
+                        });
+                    }
+                }
+            }
+        }
+    }
+
+    fn ask(&mut self, host: usize, client: usize) {
+        let (now, id) = (Millis(self.now), ClientId(client as u32));
+        let key = self.chance.below(KEYS) as usize;
+        let lock = self.keys[key].clone();
+        let nowait = self.chance.percent(20);
+        let kind = self.chance.below(10);
+        self.hosts[host].clients[client] =
+            Client::Asking { key, since: self.step, nowait: nowait && kind != 0 };
+        if kind == 0 {
+            return self.feed(host, |table, _, effects| table.lock_v1(now, id, lock.id(), effects));
+        }
+        let mode = if kind < 6 { Mode::Once } else { Mode::Queue };
+        let asked = Box::new(LockRequest { nowait, ..LockRequest::new(lock, mode) });
+        self.feed(host, |table, _, effects| {
+            table.lock(now, id, None, asked, effects).expect("it names no other's request");
+        });
+    }
+
+    fn trouble(&mut self) {
+        let host = self.chance.below(HOSTS as u64) as usize;
+        match self.chance.below(2_000) {
+            0..4 => {
+                self.note("cut", 1);
+                self.hosts[host].cut_until = self.now + self.chance.below(3 * TTL);
+            }
+            4..8 => {
+                self.note("frozen", 1);
+                self.hosts[host].frozen_until = self.now + self.chance.below(3 * TTL);
+            }
+            8..10 => self.store.compact(),
+            10..20 => {
+                self.note("other program", 1);
+                let lock = self.keys[self.chance.below(KEYS) as usize].id();
+                self.store.other_program(lock);
+                if !self.store.has_other_program(lock) {
+                    let key = self.keys.iter().position(|key| key.id() == lock).unwrap();
+                    self.ended[key] = self.step;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// Everything works again, and whoever holds comes to an end: then everybody must be answered.
+    fn drain(&mut self) {
+        self.calm = true;
+        for host in &mut self.hosts {
+            (host.cut_until, host.frozen_until) = (0, 0);
+        }
+        for key in self.keys.clone() {
+            if self.store.has_other_program(key.id()) {
+                self.store.other_program(key.id());
+            }
+        }
+        for key in &mut self.ended {
+            *key = self.step;
+        }
+        for round in 0.. {
+            self.step();
+            let now = Millis(self.now);
+            for host in 0..HOSTS {
+                for client in 0..CLIENTS as usize {
+                    if let Client::Holding { key } = self.hosts[host].clients[client] {
+                        self.ended[key] = self.step;
+                        self.hosts[host].clients[client] = Client::Idle;
+                        let id = ClientId(client as u32);
+                        self.feed(host, |table, _, effects| {
+                            table.release(now, id, Outcome::Exit(0), effects)
+                        });
+                        self.settle(host);
+                    }
+                }
+            }
+            let idle = self.hosts.iter().all(|host| host.clients.iter().all(|c| matches!(c, Client::Idle)));
+            if idle && self.store.is_empty() && self.hosts.iter().all(|host| host.cluster.contests.is_empty())
+            {
+                return;
+            }
+            assert!(round < 5_000, "somebody waits for ever, or a place is never given up");
+        }
+    }
+
+    fn note(&mut self, what: &'static str, times: u64) {
+        *self.seen.entry(what).or_default() += times;
+    }
+}
+
+impl Drop for World {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("\nseed {} broke at step {}, time {}", self.seed, self.step, self.now);
+            for (number, host) in self.hosts.iter().enumerate() {
+                eprintln!("  host {number}: lease {:?}, {:?}", host.lease, host.clients);
+                eprintln!("    {:?}", host.cluster.contests);
+            }
+            eprintln!("Replay it: KMUTEX_SIM_SEED={} cargo test --lib hosts_that_share", self.seed);
+        }
+    }
+}
