@@ -288,8 +288,12 @@ impl Cluster {
         self.stirred.insert(lock);
     }
 
-    /// The watch has missed something up to this revision, and sees all that comes after.
-    pub fn missed(&mut self, revision: Revision) {
+    /// The watch has missed something up to this revision, and sees all that comes after. In the lines of `places` this
+    /// host's lease has places, whether it knows of them or not.
+    pub fn missed(&mut self, revision: Revision, places: impl IntoIterator<Item = LockId>) {
+        for lock in places {
+            self.contests.entry(lock).or_default();
+        }
         for (lock, contest) in &mut self.contests {
             contest.forget_line(revision);
             self.stirred.insert(*lock);
@@ -335,13 +339,13 @@ impl Cluster {
             let has_probed = self.is_away() && !self.asks.is_empty();
             if self.lease.is_some() && may_probe && !has_probed {
                 self.ask(table, lock);
-            } else if self.contests[&lock].needs(table, lock) {
+            } else if self.contests[&lock].needs(table, lock, self.lease.as_ref()) {
                 self.pending.insert(lock);
                 if self.is_away() {
                     table.unavailable(lock, table.mark(), effects);
                 }
             }
-            if self.contests[&lock].is_over(table, lock) {
+            if self.contests[&lock].is_over(table, lock, self.lease.as_ref()) {
                 self.contests.remove(&lock);
             }
         }

@@ -229,38 +229,49 @@ impl Contest {
             };
         };
         let held = table.held_here(lock).is_some();
+        if self.leaves.is_none() && !held && !wants.turn {
+            // Nobody waits for their turn any more. From here on there is no way back: a question to give up a place may
+            // come through late, when it was long taken for lost.
+            self.leaves = Some(Leaving { token: Token(revision.0 as u64), record: None });
+        }
         match self.leaves {
             Some(Leaving { record, .. }) => {
                 let next = wants.turn.then(|| (place, claim()));
                 Some(Question::Leave { place: mine, revision, record, next })
             }
-            None if held => None,
-            // Nobody waits for their turn any more.
-            None if !wants.turn => Some(Question::Leave { place: mine, revision, record: None, next: None }),
-            None if wants.word => Some(Question::Read),
+            None if wants.word && !held => Some(Question::Read),
             None => None,
         }
     }
 
     /// True when there is something to ask, or will be.
-    pub(super) fn needs(&self, table: &Table, lock: LockId) -> bool {
+    pub(super) fn needs(&self, table: &Table, lock: LockId, lease: Option<&LeaseName>) -> bool {
         self.asked.is_none()
             && (self.must_read
                 || self.leaves.is_some()
                 || !table.wants(lock).is_nothing()
                 || (self.as_of.is_none() && table.held_here(lock).is_some())
-                || (self.mine.is_some() && table.held_here(lock).is_none()))
+                || (self.mine.is_some() && table.held_here(lock).is_none())
+                || self.has_stray(lease))
     }
 
     /// True when nothing is left to do or to know.
-    pub(super) fn is_over(&self, table: &Table, lock: LockId) -> bool {
-        self.asked.is_none() && !self.must_read && self.mine.is_none() && table.find(lock).is_none()
+    pub(super) fn is_over(&self, table: &Table, lock: LockId, lease: Option<&LeaseName>) -> bool {
+        self.asked.is_none()
+            && !self.must_read
+            && self.mine.is_none()
+            && table.find(lock).is_none()
+            && !self.has_stray(lease)
     }
 
     fn place(&self) -> Option<(String, Revision)> {
         let mine = self.mine.clone()?;
         let revision = self.revision_of(&mine)?;
         Some((mine, revision))
+    }
+
+    fn has_stray(&self, lease: Option<&LeaseName>) -> bool {
+        lease.is_some_and(|lease| self.stray(lease).is_some())
     }
 
     /// A place of this host that is not the one it knows of.

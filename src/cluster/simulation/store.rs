@@ -117,6 +117,12 @@ impl Store {
         Some(news)
     }
 
+    /// In which lines a lease has places.
+    pub(super) fn places_of(&self, lease: &str) -> Vec<LockId> {
+        let places = self.places.iter().filter(|(_, (_, of))| of.as_deref() == Some(lease));
+        places.map(|((lock, _), _)| *lock).collect()
+    }
+
     pub(super) fn compact(&mut self) {
         self.compacted = self.history.len();
     }

@@ -297,7 +297,9 @@ impl World {
         match self.store.watch(&mut position) {
             None => {
                 self.note("compacted", 1);
-                self.hosts[host].cluster.missed(revision);
+                let lease = self.hosts[host].lease.clone().unwrap_or_default();
+                let places = self.store.places_of(&lease);
+                self.hosts[host].cluster.missed(revision, places);
             }
             Some(news) => {
                 for (revision, lock, what) in news.to_vec() {
