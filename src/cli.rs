@@ -275,6 +275,10 @@ pub struct Status {
     #[arg(long, conflicts_with = "json")]
     pub keys: bool,
 
+    /// Show the locks of all hosts that share them (see kmutex serve --etcd)
+    #[arg(long, conflicts_with = "key")]
+    pub cluster: bool,
+
     /// Show it again every second, in place, until interrupted
     #[arg(long, conflicts_with_all = ["json", "keys"])]
     pub watch: bool,
@@ -372,6 +376,11 @@ pub struct Serve {
     #[arg(long, value_name = "SECS", default_value = "30", allow_negative_numbers = true, value_parser = seconds)]
     pub grace: Duration,
 
+    /// Sharing the locks with other hosts
+    #[cfg(feature = "etcd")]
+    #[command(flatten)]
+    pub etcd: Etcd,
+
     /// Write a newline to descriptor FD, and close it, when serving
     #[arg(long, value_name = "FD")]
     pub ready_fd: Option<u32>,
@@ -383,6 +392,48 @@ pub struct Serve {
     /// Detach from whoever started this, and write a newline to standard output when serving (used by run)
     #[arg(long, hide = true)]
     pub detach: bool,
+}
+
+/// How `kmutex serve` shares its locks with other hosts.
+#[cfg(feature = "etcd")]
+#[derive(Args, Debug)]
+pub struct Etcd {
+    /// Share the locks with all hosts that name the same etcd: URL is http://HOST:PORT or https://HOST:PORT of a member
+    ///
+    /// Several members are separated by commas, or the option is given several times; they are tried in turn.
+    #[arg(long = "etcd", value_name = "URL", value_delimiter = ',')]
+    pub endpoints: Vec<String>,
+
+    /// Trust members of etcd whose certificate is signed by one of those in FILE (PEM), and no others
+    ///
+    /// Without it, the public authorities are trusted.
+    #[arg(long = "etcd-ca", value_name = "FILE", value_hint = ValueHint::FilePath, requires = "endpoints")]
+    pub ca: Option<PathBuf>,
+
+    /// Show the certificate in FILE (PEM) to etcd
+    #[arg(long = "etcd-cert", value_name = "FILE", value_hint = ValueHint::FilePath, requires = "key")]
+    pub cert: Option<PathBuf>,
+
+    /// The key of that certificate, in FILE (PEM)
+    #[arg(long = "etcd-key", value_name = "FILE", value_hint = ValueHint::FilePath, requires = "cert")]
+    pub key: Option<PathBuf>,
+
+    /// Be user NAME of etcd
+    #[arg(long = "etcd-user", value_name = "NAME", requires = "password_file")]
+    pub user: Option<String>,
+
+    /// That user's password is the first line of FILE
+    #[arg(long = "etcd-password-file", value_name = "FILE", value_hint = ValueHint::FilePath, requires = "user")]
+    pub password_file: Option<PathBuf>,
+
+    /// The lease of this host lasts SECS seconds without being kept alive, and so do its locks when the host is gone
+    #[arg(long = "etcd-ttl", value_name = "SECS", default_value_t = 10, requires = "endpoints",
+          value_parser = clap::value_parser!(u64).range(2..=86_400))]
+    pub ttl: u64,
+
+    /// Keys in etcd begin with PREFIX
+    #[arg(long = "etcd-prefix", value_name = "PREFIX", default_value = "kmutex", requires = "endpoints")]
+    pub prefix: String,
 }
 
 /// What goes to the daemon's log. Each level includes those before it.

@@ -35,6 +35,7 @@
 
 mod autostart;
 mod hold;
+mod lease;
 mod session;
 
 use std::fmt;
@@ -384,6 +385,10 @@ pub enum Error {
     Protocol(String),
     /// The daemon gives no lock at the moment, because it cannot record it.
     Unrecorded(String),
+    /// Whether the lock is free cannot be told, because the other hosts cannot be asked.
+    Unavailable(String),
+    /// The daemon shares its locks with other hosts, and has not this kind.
+    PerHost(String),
     /// To wait for this lock would be to wait for ever: the daemon says who waits for whom.
     Deadlock(String),
     /// The daemon refused the request.
@@ -414,7 +419,8 @@ impl Error {
             Error::Addr(error) => error.exit(),
             Error::Autostart { exit, .. } => *exit,
             Error::Untrusted { .. } => Exit::NotPermitted,
-            Error::Closed | Error::Silent | Error::Unrecorded(_) => Exit::Unavailable,
+            Error::Closed | Error::Silent | Error::Unrecorded(_) | Error::Unavailable(_) => Exit::Unavailable,
+            Error::PerHost(_) => Exit::Usage,
             Error::Lost(_) => Exit::Lost,
             Error::TimedOut | Error::Deadlock(_) => Exit::Busy,
             Error::Protocol(_) | Error::Refused(_) => Exit::Protocol,
@@ -454,6 +460,7 @@ impl fmt::Display for Error {
             Error::Silent => f.write_str("the daemon does not answer"),
             Error::Protocol(what) => write!(f, "the daemon does not speak protocol 2: {what}"),
             Error::Unrecorded(message) => write!(f, "the daemon cannot record the lock: {message}"),
+            Error::Unavailable(message) | Error::PerHost(message) => f.write_str(message),
             Error::Deadlock(cycle) => write!(f, "it would wait for ever: {cycle}"),
             Error::Refused(message) => write!(f, "the daemon refused: {message}"),
             Error::Io(doing, error) => write!(f, "cannot {doing}: {}", addr::Reason(error)),

@@ -288,12 +288,16 @@ impl Cluster {
         self.stirred.insert(lock);
     }
 
-    /// The watch has missed something up to this revision, and sees all that comes after. In the lines of `places` this
-    /// host's lease has places, whether it knows of them or not.
-    pub fn missed(&mut self, revision: Revision, places: impl IntoIterator<Item = LockId>) {
-        for lock in places {
-            self.contests.entry(lock).or_default();
+    /// In the lines of these locks this host's lease has places, whether it knows of them or not.
+    pub fn has_places(&mut self, locks: impl IntoIterator<Item = LockId>) {
+        for lock in locks {
+            self.contests.entry(lock).or_insert_with(Contest::unread);
+            self.stirred.insert(lock);
         }
+    }
+
+    /// The watch has missed something up to this revision, and sees all that comes after.
+    pub fn missed(&mut self, revision: Revision) {
         for (lock, contest) in &mut self.contests {
             contest.forget_line(revision);
             self.stirred.insert(*lock);

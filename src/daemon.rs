@@ -12,10 +12,13 @@
 //! | `recorder.rs` | the table's changes to the journal |
 //! | `orphans.rs` | holders that have not come back since a restart |
 //! | `processes.rs` | which processes those are, and whether they live |
+//! | `cluster.rs` | sharing locks with other hosts, through etcd |
 //! | `log.rs` | what is logged |
 
 mod accept;
 mod claim;
+#[cfg_attr(not(feature = "etcd"), path = "daemon/alone.rs")]
+mod cluster;
 mod connection;
 mod failpoint;
 mod listener;
@@ -39,6 +42,8 @@ use crate::addr::{self, Addr, Reason};
 use crate::exit::Exit;
 use crate::inherited;
 use claim::Claim;
+#[cfg(feature = "etcd")]
+pub use cluster::Config as Sharing;
 pub use listener::Access;
 use listener::Listener;
 pub use log::{Target as LogTarget, init as init_log};
@@ -66,11 +71,22 @@ pub struct Config {
     pub ready_fd: Option<u32>,
     /// End after so long without connections and locks. `None`: never.
     pub idle_exit: Option<Duration>,
+    /// Share the locks with other hosts. `None`: they are this host's alone.
+    #[cfg(feature = "etcd")]
+    pub sharing: Option<Sharing>,
     /// Go into the background, away from whoever started this, as soon as the sockets are listened on.
     pub detach: bool,
 }
 
 impl Config {
+    /// True when other hosts are to have the same locks.
+    fn is_sharing(&self) -> bool {
+        #[cfg(feature = "etcd")]
+        return self.sharing.is_some();
+        #[cfg(not(feature = "etcd"))]
+        false
+    }
+
     /// These addresses, and for the rest what is safe: only for the user's own processes, in the foreground.
     pub fn new(addrs: Vec<Addr>) -> Config {
         Config {
@@ -83,6 +99,8 @@ impl Config {
             state: None,
             ready_fd: None,
             idle_exit: None,
+            #[cfg(feature = "etcd")]
+            sharing: None,
             detach: false,
         }
     }
@@ -112,6 +130,11 @@ pub fn serve(config: &Config) -> Result<(), Error> {
         info!("serving on {}", listener.name());
     }
     let mut server = Server::new(config, listeners, recorder).map_err(|e| Error::Os("start", e))?;
+    #[cfg(feature = "etcd")]
+    if let Some(config) = &config.sharing {
+        let sharing = cluster::share(config, server.recorder.lease())?;
+        server.share(sharing).map_err(|e| Error::Os("share locks", e))?;
+    }
     tell_ready(ready).map_err(|e| Error::Os("tell that it serves", e))?;
     let reason = server.run().map_err(|e| Error::Os("wait for events", e))?;
     info!("stopping: {reason}");
@@ -216,6 +239,9 @@ pub enum Error {
         /// Why.
         why: String,
     },
+    /// Etcd cannot be used as it was asked for.
+    #[cfg(feature = "etcd")]
+    Etcd(crate::etcd::ConfigError),
     /// The kernel refused something.
     Os(&'static str, io::Error),
 }
@@ -232,6 +258,8 @@ impl Error {
             Error::Bind { .. } | Error::Claim { .. } | Error::Journal { .. } => Exit::CannotCreate,
             Error::Served { .. } => Exit::Busy,
             Error::Group { .. } | Error::ReadyFd { .. } => Exit::Usage,
+            #[cfg(feature = "etcd")]
+            Error::Etcd(_) => Exit::Usage,
             Error::Os(..) => Exit::Os,
         }
     }
@@ -260,6 +288,8 @@ impl fmt::Display for Error {
             }
             Error::ReadyFd { number, error } => write!(f, "bad --ready-fd {number}: {}", Reason(error)),
             Error::Group { name, why } => write!(f, "bad --group {name:?}: {why}"),
+            #[cfg(feature = "etcd")]
+            Error::Etcd(error) => error.fmt(f),
             Error::Os(doing, error) => write!(f, "cannot {doing}: {}", Reason(error)),
         }
     }

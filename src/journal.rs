@@ -66,19 +66,24 @@ pub struct Journal {
     pending: Vec<u8>,
     /// Something that should be in the file is not, and is forgotten.
     behind: bool,
+    /// The lease of this host, where locks are shared.
+    lease: Option<u64>,
 }
 
 impl Journal {
-    /// Begins a new journal that holds `records`, in the place of whatever is at `path`.
+    /// Begins a new journal that holds `records`, and the lease under which they are held among the hosts, in the place of
+    /// whatever is at `path`.
     ///
     /// # Errors
     /// When the file cannot be written or put into its place.
     pub fn create<'a>(
         path: &Path,
         boot: BootId,
+        lease: Option<u64>,
         records: impl IntoIterator<Item = &'a Record>,
     ) -> io::Result<Journal> {
         let mut bytes = header(&boot).to_vec();
+        bytes.extend(lease.into_iter().flat_map(|lease| encode(Entry::Lease(lease))));
         bytes.extend(records.into_iter().flat_map(|record| encode(Entry::Grant(record))));
         let file = replace(path, &bytes)?;
         let length = bytes.len() as u64;
@@ -90,6 +95,7 @@ impl Journal {
             compacted: length,
             pending: Vec::new(),
             behind: false,
+            lease,
         })
     }
 
@@ -101,6 +107,12 @@ impl Journal {
     /// Notes that the hold with this token has ended, for the next [`Journal::write`].
     pub fn strike(&mut self, token: Token) {
         self.pending.extend_from_slice(&encode(Entry::Strike(token)));
+    }
+
+    /// Notes the lease under which locks are held from now on, for the next [`Journal::write`]. `None`: under none.
+    pub fn lease(&mut self, lease: Option<u64>) {
+        self.lease = lease;
+        self.pending.extend_from_slice(&encode(Entry::Lease(lease.unwrap_or(0))));
     }
 
     /// True when there is something to write.
@@ -141,7 +153,7 @@ impl Journal {
     /// # Errors
     /// When the new file cannot be written.
     pub fn compact<'a>(&mut self, held: impl IntoIterator<Item = &'a Record>) -> io::Result<()> {
-        match Journal::create(&self.path, self.boot, held) {
+        match Journal::create(&self.path, self.boot, self.lease, held) {
             Ok(new) => *self = new,
             Err(e) => {
                 // Not again with every lock: when it has grown as much once more.
@@ -168,6 +180,8 @@ pub struct Loaded {
     pub records: Vec<Record>,
     /// The highest token in it: new ones must be larger.
     pub last_token: Option<Token>,
+    /// The lease under which they are held among the hosts.
+    pub lease: Option<u64>,
     /// What an administrator should know.
     pub complaint: Option<String>,
 }
@@ -227,6 +241,7 @@ pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
     }
     let mut held = BTreeMap::new();
     let mut last_token = None;
+    let mut lease = None;
     let mut damaged = 0;
     let (records, cut) = body.as_chunks::<RECORD_BYTES>();
     for bytes in records {
@@ -240,6 +255,10 @@ pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
                 held.remove(&token);
                 token
             }
+            Some(Decoded::Lease(number)) => {
+                lease = (number != 0).then_some(number);
+                continue;
+            }
             None => {
                 damaged += 1;
                 continue;
@@ -249,7 +268,7 @@ pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
     }
     damaged += usize::from(!cut.is_empty());
     let complaint = (damaged > 0).then(|| format!("{damaged} damaged records were passed over"));
-    Loaded { records: held.into_values().collect(), last_token, complaint }
+    Loaded { records: held.into_values().collect(), last_token, lease, complaint }
 }
 
 /// Writes a new file beside `path`, and renames it to that: at no moment is there half a file, or none.
@@ -277,10 +296,11 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<File> {
 //   header  16 magic | 16 boot id | 52 zero | 4 checksum of these
 //   record   4 checksum | 1 kind | 1 protocol | 1 flags | 1 zero | 4 slots | 4 uid | 4 pid | 4 child
 //          | 8 token | 16 lock | 16 nonce | 8 granted | 8 until | 8 recorded
-//   (88 bytes each; of a strike, only kind and token count)
+//   (88 bytes each; of a strike, only kind and token count; of a lease, only kind and, in the token's place, its number)
 
 const GRANT: u8 = 1;
 const STRIKE: u8 = 2;
+const LEASE: u8 = 3;
 const SHARED: u8 = 1;
 const EXEC: u8 = 2;
 const INHERITS: u8 = 4;
@@ -291,11 +311,13 @@ const HAS_UNTIL: u8 = 32;
 enum Entry<'a> {
     Grant(&'a Record),
     Strike(Token),
+    Lease(u64),
 }
 
 enum Decoded {
     Grant(Record),
     Strike(Token),
+    Lease(u64),
 }
 
 fn header(boot: &BootId) -> [u8; RECORD_BYTES] {
@@ -341,6 +363,10 @@ fn encode(entry: Entry<'_>) -> [u8; RECORD_BYTES] {
             put(4, &[STRIKE]);
             put(24, &token.0.to_le_bytes());
         }
+        Entry::Lease(lease) => {
+            put(4, &[LEASE]);
+            put(24, &lease.to_le_bytes());
+        }
     }
     let sum = crc32fast::hash(&bytes[4..]);
     bytes[..4].copy_from_slice(&sum.to_le_bytes());
@@ -357,6 +383,7 @@ fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
     let flag = |bit: u8| bytes[6] & bit != 0;
     match bytes[4] {
         STRIKE => Some(Decoded::Strike(token)),
+        LEASE => Some(Decoded::Lease(token.0)),
         GRANT if matches!(bytes[5], 1 | 2) => {
             let terms = Terms {
                 protocol: bytes[5],

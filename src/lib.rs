@@ -33,6 +33,7 @@ pub mod cli;
 pub mod client;
 #[cfg(feature = "etcd")]
 pub mod cluster;
+mod clock;
 pub mod daemon;
 pub mod describe;
 pub mod exit;

@@ -16,13 +16,15 @@ use kmutex::ask::{Ask, OnPeerFailure, Wait};
 use kmutex::cli::{self, Cli, Command, Keyedmutexd, LogLevel};
 use kmutex::client::Dial;
 use kmutex::daemon::{self, LogTarget};
+#[cfg(feature = "etcd")]
+use kmutex::etcd;
 use kmutex::exit::Exit;
 use kmutex::force::{self, Consent};
 use kmutex::inherited;
 use kmutex::proto::{Key, Token, v2::Mode};
 use kmutex::run::{self, Child, Ended, Job, OnLost, Report};
 use kmutex::shell::{self, Taken};
-use kmutex::status::{self, Format};
+use kmutex::status::{self, Format, Which};
 
 fn main() -> ExitCode {
     report_panics();
@@ -173,11 +175,15 @@ fn status(args: cli::Status) -> Result<u8, Failure> {
         (_, true) => Format::Keys,
         (false, false) => Format::People,
     };
-    let key = args.key.map(key).transpose()?;
+    let which = match (args.key.map(key).transpose()?, args.cluster) {
+        (Some(key), _) => Which::Key(key),
+        (None, true) => Which::Cluster,
+        (None, false) => Which::All,
+    };
     let dial = dial(&args.daemon, false)?;
     let printed = match args.watch {
-        true => status::watch(&dial, key, &mut io::stdout().lock()),
-        false => status::print(&dial, key, format, &mut io::BufWriter::new(io::stdout().lock())),
+        true => status::watch(&dial, &which, &mut io::stdout().lock()),
+        false => status::print(&dial, &which, format, &mut io::BufWriter::new(io::stdout().lock())),
     };
     match printed {
         // Whoever reads it has read enough.
@@ -209,10 +215,37 @@ fn serve(args: cli::Serve) -> Result<u8, Failure> {
         state: args.state,
         ready_fd: args.ready_fd,
         idle_exit: args.idle_exit,
+        #[cfg(feature = "etcd")]
+        sharing: sharing(args.etcd)?,
         detach: args.detach,
         ..daemon::Config::new(addrs.into_iter().collect::<Result<_, _>>().map_err(|e| failure(e.exit(), e))?)
     };
     daemon::serve(&config).map(|()| 0).map_err(|e| failure(e.exit(), e))
+}
+
+/// How the locks are shared with other hosts, if they are to be.
+#[cfg(feature = "etcd")]
+fn sharing(args: cli::Etcd) -> Result<Option<daemon::Sharing>, Failure> {
+    if args.endpoints.is_empty() {
+        return Ok(None);
+    }
+    let endpoints = args.endpoints.iter().map(|text| text.parse::<etcd::Endpoint>());
+    let endpoints = endpoints.collect::<Result<_, _>>().map_err(|e| failure(Exit::Usage, format_args!("--etcd: {e}")))?;
+    let user = match (args.user, args.password_file) {
+        (Some(name), Some(path)) => {
+            let text = std::fs::read_to_string(&path).map_err(|e| {
+                let path = path.display();
+                failure(Exit::Usage, format_args!("cannot read --etcd-password-file {path}: {}", Reason(&e)))
+            })?;
+            Some(etcd::User { name, password: text.lines().next().unwrap_or_default().into() })
+        }
+        _ => None,
+    };
+    if args.prefix.trim_matches('/').is_empty() {
+        return Err(usage("--etcd-prefix is empty"));
+    }
+    let etcd = etcd::Config { endpoints, ca: args.ca, cert: args.cert, key: args.key, user };
+    Ok(Some(daemon::Sharing { etcd, prefix: args.prefix, ttl_secs: args.ttl }))
 }
 
 fn keyedmutexd(args: Keyedmutexd) -> Result<u8, Failure> {

@@ -9,7 +9,7 @@ use crate::client::{self, Dial, Session};
 use crate::describe;
 use crate::exit::Exit;
 use crate::proto::Key;
-use crate::proto::v2::{Answer, LockStatus, Party, Request};
+use crate::proto::v2::{Answer, ErrorCode, LockStatus, Party, Request};
 
 /// In which form to print.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -22,13 +22,29 @@ pub enum Format {
     Keys,
 }
 
-/// Prints the lock of `key`, or all locks.
+/// Which locks to print.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Which {
+    /// That of one key.
+    Key(Key),
+    /// All that are held, or asked for, on this host.
+    All,
+    /// All of all hosts that share their locks.
+    Cluster,
+}
+
+/// Prints locks.
 ///
 /// # Errors
 /// When there is no daemon, or the output cannot be written.
-pub fn print(dial: &Dial, key: Option<Key>, format: Format, out: &mut impl Write) -> Result<(), Error> {
+pub fn print(dial: &Dial, which: &Which, format: Format, out: &mut impl Write) -> Result<(), Error> {
+    let (key, cluster) = match which {
+        Which::Key(key) => (Some(key.clone()), false),
+        Which::All => (None, false),
+        Which::Cluster => (None, true),
+    };
     let mut session = Session::connect(dial, None)?;
-    session.send(&Request::Status { key })?;
+    session.send(&Request::Status { key, cluster })?;
     let mut table = Table::default();
     loop {
         match (session.answer()?, format) {
@@ -43,7 +59,13 @@ pub fn print(dial: &Dial, key: Option<Key>, format: Format, out: &mut impl Write
             }
             (Answer::Lock(status), Format::People) => table.add(&status),
             (Answer::End, _) => break,
-            (other, _) => return Err(client::Error::Protocol(format!("unexpected answer {other:?}")).into()),
+            (Answer::Error { code: ErrorCode::Unavailable, message }, _) => {
+                return Err(client::Error::Unavailable(message).into());
+            }
+            (Answer::Error { code: ErrorCode::BadRequest, message }, _) if cluster => {
+                return Err(client::Error::PerHost(message).into());
+            }
+            (other, _) => return Err(client::Error::unexpected(other).into()),
         }
     }
     if format == Format::People {
@@ -60,12 +82,12 @@ const PAUSE: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// When there is no daemon at the beginning, or the output cannot be written. It does not end otherwise.
-pub fn watch(dial: &Dial, key: Option<Key>, out: &mut impl Write) -> Result<(), Error> {
+pub fn watch(dial: &Dial, which: &Which, out: &mut impl Write) -> Result<(), Error> {
     let is_terminal = io::stdout().is_terminal();
     let mut has_begun = false;
     loop {
         let mut table = Vec::new();
-        match print(dial, key.clone(), Format::People, &mut table) {
+        match print(dial, which, Format::People, &mut table) {
             Err(Error::Client(error)) if has_begun => writeln!(table, "kmutex: {error}")?,
             other => other?,
         }

@@ -4,7 +4,9 @@
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
+use super::lease::Lease;
 use super::{Dial, Error, PAUSE_MAX, PAUSE_MIN, Session};
+use crate::clock;
 use crate::proto::v2::{Answer, LockRequest, Request};
 use crate::proto::{Key, Outcome, Token};
 
@@ -25,6 +27,8 @@ pub struct Hold {
     link: Link,
     /// When to tell the daemon of the child, if it does not end before.
     name_child_at: Option<Instant>,
+    /// How long it may be relied on without the daemon's word, if that has an end.
+    lease: Option<Lease>,
 }
 
 /// How the daemon is reached at the moment.
@@ -42,9 +46,10 @@ enum Link {
 
 impl Hold {
     /// A lock that was just granted to `request` with this token, on this session.
-    pub fn new(dial: Dial, request: LockRequest, session: Session, token: Token) -> Hold {
+    pub fn new(dial: Dial, request: LockRequest, mut session: Session, token: Token) -> Hold {
         let request = LockRequest { holds: Some(token), ..request };
-        Hold { dial, request, token, link: Link::Up(session), name_child_at: None }
+        let lease = session.lease.take();
+        Hold { dial, request, token, link: Link::Up(session), name_child_at: None, lease }
     }
 
     /// Which lock.
@@ -67,10 +72,17 @@ impl Hold {
 
     /// When [`Hold::tend`] should be called although nothing is readable.
     pub fn tend_at(&self) -> Option<Instant> {
-        match self.link {
+        let due = match self.link {
             Link::Down { retry_at, .. } => Some(retry_at),
             Link::Up(_) | Link::Resuming(_) => self.name_child_at,
-        }
+        };
+        due.into_iter().chain(self.lease.as_ref().map(Lease::due)).min()
+    }
+
+    /// When the lock is lost: how long to stop in, before another host can have it. `None`: it may have it already, or
+    /// there is none.
+    pub fn stop_within(&self) -> Option<Duration> {
+        self.lease.as_ref().map(Lease::margin)
     }
 
     /// A process has inherited the lock, which therefore lasts as long as it lives too. The daemon is told with the next
@@ -99,6 +111,7 @@ impl Hold {
     /// [`Error::Lost`] when the lock was lost.
     pub fn tend(&mut self) -> Result<(), Error> {
         self.name_child_if_due();
+        self.look_after_lease()?;
         loop {
             match std::mem::replace(&mut self.link, Link::down()) {
                 Link::Up(mut session) => match session.try_receive() {
@@ -107,6 +120,12 @@ impl Hold {
                         return Ok(());
                     }
                     Ok(Some(Answer::Lost { why })) => return Err(Error::Lost(why.as_str().into())),
+                    Ok(Some(Answer::Pong { lease })) => {
+                        if let Some(mine) = &mut self.lease {
+                            mine.answered(lease);
+                        }
+                        self.link = Link::Up(session);
+                    }
                     // An answer to the naming of the child from a daemon that does not know that, at worst.
                     Ok(Some(_)) => self.link = Link::Up(session),
                     Err(_) => {}
@@ -116,7 +135,10 @@ impl Hold {
                         self.link = Link::Resuming(session);
                         return Ok(());
                     }
-                    Ok(Some(Answer::Granted { token })) if token == self.token => {
+                    Ok(Some(Answer::Granted { token, lease })) if token == self.token => {
+                        if let Some(mine) = &mut self.lease {
+                            mine.answered(lease);
+                        }
                         self.link = Link::Up(session)
                     }
                     Ok(Some(Answer::Lost { why })) => return Err(Error::Lost(why.as_str().into())),
@@ -186,8 +208,25 @@ impl Hold {
         }
     }
 
-    fn ask_again(&self) -> Result<Session, Error> {
+    fn look_after_lease(&mut self) -> Result<(), Error> {
+        let Some(lease) = &mut self.lease else { return Ok(()) };
+        if lease.is_over() {
+            let why = "the daemon has not said for too long that this host has it still";
+            return Err(Error::Lost(why.into()));
+        }
+        if let Link::Up(session) = &mut self.link
+            && lease.ask_if_due(session).is_err()
+        {
+            self.link = Link::down();
+        }
+        Ok(())
+    }
+
+    fn ask_again(&mut self) -> Result<Session, Error> {
         let mut session = Session::connect(&self.dial, Some(Instant::now() + CONNECT_WAIT))?;
+        if let Some(lease) = &mut self.lease {
+            lease.asked(clock::now());
+        }
         session.send(&Request::Lock(Box::new(self.request.clone())))?;
         Ok(session)
     }

@@ -8,8 +8,10 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 use nix::unistd::Uid;
 
+use super::lease::Lease;
 use super::{Dial, Error, Verdict, autostart};
 use crate::addr::{self, Addr};
+use crate::clock;
 use crate::names;
 use crate::proto::Key;
 use crate::proto::v2::{
@@ -61,6 +63,8 @@ pub struct Session {
     stage: Stage,
     /// Where it stands in the order of arrival, if it waits.
     place: Option<u64>,
+    /// How long the lock may be relied on that it holds, if that has an end.
+    pub(super) lease: Option<Lease>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -85,7 +89,7 @@ impl Session {
             (other, _) => other?,
         };
         check_trust(dial, &fd)?;
-        Ok(Session { fd, input: Vec::new(), stage: Stage::Silent, place: None })
+        Ok(Session { fd, input: Vec::new(), stage: Stage::Silent, place: None, lease: None })
     }
 
     /// Asks for a lock and waits for the verdict, until `deadline` at the most.
@@ -115,11 +119,16 @@ impl Session {
             return Ok(match answer {
                 Err(Error::TimedOut) if deadline.is_none_or(|deadline| Instant::now() < deadline) => {
                     look_at = next_look(watch);
-                    self.send(&Request::Status { key: Some(request.key.clone()) })?;
+                    self.send(&Request::Status { key: Some(request.key.clone()), cluster: false })?;
                     continue;
                 }
                 Err(e) => return Err(e),
-                Ok(Answer::Granted { token }) => Verdict::Granted(token),
+                Ok(Answer::Granted { token, lease }) => {
+                    if lease.is_some() {
+                        self.measure_lease()?;
+                    }
+                    Verdict::Granted(token)
+                }
                 Ok(Answer::Finished { outcome, token }) => Verdict::Finished(outcome, token),
                 Ok(Answer::Busy { holders }) => Verdict::Busy(holders),
                 Ok(Answer::Waiting { place, holders, ahead: before }) => {
@@ -134,16 +143,42 @@ impl Session {
                     watch.waits(&status.holders, ahead);
                     continue;
                 }
-                Ok(Answer::End) => continue,
+                // Of a question that was asked about the lock before.
+                Ok(Answer::End | Answer::Pong { .. }) => continue,
                 Ok(Answer::Error { code: ErrorCode::CannotRecord, message }) => {
                     return Err(Error::Unrecorded(message));
                 }
                 Ok(Answer::Error { code: ErrorCode::Deadlock, message }) => {
                     return Err(Error::Deadlock(message));
                 }
+                Ok(Answer::Error { code: ErrorCode::Unavailable, message }) => {
+                    return Err(Error::Unavailable(message));
+                }
+                Ok(Answer::Error { code: ErrorCode::PerHost, message }) => {
+                    return Err(Error::PerHost(message));
+                }
                 Ok(Answer::Error { code: ErrorCode::HeldAbove, .. }) => Verdict::HeldAbove,
                 Ok(other) => return Err(Error::unexpected(other)),
             });
+        }
+    }
+
+    /// Asks how long the lock may be relied on that was just granted. (The grant tells it too, but not when that was: this
+    /// process may have slept before it read it.)
+    fn measure_lease(&mut self) -> Result<(), Error> {
+        let sent = clock::now();
+        self.send(&Request::Ping)?;
+        loop {
+            match self.answer()? {
+                Answer::Pong { lease: Some(terms) } => {
+                    self.lease = Some(Lease::new(sent, terms));
+                    return Ok(());
+                }
+                // Of a question that was asked while it waited.
+                Answer::Lock(_) | Answer::End => {}
+                Answer::Lost { why } => return Err(Error::Lost(why.as_str().into())),
+                other => return Err(Error::unexpected(other)),
+            }
         }
     }
 
@@ -193,7 +228,7 @@ impl Session {
     /// # Errors
     /// As [`Session::call`].
     pub fn status_of(&mut self, key: &Key) -> Result<Option<LockStatus>, Error> {
-        let status = match self.call(&Request::Status { key: Some(key.clone()) })? {
+        let status = match self.call(&Request::Status { key: Some(key.clone()), cluster: false })? {
             Answer::End => return Ok(None),
             Answer::Lock(status) => status,
             other => return Err(Error::unexpected(other)),
@@ -209,10 +244,13 @@ impl Session {
     /// # Errors
     /// [`Error::Lost`] when the lock was lost before, [`Error::Closed`] when the daemon is gone.
     pub(super) fn confirm_release(&mut self) -> Result<(), Error> {
-        match self.answer()? {
-            Answer::Released => Ok(()),
-            Answer::Lost { why } => Err(Error::Lost(why.as_str().into())),
-            other => Err(Error::unexpected(other)),
+        loop {
+            return match self.answer()? {
+                Answer::Released => Ok(()),
+                Answer::Pong { .. } => continue,
+                Answer::Lost { why } => Err(Error::Lost(why.as_str().into())),
+                other => Err(Error::unexpected(other)),
+            };
         }
     }
 

@@ -27,6 +27,7 @@ pub(super) struct Recorder {
     /// Held when the daemon before ended.
     inherited: Vec<Record>,
     last_token: Option<Token>,
+    lease: Option<u64>,
     /// Holders that are not connected.
     pub(super) orphans: Orphans,
 }
@@ -40,6 +41,7 @@ impl Recorder {
             granted: Vec::new(),
             inherited: Vec::new(),
             last_token: None,
+            lease: None,
             orphans: Orphans::default(),
         }
     }
@@ -52,12 +54,13 @@ impl Recorder {
         if let Some(complaint) = &loaded.complaint {
             warn!("journal {}: {complaint}", path.display());
         }
-        let journal = Journal::create(path, boot, &loaded.records).map_err(error)?;
+        let journal = Journal::create(path, boot, loaded.lease, &loaded.records).map_err(error)?;
         Ok(Recorder {
             journal: Some(journal),
             _claim: claim,
             inherited: loaded.records,
             last_token: loaded.last_token,
+            lease: loaded.lease,
             ..Recorder::none()
         })
     }
@@ -65,6 +68,21 @@ impl Recorder {
     /// The highest token that was ever given, as far as the journal tells.
     pub(super) fn last_token(&self) -> Option<Token> {
         self.last_token
+    }
+
+    /// The lease under which the daemon before held its locks among the hosts.
+    #[cfg(feature = "etcd")]
+    pub(super) fn lease(&self) -> Option<u64> {
+        self.lease
+    }
+
+    /// Notes the lease under which locks are held among the hosts.
+    #[cfg(feature = "etcd")]
+    pub(super) fn set_lease(&mut self, lease: Option<u64>) {
+        if let Some(journal) = self.journal.as_mut().filter(|_| self.lease != lease) {
+            journal.lease(lease);
+        }
+        self.lease = lease;
     }
 
     /// What was held when the daemon before ended; once.

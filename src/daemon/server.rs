@@ -11,18 +11,19 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use log::{debug, warn};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use nix::time::{ClockId, clock_gettime};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use slab::Slab;
 
 use super::Config;
 use super::accept::Acceptor;
+use super::cluster::Sharing;
 use super::connection::{Connection, OUTPUT_BYTES_MAX, Protocol, Sent};
 use super::failpoint;
 use super::listener::Listener;
 use super::recorder::Recorder;
+use crate::clock;
 use crate::proto::Token;
-use crate::table::{self, ClientId, Effects, Millis, Table, What};
+use crate::table::{self, ClientId, Effects, Millis, Stir, Table, What};
 
 /// How many events are taken from the kernel at a time.
 const EVENTS_MAX: usize = 256;
@@ -38,7 +39,11 @@ pub(super) struct Server {
     pub(super) connections: Slab<Connection>,
     pub(super) table: Table,
     pub(super) recorder: Recorder,
-    effects: Effects,
+    pub(super) effects: Effects,
+    /// What other hosts have to do with it.
+    pub(super) sharing: Option<Box<Sharing>>,
+    /// What has changed in the table that they may have to be asked or told.
+    pub(super) stirred: Vec<Stir>,
     /// Those with output, or doomed: they are seen to at the end of the turn.
     dirty: Vec<ClientId>,
     /// When those are cut off that have sent part of a message.
@@ -60,15 +65,19 @@ pub(super) enum Source {
     Connection(ClientId, u32),
     /// The process of a holder that is not connected.
     Orphan(Token),
+    /// The threads that speak with etcd.
+    Cluster,
 }
 
 impl Source {
     const ORPHAN: u64 = 1 << 63;
+    const CLUSTER: u32 = u32::MAX;
 
     /// Generation 0 marks what is no connection. Neither generations nor tokens reach the highest bit.
     pub(super) fn pack(self) -> u64 {
         match self {
             Source::Signals => 0,
+            Source::Cluster => u64::from(Source::CLUSTER),
             Source::Listener(index) => index as u64 + 1,
             Source::Connection(client, generation) => u64::from(generation) << 32 | u64::from(client.0),
             Source::Orphan(token) => Source::ORPHAN | token.0,
@@ -80,20 +89,11 @@ impl Source {
         match (generation, low) {
             _ if bits & Source::ORPHAN != 0 => Source::Orphan(Token(bits & !Source::ORPHAN)),
             (0, 0) => Source::Signals,
+            (0, Source::CLUSTER) => Source::Cluster,
             (0, number) => Source::Listener(number as usize - 1),
             _ => Source::Connection(ClientId(low), generation),
         }
     }
-}
-
-/// Milliseconds since the machine was booted, the time that it slept included.
-pub(super) fn clock() -> Millis {
-    #[cfg(target_os = "linux")]
-    const CLOCK: ClockId = ClockId::CLOCK_BOOTTIME;
-    #[cfg(not(target_os = "linux"))]
-    const CLOCK: ClockId = ClockId::CLOCK_MONOTONIC;
-    let time = clock_gettime(CLOCK).expect("the kernel has this clock");
-    Millis(time.tv_sec() as u64 * 1000 + time.tv_nsec() as u64 / 1_000_000)
 }
 
 impl Server {
@@ -110,7 +110,7 @@ impl Server {
         // not catch up with it.
         let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_micros() as u64);
         let last = recorder.last_token().map_or(0, |token| token.0);
-        let now = clock();
+        let now = clock::now();
         let mut server = Server {
             epoll,
             signals,
@@ -120,10 +120,12 @@ impl Server {
                 hash_key: RandomState::new().hash_one(0),
                 first_token: Token(micros.max(last + 1)),
                 hold_limit: config.hold_limit.map(millis),
-                is_shared: false,
+                is_shared: config.is_sharing(),
             }),
             recorder,
             effects: Effects::default(),
+            sharing: None,
+            stirred: Vec::new(),
             dirty: Vec::new(),
             unfinished: BTreeSet::new(),
             now,
@@ -149,7 +151,8 @@ impl Server {
                 Err(nix::Error::EINTR) => 0,
                 other => other?,
             };
-            self.now = clock();
+            self.now = clock::now();
+            self.check_lease();
             for event in &events[..ready] {
                 match Source::unpack(event.data()) {
                     Source::Signals if self.is_signalled() => return Ok("a signal asks for it"),
@@ -159,6 +162,7 @@ impl Server {
                         self.connection_ready(client, generation, event.events(), &mut buffer);
                     }
                     Source::Orphan(token) => self.orphan_ready(token),
+                    Source::Cluster => self.sharing_ready(),
                 }
             }
             // A turn with room for more events has seen all that was ready when it began. With more than one turn's
@@ -182,7 +186,8 @@ impl Server {
     }
 
     /// Ends in good order: what is still held is in the journal, for the next one.
-    pub(super) fn finish(self) {
+    pub(super) fn finish(mut self) {
+        self.stop_sharing();
         if self.table.is_empty() {
             self.recorder.remove();
         }
@@ -190,12 +195,17 @@ impl Server {
 
     fn timeout(&self) -> EpollTimeout {
         let unfinished = self.unfinished.first().map(|&(deadline, _)| deadline);
-        let deadlines =
-            [self.table.next_deadline(), self.idle_deadline(), self.acceptor.retry_at(), unfinished];
+        let deadlines = [
+            self.table.next_deadline(),
+            self.idle_deadline(),
+            self.acceptor.retry_at(),
+            self.sharing_deadline(),
+            unfinished,
+        ];
         match deadlines.into_iter().flatten().min() {
             None => EpollTimeout::NONE,
             Some(deadline) => {
-                let millis = deadline.0.saturating_sub(clock().0).min(i32::MAX as u64);
+                let millis = deadline.0.saturating_sub(clock::now().0).min(i32::MAX as u64);
                 EpollTimeout::try_from(millis).expect("it is at most i32::MAX")
             }
         }
@@ -307,6 +317,13 @@ impl Server {
     pub(super) fn feed<T>(&mut self, event: impl FnOnce(&mut Table, Millis, &mut Effects) -> T) -> T {
         let mut effects = std::mem::take(&mut self.effects);
         let result = event(&mut self.table, self.now, &mut effects);
+        self.carry_out(effects);
+        result
+    }
+
+    /// Records and tells what the table has said.
+    pub(super) fn carry_out(&mut self, mut effects: Effects) {
+        self.stirred.append(&mut effects.stir);
         for change in effects.record.drain(..) {
             self.record(change);
         }
@@ -323,7 +340,6 @@ impl Server {
             }
         }
         self.effects = effects;
-        result
     }
 
     /// Takes everything from a client that is gone or must go. It is closed at the end of the turn, after what it is
@@ -349,6 +365,7 @@ impl Server {
     /// Records what has changed, then tells who is to be told.
     fn deliver(&mut self) {
         loop {
+            self.contend();
             self.commit();
             if self.dirty.is_empty() {
                 return;
@@ -376,7 +393,9 @@ impl Server {
                 self.close(client);
                 continue;
             }
-            let more = matches!(connection.protocol, Protocol::V2 { status: Some(_) });
+            let more =
+                matches!(connection.protocol, Protocol::V2 { status: Some(_) }) || self.has_listing_ready(client);
+            let connection = &mut self.connections[client.0 as usize];
             match sent {
                 Sent::Gone => {
                     connection.output().clear();
@@ -412,6 +431,7 @@ impl Server {
     fn close(&mut self, client: ClientId) {
         // Closing takes it out of the epoll set too: nobody else has this open file (epoll(7), question 6).
         let connection = self.connections.remove(client.0 as usize);
+        self.forget_listing(client);
         if connection.unfinished != Millis::NEVER {
             self.unfinished.remove(&(connection.unfinished, client));
         }

@@ -75,15 +75,19 @@ impl Server {
             (Request::Release { .. }, _) => {
                 self.answer(client, &wrong_state("release: this connection holds no lock"));
             }
-            (Request::Status { key: Some(key) }, _) => self.status_of(client, &key),
-            (Request::Status { key: None }, _) => {
+            (Request::Status { cluster: true, .. }, _) => self.status_of_cluster(client),
+            (Request::Status { key: Some(key), .. }, _) => self.status_of(client, &key),
+            (Request::Status { key: None, .. }, _) => {
                 match &mut self.connections[client.0 as usize].protocol {
                     Protocol::V2 { status: status @ None } => *status = Some(0),
                     _ => return self.answer(client, &wrong_state("status: one is under way")),
                 }
                 self.mark_dirty(client);
             }
-            (Request::Ping, _) => self.answer(client, &Answer::Pong),
+            (Request::Ping, state) => {
+                let lease = self.lease_terms().filter(|_| state == State::Owner);
+                self.answer(client, &Answer::Pong { lease });
+            }
         }
     }
 
@@ -91,6 +95,10 @@ impl Server {
         let connection = &mut self.connections[client.0 as usize];
         connection.child = asked.child.unwrap_or(0);
         let uid = connection.peer().map(|peer| peer.uid);
+        if self.is_sharing() && (asked.shared || asked.slots > 1) {
+            let message = "lock: shared locks and slots are for one host alone, and this daemon shares its locks";
+            return self.answer(client, &error(ErrorCode::PerHost, message));
+        }
         if let Some(child) = asked.child
             && asked.holds.is_none()
             && self.left_to(asked.key.id(), child).is_some()
@@ -138,6 +146,12 @@ impl Server {
         let permitted = by.is_some_and(|uid| {
             uid == 0 || uid == Uid::effective().as_raw() || holders.iter().all(|holder| *holder == Some(uid))
         });
+        if let Some(party) = self.holder_elsewhere(key.id())
+            && lock.iter().flat_map(LockView::holders).any(|holder| holder.is_elsewhere)
+        {
+            let message = format!("break: it is held on host {}: break it there", party.who.host.as_str());
+            return self.answer(client, &error(ErrorCode::NotHeld, message));
+        }
         if holders.is_empty() {
             let message = "break: nobody holds this lock";
             return self.answer(client, &error(ErrorCode::NotHeld, message));
@@ -166,7 +180,7 @@ impl Server {
     pub(super) fn tell_v2(&mut self, effect: Effect) {
         let holders = || self.table.find(effect.lock).map_or(Vec::new(), |lock| self.holders(&lock));
         let answer = match effect.what {
-            What::Granted(token) => Answer::Granted { token },
+            What::Granted(token) => Answer::Granted { token, lease: self.lease_terms() },
             What::Waiting { ahead, place } => Answer::Waiting { holders: holders(), ahead, place },
             What::Finished(outcome, token) => Answer::Finished { outcome, token },
             What::Busy => Answer::Busy { holders: holders() },
@@ -198,10 +212,11 @@ impl Server {
     fn tell_cycle(&self, within: Token, lock: LockId) -> String {
         let cycle = self.table.cycle(within, lock).unwrap_or_default();
         let steps = cycle.iter().map(|(lock, token)| {
-            let holder = self.table.find(*lock).and_then(|lock| {
+            let lock_id = *lock;
+            let holder = self.table.find(lock_id).and_then(|lock| {
                 lock.holders().find(|holder| holder.held.is_some_and(|held| held.token == *token))
             });
-            let pid = holder.map_or(0, |holder| self.party(&holder).who.pid);
+            let pid = holder.map_or(0, |holder| self.party(lock_id, &holder).who.pid);
             format!("{} is held by pid {pid}", self.lock_name(*lock))
         });
         let steps: Vec<String> = steps.collect();
@@ -216,9 +231,21 @@ impl Server {
         self.answer(client, &Answer::End);
     }
 
+    fn status_of_cluster(&mut self, client: ClientId) {
+        if !self.is_sharing() {
+            let message = "status: this daemon shares no locks with other hosts";
+            self.answer(client, &error(ErrorCode::BadRequest, message));
+        } else if !self.list_cluster(client) {
+            self.answer(client, &error(ErrorCode::WrongState, "status: one is under way"));
+        }
+    }
+
     /// Writes as much of a status as there is room for: a client that asks for all locks must not make the daemon keep
     /// all of them for it at once.
     pub(super) fn continue_status(&mut self, client: ClientId) {
+        if !self.connections[client.0 as usize].doomed {
+            self.continue_listing(client, |waiting| waiting < STATUS_BYTES_AHEAD);
+        }
         loop {
             let connection = &mut self.connections[client.0 as usize];
             let Protocol::V2 { status: Some(cursor) } = connection.protocol else { return };
@@ -239,7 +266,7 @@ impl Server {
     }
 
     fn lock_status(&self, lock: &LockView<'_>, key: Option<&str>) -> LockStatus {
-        let waiters = lock.waiters().take(LISTED_MAX).map(|waiter| self.party(&waiter)).collect();
+        let waiters = lock.waiters().take(LISTED_MAX).map(|waiter| self.party(lock.id(), &waiter)).collect();
         LockStatus {
             key: key.map(Into::into),
             id: lock.id().to_string(),
@@ -251,10 +278,15 @@ impl Server {
     }
 
     fn holders(&self, lock: &LockView<'_>) -> Vec<Party> {
-        lock.holders().take(LISTED_MAX).map(|holder| self.party(&holder)).collect()
+        lock.holders().take(LISTED_MAX).map(|holder| self.party(lock.id(), &holder)).collect()
     }
 
-    fn party(&self, request: &RequestView<'_>) -> Party {
+    fn party(&self, lock: LockId, request: &RequestView<'_>) -> Party {
+        if request.is_elsewhere
+            && let Some(party) = self.holder_elsewhere(lock)
+        {
+            return party;
+        }
         let orphan = request.held.filter(|_| request.client.is_none()).map(|held| held.token);
         let peer = request.client.and_then(|client| self.connections[client.0 as usize].peer());
         let mut who = request.asked.map(|asked| asked.who.clone()).unwrap_or_default();

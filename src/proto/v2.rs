@@ -49,6 +49,9 @@ pub enum Request {
         /// The one that is wanted.
         #[serde(skip_serializing_if = "Option::is_none")]
         key: Option<Key>,
+        /// All that all hosts hold which share their locks.
+        #[serde(skip_serializing_if = "std::ops::Not::not")]
+        cluster: bool,
     },
     /// Are you there?
     Ping,
@@ -216,6 +219,9 @@ pub enum Answer {
     Granted {
         /// The fencing token of this grant.
         token: Token,
+        /// How long it may be relied on, where hosts share their locks.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lease: Option<LeaseTerms>,
     },
     /// Somebody else holds it; you are waiting.
     Waiting {
@@ -252,7 +258,11 @@ pub enum Answer {
     /// The status is complete.
     End,
     /// The answer to a ping.
-    Pong,
+    Pong {
+        /// How long what you hold may be relied on, where hosts share their locks.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        lease: Option<LeaseTerms>,
+    },
     /// The request was not carried out.
     Error {
         /// What kind of error, for programs.
@@ -260,6 +270,17 @@ pub enum Answer {
         /// What is wrong, for people.
         message: String,
     },
+}
+
+/// How long a lock may be relied on that this host has won from others. Whoever has no newer word from the daemon stops
+/// then, as if the lock were lost: the daemon may have been stopped, and other hosts get the lock when its lease ends.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct LeaseTerms {
+    /// For so many milliseconds after the request was sent that this is the answer to (a ping), or, without one, after
+    /// this was sent.
+    pub good_ms: u64,
+    /// How long it then takes at the least until another host can have the lock, in milliseconds: the time to stop in.
+    pub margin_ms: u64,
 }
 
 /// The kinds of error, for programs. See `docs/protocol.md` for which of them end the connection.
@@ -365,6 +386,8 @@ struct Frame<'a> {
     place: Option<u64>,
     outcome: Option<Outcome>,
     pid: Option<u32>,
+    #[serde(default)]
+    cluster: bool,
 }
 
 /// Reads one request from one line, with or without its newline.
@@ -399,7 +422,7 @@ pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
             Some(text) => Ok(Request::Break { key: key(text)? }),
             None => Err(error(ErrorCode::BadRequest, "break: key is missing")),
         },
-        "status" => Ok(Request::Status { key: frame.key.map(key).transpose()? }),
+        "status" => Ok(Request::Status { key: frame.key.map(key).transpose()?, cluster: frame.cluster }),
         "ping" => Ok(Request::Ping),
         kind => {
             let kind = Text::from(kind);

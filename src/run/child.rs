@@ -7,7 +7,7 @@ use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::Command;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
@@ -79,7 +79,8 @@ pub(super) fn run(
             && lock == Lock::Held
             && let Err(error) = holds.iter_mut().try_for_each(Hold::tend)
         {
-            lock = child.lost(&error, on_lost);
+            let limit = holds.iter().filter_map(Hold::stop_within).min();
+            lock = child.lost(&error, on_lost, limit);
         }
         if let Lock::KillAt(time) = lock
             && time <= Instant::now()
@@ -258,8 +259,8 @@ impl Child {
         Ok(matches!(waitid(Id::Pid(self.pid), flags)?, WaitStatus::Continued(_)))
     }
 
-    /// The lock was lost: does what was asked for that case.
-    fn lost(&self, error: &client::Error, on_lost: OnLost) -> Lock {
+    /// The lock was lost: does what was asked for that case. `limit`: how long until another host may have it.
+    fn lost(&self, error: &client::Error, on_lost: OnLost, limit: Option<Duration>) -> Lock {
         match on_lost {
             OnLost::Continue => {
                 crate::say(format_args!("{error}; the command goes on without it"));
@@ -268,6 +269,8 @@ impl Child {
             OnLost::Kill(after) => {
                 crate::say(format_args!("{error}; stopping the command"));
                 self.signal_all(Signal::SIGTERM);
+                // Killed with some of that time to spare.
+                let after = limit.map_or(after, |limit| after.min(limit * 4 / 5));
                 Instant::now().checked_add(after).map_or(Lock::Lost, Lock::KillAt)
             }
         }

@@ -299,7 +299,8 @@ impl World {
                 self.note("compacted", 1);
                 let lease = self.hosts[host].lease.clone().unwrap_or_default();
                 let places = self.store.places_of(&lease);
-                self.hosts[host].cluster.missed(revision, places);
+                self.hosts[host].cluster.missed(revision);
+                self.hosts[host].cluster.has_places(places);
             }
             Some(news) => {
                 for (revision, lock, what) in news.to_vec() {

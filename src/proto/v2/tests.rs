@@ -67,7 +67,7 @@ fn any_request() -> impl Strategy<Value = Request> {
     prop_oneof![
         4 => any_lock_request().prop_map(|asked| Request::Lock(Box::new(asked))),
         1 => any_outcome().prop_map(|outcome| Request::Release { outcome }),
-        1 => option::of(any_key()).prop_map(|key| Request::Status { key }),
+        1 => (option::of(any_key()), any::<bool>()).prop_map(|(key, cluster)| Request::Status { key, cluster }),
         1 => (1..=u32::MAX).prop_map(|pid| Request::Child { pid }),
         1 => any_key().prop_map(|key| Request::Break { key }),
         1 => (any_key(), 1..=u32::MAX, any_outcome())
@@ -94,6 +94,10 @@ fn any_party() -> impl Strategy<Value = Party> {
             shared,
             orphan,
         })
+}
+
+fn any_lease() -> impl Strategy<Value = LeaseTerms> {
+    (any::<u64>(), any::<u64>()).prop_map(|(good_ms, margin_ms)| LeaseTerms { good_ms, margin_ms })
 }
 
 fn any_status() -> impl Strategy<Value = LockStatus> {
@@ -127,7 +131,7 @@ fn any_answer() -> impl Strategy<Value = Answer> {
     ]);
     prop_oneof![
         (any_string(0..20), any::<u32>()).prop_map(|(version, pid)| Answer::Hello { version, pid }),
-        any_token().prop_map(|token| Answer::Granted { token }),
+        (any_token(), option::of(any_lease())).prop_map(|(token, lease)| Answer::Granted { token, lease }),
         (parties(), any::<u32>(), any::<u64>()).prop_map(|(holders, ahead, place)| Answer::Waiting {
             holders,
             ahead,
@@ -140,7 +144,7 @@ fn any_answer() -> impl Strategy<Value = Answer> {
         Just(Answer::Released),
         any_status().prop_map(Answer::Lock),
         Just(Answer::End),
-        Just(Answer::Pong),
+        option::of(any_lease()).prop_map(|lease| Answer::Pong { lease }),
         (code, any_string(0..100)).prop_map(|(code, message)| Answer::Error { code, message }),
     ]
 }
