@@ -30,7 +30,7 @@ pub use config::{Config, ConfigError, User};
 pub use endpoint::{Endpoint, EndpointError};
 pub use error::Error;
 use error::Failure;
-use http::Agents;
+use http::{Agents, Leaderless, Request};
 pub use kv::{
     Compare, Event, KeptAlive, KeyValue, Lease, LeaseId, Op, Range, RangeReply, Sort, Txn, TxnReply,
     WatchReply,
@@ -126,7 +126,9 @@ impl Client {
         let agent = self.watches().clone();
         self.each_endpoint(|endpoint| {
             let open = |token: Option<&str>| {
-                let response = http::open(&agent, endpoint, "/v3/watch", &body, token)?;
+                let (path, leaderless) = ("/v3/watch", Leaderless::GivesUp);
+                let request = Request { endpoint, path, body: &body, token, leaderless };
+                let response = http::open(&agent, request)?;
                 let (tokens, token) = (Arc::clone(&self.tokens), token.map(String::from));
                 Ok(Watch::new(endpoint.clone(), response.into_body(), tokens, token))
             };
@@ -180,14 +182,24 @@ impl Client {
     }
 
     fn attempt(&self, endpoint: &Endpoint, path: &str, body: &str) -> Result<Vec<u8>, Failure> {
-        let call = |token: Option<&str>| http::call(&self.requests, endpoint, path, body, token);
+        let call = |token: Option<&str>| self.post(endpoint, path, body, token);
         self.tokens.with(|user| self.authenticate(endpoint, user), call)
     }
 
     fn authenticate(&self, endpoint: &Endpoint, user: &User) -> Result<String, Failure> {
         let body = codec::authenticate(&user.name, &user.password);
-        let reply = http::call(&self.requests, endpoint, "/v3/auth/authenticate", &body, None)?;
-        codec::read_token(&reply)
+        codec::read_token(&self.post(endpoint, "/v3/auth/authenticate", &body, None)?)
+    }
+
+    fn post(
+        &self,
+        endpoint: &Endpoint,
+        path: &str,
+        body: &str,
+        token: Option<&str>,
+    ) -> Result<Vec<u8>, Failure> {
+        let request = Request { endpoint, path, body, token, leaderless: Leaderless::Waits };
+        http::call(&self.requests, request)
     }
 
     fn watches(&self) -> MutexGuard<'_, Agent> {

@@ -61,28 +61,37 @@ impl Agents {
     }
 }
 
+/// A request to one endpoint.
+#[derive(Clone, Copy)]
+pub(super) struct Request<'a> {
+    pub(super) endpoint: &'a Endpoint,
+    pub(super) path: &'a str,
+    pub(super) body: &'a str,
+    pub(super) token: Option<&'a str>,
+    /// What a member without a leader is to do with it.
+    pub(super) leaderless: Leaderless,
+}
+
+/// What a member that knows of no leader, because there is none or it has lost touch with the others, does with a
+/// request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Leaderless {
+    /// It waits for one: an election is mostly over within [`ATTEMPT_MAX`].
+    Waits,
+    /// It ends the answer. A watch would be silent otherwise, for as long as that lasts.
+    GivesUp,
+}
+
 /// Sends a request and returns what comes behind `200 OK`.
-pub(super) fn call(
-    agent: &Agent,
-    endpoint: &Endpoint,
-    path: &str,
-    body: &str,
-    token: Option<&str>,
-) -> Result<Vec<u8>, Failure> {
-    read_all(&mut open(agent, endpoint, path, body, token)?)
+pub(super) fn call(agent: &Agent, request: Request<'_>) -> Result<Vec<u8>, Failure> {
+    read_all(&mut open(agent, request)?)
 }
 
 /// Sends a request and returns the answer, of which only the head has been read, and that is `200 OK`.
-pub(super) fn open(
-    agent: &Agent,
-    endpoint: &Endpoint,
-    path: &str,
-    body: &str,
-    token: Option<&str>,
-) -> Result<Response<Body>, Failure> {
-    let mut response = match post(agent, endpoint, path, body, token) {
+pub(super) fn open(agent: &Agent, request: Request<'_>) -> Result<Response<Body>, Failure> {
+    let mut response = match post(agent, request) {
         // etcd has closed a connection that had waited for this request, just before it came: a new one will do.
-        Err(Failure::NoAnswer { was_closed: true, .. }) => post(agent, endpoint, path, body, token),
+        Err(Failure::NoAnswer { was_closed: true, .. }) => post(agent, request),
         other => other,
     }?;
     match response.status().as_u16() {
@@ -91,20 +100,19 @@ pub(super) fn open(
     }
 }
 
-fn post(
-    agent: &Agent,
-    endpoint: &Endpoint,
-    path: &str,
-    body: &str,
-    token: Option<&str>,
-) -> Result<Response<Body>, Failure> {
-    let mut request = agent.post(format!("{endpoint}{path}"));
-    request = request.header("Content-Type", "application/json").header("Content-Length", body.len());
+fn post(agent: &Agent, request: Request<'_>) -> Result<Response<Body>, Failure> {
+    let Request { endpoint, path, body, token, leaderless } = request;
+    let mut post = agent.post(format!("{endpoint}{path}"));
+    post = post.header("Content-Type", "application/json").header("Content-Length", body.len());
     if let Some(token) = token {
-        request = request.header("Authorization", token);
+        post = post.header("Authorization", token);
+    }
+    if leaderless == Leaderless::GivesUp {
+        // The gateway makes gRPC's metadata of it, which etcd's own client calls WithRequireLeader.
+        post = post.header("Grpc-Metadata-hasleader", "true");
     }
     let mut sent = Sent { rest: body.as_bytes(), has_begun: false };
-    let answer = request.send(SendBody::from_reader(&mut sent));
+    let answer = post.send(SendBody::from_reader(&mut sent));
     answer.map_err(|e| match sent.has_begun {
         true => Failure::NoAnswer { why: words(&e), was_closed: is_closed(&e) },
         false => Failure::NotSent(words(&e)),

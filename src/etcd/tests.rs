@@ -297,6 +297,19 @@ fn a_watch_has_its_messages_one_by_one_and_then_the_end() {
 }
 
 #[test]
+fn an_error_ends_a_watch_without_ending_its_line() {
+    let fake = Fake::new(|connection| {
+        connection.begin_watch();
+        connection.chunk("{\"error\":{\"grpc_code\":14,\"message\":\"etcdserver: no leader\"}}");
+        connection.chunk("");
+    });
+    let mut watch = client(&[&fake.endpoint()]).watch(b"k", b"", 1).unwrap();
+    let unknown = |why: &str| Err(Error::Unknown { why: format!("{}: {why}", fake.endpoint()) });
+    assert_eq!(watch.next(), unknown("etcdserver: no leader"));
+    assert_eq!(watch.next(), unknown("the watch has ended"));
+}
+
+#[test]
 fn a_message_of_a_watch_without_end_is_not_kept() {
     let fake = Fake::new(|connection| {
         connection.begin_watch();

@@ -50,9 +50,11 @@ impl Watch {
         let read = self.lines.by_ref().take(REPLY_BYTES_MAX).read_until(b'\n', &mut line);
         match read {
             Err(e) => Err(Failure::no_answer(io_words(&e))),
+            Ok(0) => Err(Failure::no_answer("the watch has ended")),
             Ok(_) if line.ends_with(b"\n") => Ok(line),
             Ok(bytes) if bytes as u64 >= REPLY_BYTES_MAX => Err(too_long()),
-            Ok(_) => Err(Failure::no_answer("the connection was closed")),
+            // The gateway ends the line of every message, but not that of an error, which is the last.
+            Ok(_) => Ok(line),
         }
     }
 }
