@@ -14,6 +14,7 @@
 //! | [`status`] | what is held, for people and for programs |
 //! | [`force`] | breaking a lock |
 //! | [`client`] | the blocking client |
+//! | `etcd` | the blocking client of etcd (the feature `etcd`) |
 //! | [`addr`] | where a daemon is |
 //! | [`describe`] | holders and times in words |
 //! | [`inherited`] | descriptors from whoever started this process |
@@ -36,6 +37,8 @@ pub mod cluster;
 mod clock;
 pub mod daemon;
 pub mod describe;
+#[cfg(feature = "etcd")]
+pub mod etcd;
 pub mod exit;
 pub mod force;
 pub mod inherited;

@@ -8,6 +8,10 @@ mod breaking;
 mod crash;
 mod daemon;
 mod errors;
+#[cfg(feature = "etcd")]
+mod etcd_client;
+#[cfg(feature = "etcd")]
+mod etcd_harness;
 mod faults;
 mod harness;
 mod keyedmutex;

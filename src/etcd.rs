@@ -1,0 +1,215 @@
+//! The blocking client of etcd, for what a lock service needs of it: leases, transactions, ranges, watches.
+//!
+//! It speaks to the JSON gateway that every member of etcd has beside gRPC (`/v3/...`), over HTTP/1.1 with [`ureq`]. It
+//! knows nothing of locks: which keys there are, and what they mean, is its caller's.
+//!
+//! A call is tried at each endpoint in turn, a second each at the most, beginning with the one that answered last. It
+//! goes on after an attempt of which it is not known what it did, so that the caller must ask for nothing that may not
+//! be done twice: a transaction has a comparison that fails once it was done.
+
+mod auth;
+mod codec;
+mod config;
+mod endpoint;
+mod error;
+mod http;
+mod kv;
+mod names;
+#[cfg(test)]
+mod tests;
+mod watch;
+
+use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use ureq::Agent;
+
+use auth::Tokens;
+pub use config::{Config, ConfigError, User};
+pub use endpoint::{Endpoint, EndpointError};
+pub use error::Error;
+use error::Failure;
+use http::{Agents, Leaderless, Request};
+pub use kv::{
+    Compare, Event, KeptAlive, KeyValue, Lease, LeaseId, Op, Range, RangeReply, Sort, Txn, TxnReply,
+    WatchReply,
+};
+use names::Names;
+pub use watch::Watch;
+
+/// A client of one cluster of etcd. Threads may share it; each call blocks the one that makes it.
+pub struct Client {
+    endpoints: Vec<Endpoint>,
+    /// Which of them has answered last.
+    current: AtomicUsize,
+    tokens: Arc<Tokens>,
+    agents: Agents,
+    requests: Agent,
+    /// Of its own, so that [`Client::hang_up`] ends nothing but watches.
+    watches: Mutex<Agent>,
+}
+
+impl Client {
+    /// Reads the certificates; connects to nothing yet.
+    ///
+    /// # Errors
+    /// When the configuration cannot work.
+    pub fn new(config: &Config) -> Result<Client, ConfigError> {
+        if config.endpoints.is_empty() {
+            return Err(ConfigError::NoEndpoint);
+        }
+        let agents = Agents { tls: config::tls(config)?, names: Names::default() };
+        Ok(Client {
+            endpoints: config.endpoints.clone(),
+            current: AtomicUsize::new(0),
+            tokens: Arc::new(Tokens::new(config.user.clone())),
+            requests: agents.for_requests(),
+            watches: Mutex::new(agents.for_watches()),
+            agents,
+        })
+    }
+
+    /// Gets a lease that lasts so long without [`Client::keep_alive`], or longer if etcd says so.
+    ///
+    /// # Errors
+    /// As [`Client::txn`]. A lease that was granted without an answer ends by itself.
+    pub fn grant_lease(&self, ttl_secs: u64) -> Result<Lease, Error> {
+        self.call("/v3/lease/grant", &codec::grant_lease(ttl_secs), codec::read_lease)
+    }
+
+    /// Lets a lease begin anew. That it is gone is an answer, not an error.
+    ///
+    /// # Errors
+    /// As [`Client::txn`].
+    pub fn keep_alive(&self, lease: LeaseId) -> Result<KeptAlive, Error> {
+        let read = |body: &[u8]| codec::read_kept_alive(body, lease);
+        self.call("/v3/lease/keepalive", &codec::lease(lease), read)
+    }
+
+    /// Ends a lease, and all keys that were put with it. It is right if it has ended before.
+    ///
+    /// # Errors
+    /// As [`Client::txn`].
+    pub fn revoke(&self, lease: LeaseId) -> Result<(), Error> {
+        let body = codec::lease(lease);
+        self.each_endpoint(|endpoint| match self.attempt(endpoint, "/v3/lease/revoke", &body) {
+            Err(failure) if failure.is_lease_gone() => Ok(()),
+            reply => codec::read_revoked(&reply?),
+        })
+    }
+
+    /// Carries out a transaction.
+    ///
+    /// # Errors
+    /// [`Error::Unknown`] and [`Error::BadReply`] when it may have been done; [`Error::Unreachable`] and
+    /// [`Error::Refused`] when it was not.
+    pub fn txn(&self, txn: &Txn) -> Result<TxnReply, Error> {
+        self.call("/v3/kv/txn", &codec::txn(txn), |body| codec::read_txn(body, txn))
+    }
+
+    /// Reads keys as they are now: what was answered to anybody before this call is in it (etcd's linearizable read).
+    ///
+    /// # Errors
+    /// As [`Client::txn`].
+    pub fn range(&self, range: &Range) -> Result<RangeReply, Error> {
+        self.call("/v3/kv/range", &codec::range(range), codec::read_range)
+    }
+
+    /// Watches the keys from `key` up to, and without, `end` (empty: `key` alone). The events begin with those of
+    /// `from_revision`; 0 is with what comes next.
+    ///
+    /// # Errors
+    /// When no endpoint opens it. That etcd does not want this watch is told by its first message.
+    pub fn watch(&self, key: &[u8], end: &[u8], from_revision: i64) -> Result<Watch, Error> {
+        let body = codec::watch(key, end, from_revision);
+        let agent = self.watches().clone();
+        self.each_endpoint(|endpoint| {
+            let open = |token: Option<&str>| {
+                let (path, leaderless) = ("/v3/watch", Leaderless::GivesUp);
+                let request = Request { endpoint, path, body: &body, token, leaderless };
+                let response = http::open(&agent, request)?;
+                let (tokens, token) = (Arc::clone(&self.tokens), token.map(String::from));
+                Ok(Watch::new(endpoint.clone(), response.into_body(), tokens, token))
+            };
+            self.tokens.with(|user| self.authenticate(endpoint, user), open)
+        })
+    }
+
+    /// Ends all watches at once, those that are being opened too: whoever reads one gets an error. Watches that are
+    /// opened afterwards are not touched.
+    pub fn hang_up(&self) {
+        let old = std::mem::replace(&mut *self.watches(), self.agents.for_watches());
+        old.shutdown();
+    }
+
+    fn call<T>(
+        &self,
+        path: &str,
+        body: &str,
+        read: impl Fn(&[u8]) -> Result<T, Failure>,
+    ) -> Result<T, Error> {
+        self.each_endpoint(|endpoint| read(&self.attempt(endpoint, path, body)?))
+    }
+
+    /// Tries the endpoints in turn until one answers.
+    fn each_endpoint<T>(&self, attempt: impl Fn(&Endpoint) -> Result<T, Failure>) -> Result<T, Error> {
+        let first = self.current.load(Ordering::Relaxed);
+        let mut failures = Vec::new();
+        for turn in 0..self.endpoints.len() {
+            let index = (first + turn) % self.endpoints.len();
+            let endpoint = &self.endpoints[index];
+            let failure = match attempt(endpoint) {
+                Ok(reply) => {
+                    self.current.store(index, Ordering::Relaxed);
+                    return Ok(reply);
+                }
+                Err(failure) => failure,
+            };
+            if matches!(failure, Failure::Refused { .. }) {
+                self.current.store(index, Ordering::Relaxed);
+                // What one refuses, another may have done, or may do still.
+                if failures.iter().all(|(_, failure)| matches!(failure, Failure::NotSent(_))) {
+                    return Err(failure.into_error(endpoint));
+                }
+                failures.push((endpoint, failure));
+                break;
+            }
+            log::debug!("etcd: {endpoint}: {failure}");
+            failures.push((endpoint, failure));
+        }
+        Err(Error::of(&failures))
+    }
+
+    fn attempt(&self, endpoint: &Endpoint, path: &str, body: &str) -> Result<Vec<u8>, Failure> {
+        let call = |token: Option<&str>| self.post(endpoint, path, body, token);
+        self.tokens.with(|user| self.authenticate(endpoint, user), call)
+    }
+
+    fn authenticate(&self, endpoint: &Endpoint, user: &User) -> Result<String, Failure> {
+        let body = codec::authenticate(&user.name, &user.password);
+        codec::read_token(&self.post(endpoint, "/v3/auth/authenticate", &body, None)?)
+    }
+
+    fn post(
+        &self,
+        endpoint: &Endpoint,
+        path: &str,
+        body: &str,
+        token: Option<&str>,
+    ) -> Result<Vec<u8>, Failure> {
+        let request = Request { endpoint, path, body, token, leaderless: Leaderless::Waits };
+        http::call(&self.requests, request)
+    }
+
+    fn watches(&self) -> MutexGuard<'_, Agent> {
+        // Each change is one assignment: whoever panicked has left it whole.
+        self.watches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl fmt::Debug for Client {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Client").field("endpoints", &self.endpoints).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,174 @@
+//! Which etcd to talk to, and who one is: the options as they are given, and the certificates that they name.
+
+use std::fmt;
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use rustls::RootCertStore;
+use rustls::crypto::ring;
+use rustls::pki_types::pem::PemObject;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use rustls::sign::CertifiedKey;
+use ureq::tls::{Certificate, ClientCert, PrivateKey, RootCerts, TlsConfig};
+
+use super::Endpoint;
+use super::error::lower;
+use crate::addr::Reason;
+
+const CA: &str = "--etcd-ca";
+const CERT: &str = "--etcd-cert";
+const KEY: &str = "--etcd-key";
+
+/// Where etcd is, and how one makes oneself known there.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// The members, any of which may answer.
+    pub endpoints: Vec<Endpoint>,
+    /// A PEM file with the certificates of those who may have signed the members'. `None`: the public authorities.
+    pub ca: Option<PathBuf>,
+    /// A PEM file with a certificate to show to etcd, the ones in between behind it.
+    pub cert: Option<PathBuf>,
+    /// A PEM file with the key of that certificate.
+    pub key: Option<PathBuf>,
+    /// As whom to ask for a token.
+    pub user: Option<User>,
+}
+
+/// A user of etcd's.
+#[derive(Clone)]
+pub struct User {
+    /// The name.
+    pub name: String,
+    /// The password.
+    pub password: String,
+}
+
+impl fmt::Debug for User {
+    /// Without the password: what is printed for debugging ends in logs.
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("User").field("name", &self.name).finish_non_exhaustive()
+    }
+}
+
+/// Reads the certificates, and refuses here what could not work later.
+pub(super) fn tls(config: &Config) -> Result<TlsConfig, ConfigError> {
+    let files = [(CA, &config.ca), (CERT, &config.cert), (KEY, &config.key)];
+    let given = files.iter().find(|(_, path)| path.is_some());
+    if let Some((option, _)) = given
+        && !config.endpoints.iter().any(Endpoint::is_tls)
+    {
+        return Err(ConfigError::NothingEncrypted { option });
+    }
+    let mut tls = TlsConfig::builder();
+    if let Some(path) = &config.ca {
+        tls = tls.root_certs(authorities(path)?);
+    }
+    match (&config.cert, &config.key) {
+        (Some(cert), Some(key)) => tls = tls.client_cert(Some(client_cert(cert, key)?)),
+        (Some(_), None) => return Err(ConfigError::Missing { option: CERT, missing: KEY }),
+        (None, Some(_)) => return Err(ConfigError::Missing { option: KEY, missing: CERT }),
+        (None, None) => {}
+    }
+    Ok(tls.build())
+}
+
+fn authorities(path: &Path) -> Result<RootCerts, ConfigError> {
+    let ders = certificates(CA, path)?;
+    let mut store = RootCertStore::empty();
+    for der in &ders {
+        store.add(der.clone()).map_err(|e| bad(CA, path, e))?;
+    }
+    Ok(RootCerts::from(ders.iter().map(certificate)))
+}
+
+fn client_cert(cert: &Path, key: &Path) -> Result<ClientCert, ConfigError> {
+    let ders = certificates(CERT, cert)?;
+    let chain: Vec<Certificate<'static>> = ders.iter().map(certificate).collect();
+    let pem = read(KEY, key)?;
+    let der = PrivateKeyDer::from_pem_slice(&pem).map_err(|_| bad(KEY, key, "there is no key in it"))?;
+    // ureq takes it for granted that the two go together, and panics at the first connection if they do not.
+    CertifiedKey::from_der(ders, der, &ring::default_provider()).map_err(|e| bad(KEY, key, e))?;
+    let key = PrivateKey::from_pem(&pem).map_err(|e| bad(KEY, key, e))?;
+    Ok(ClientCert::new_with_certs(&chain, key))
+}
+
+fn certificates(option: &'static str, path: &Path) -> Result<Vec<CertificateDer<'static>>, ConfigError> {
+    let pem = read(option, path)?;
+    let found: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(&pem).collect();
+    match found {
+        Ok(found) if found.is_empty() => Err(bad(option, path, "there is no certificate in it")),
+        Ok(found) => Ok(found),
+        Err(e) => Err(bad(option, path, e)),
+    }
+}
+
+fn certificate(der: &CertificateDer<'_>) -> Certificate<'static> {
+    Certificate::from_der(der).to_owned()
+}
+
+fn read(option: &'static str, path: &Path) -> Result<Vec<u8>, ConfigError> {
+    fs::read(path).map_err(|error| ConfigError::Unreadable { option, path: path.into(), error })
+}
+
+fn bad(option: &'static str, path: &Path, why: impl fmt::Display) -> ConfigError {
+    ConfigError::Bad { option, path: path.into(), why: why.to_string() }
+}
+
+/// What is wrong with a [`Config`].
+#[derive(Debug)]
+pub enum ConfigError {
+    /// There is no endpoint.
+    NoEndpoint,
+    /// A file cannot be read.
+    Unreadable {
+        /// The option that names it.
+        option: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        error: io::Error,
+    },
+    /// A file has not in it what it should have.
+    Bad {
+        /// The option that names it.
+        option: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// A certificate without a key, or a key without a certificate.
+    Missing {
+        /// The option that was given.
+        option: &'static str,
+        /// The one that it needs.
+        missing: &'static str,
+    },
+    /// An option for https, and no endpoint that has it: the user believes to be safe, and is not.
+    NothingEncrypted {
+        /// The option.
+        option: &'static str,
+    },
+}
+
+impl fmt::Display for ConfigError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            ConfigError::NoEndpoint => f.write_str("there is no etcd endpoint"),
+            ConfigError::Unreadable { option, path, error } => {
+                let why = lower(&Reason(error).to_string());
+                write!(f, "cannot read {option} {}: {why}", path.display())
+            }
+            ConfigError::Bad { option, path, why } => {
+                write!(f, "cannot use {option} {}: {why}", path.display())
+            }
+            ConfigError::Missing { option, missing } => write!(f, "{option} needs {missing}"),
+            ConfigError::NothingEncrypted { option } => {
+                write!(f, "{option} needs an https endpoint, and there is none")
+            }
+        }
+    }
+}
+
+impl std::error::Error for ConfigError {}

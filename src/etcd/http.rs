@@ -1,0 +1,180 @@
+//! One request to one endpoint, and what became of it: was it sent, was it answered, with what. Knows HTTP and its time
+//! limits; neither what is asked nor what an answer means, but for telling a refusal from an answer.
+
+use std::io::{self, Read};
+use std::time::Duration;
+
+use ureq::http::Response;
+use ureq::tls::TlsConfig;
+use ureq::unversioned::transport::DefaultConnector;
+use ureq::{Agent, Body, SendBody, Timeout};
+
+use super::Endpoint;
+use super::codec;
+use super::error::{Failure, lower, one_line};
+use super::names::Names;
+use crate::addr::Reason;
+
+/// The longest that one attempt at one endpoint may take, from connecting to the last byte of the answer; of a watch,
+/// each of connecting and waiting for its first answer.
+pub(super) const ATTEMPT_MAX: Duration = Duration::from_secs(1);
+/// The largest answer, and the largest message of a watch, in bytes.
+pub(super) const REPLY_BYTES_MAX: u64 = 16 * 1024 * 1024;
+/// How many connections to one endpoint wait for the next request, at the most.
+const IDLE_MAX: usize = 8;
+
+/// What it takes to make agents. Each has its own connections.
+#[derive(Debug)]
+pub(super) struct Agents {
+    pub(super) tls: TlsConfig,
+    pub(super) names: Names,
+}
+
+impl Agents {
+    /// For requests, each of which has to be answered in [`ATTEMPT_MAX`].
+    pub(super) fn for_requests(&self) -> Agent {
+        let limits = Agent::config_builder().timeout_global(Some(ATTEMPT_MAX));
+        let limits = limits.max_idle_connections_per_host(IDLE_MAX).max_idle_connections(IDLE_MAX * 8);
+        self.agent(limits)
+    }
+
+    /// For watches, whose answers never end.
+    pub(super) fn for_watches(&self) -> Agent {
+        let limits =
+            Agent::config_builder().timeout_resolve(Some(ATTEMPT_MAX)).timeout_connect(Some(ATTEMPT_MAX));
+        let limits = limits.timeout_send_request(Some(ATTEMPT_MAX)).timeout_send_body(Some(ATTEMPT_MAX));
+        self.agent(limits.timeout_recv_response(Some(ATTEMPT_MAX)).max_idle_connections(0))
+    }
+
+    fn agent(&self, limits: ureq::config::ConfigBuilder<ureq::typestate::AgentScope>) -> Agent {
+        let config = limits
+            .tls_config(self.tls.clone())
+            // A status is read together with what etcd says about it.
+            .http_status_as_error(false)
+            .max_redirects(0)
+            .max_redirects_will_error(false)
+            // Otherwise the environment may send requests, with the password, to a proxy.
+            .proxy(None)
+            .no_delay(true)
+            .build();
+        Agent::with_parts(config, DefaultConnector::new(), self.names.clone())
+    }
+}
+
+/// A request to one endpoint.
+#[derive(Clone, Copy)]
+pub(super) struct Request<'a> {
+    pub(super) endpoint: &'a Endpoint,
+    pub(super) path: &'a str,
+    pub(super) body: &'a str,
+    pub(super) token: Option<&'a str>,
+    /// What a member without a leader is to do with it.
+    pub(super) leaderless: Leaderless,
+}
+
+/// What a member that knows of no leader, because there is none or it has lost touch with the others, does with a
+/// request.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Leaderless {
+    /// It waits for one: an election is mostly over within [`ATTEMPT_MAX`].
+    Waits,
+    /// It ends the answer. A watch would be silent otherwise, for as long as that lasts.
+    GivesUp,
+}
+
+/// Sends a request and returns what comes behind `200 OK`.
+pub(super) fn call(agent: &Agent, request: Request<'_>) -> Result<Vec<u8>, Failure> {
+    read_all(&mut open(agent, request)?)
+}
+
+/// Sends a request and returns the answer, of which only the head has been read, and that is `200 OK`.
+pub(super) fn open(agent: &Agent, request: Request<'_>) -> Result<Response<Body>, Failure> {
+    let mut response = match post(agent, request) {
+        // etcd has closed a connection that had waited for this request, just before it came: a new one will do.
+        Err(Failure::NoAnswer { was_closed: true, .. }) => post(agent, request),
+        other => other,
+    }?;
+    match response.status().as_u16() {
+        200 => Ok(response),
+        status => Err(refusal(status, &read_all(&mut response)?)),
+    }
+}
+
+fn post(agent: &Agent, request: Request<'_>) -> Result<Response<Body>, Failure> {
+    let Request { endpoint, path, body, token, leaderless } = request;
+    let mut post = agent.post(format!("{endpoint}{path}"));
+    post = post.header("Content-Type", "application/json").header("Content-Length", body.len());
+    if let Some(token) = token {
+        post = post.header("Authorization", token);
+    }
+    if leaderless == Leaderless::GivesUp {
+        // The gateway makes gRPC's metadata of it, which etcd's own client calls WithRequireLeader.
+        post = post.header("Grpc-Metadata-hasleader", "true");
+    }
+    let mut sent = Sent { rest: body.as_bytes(), has_begun: false };
+    let answer = post.send(SendBody::from_reader(&mut sent));
+    answer.map_err(|e| match sent.has_begun {
+        true => Failure::NoAnswer { why: words(&e), was_closed: is_closed(&e) },
+        false => Failure::NotSent(words(&e)),
+    })
+}
+
+/// The body of a request, which tells whether any of it was asked for. As long as none was, nothing can have been done.
+struct Sent<'a> {
+    rest: &'a [u8],
+    has_begun: bool,
+}
+
+impl Read for Sent<'_> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        self.has_begun = true;
+        self.rest.read(buffer)
+    }
+}
+
+fn read_all(response: &mut Response<Body>) -> Result<Vec<u8>, Failure> {
+    let body = response.body_mut().with_config().limit(REPLY_BYTES_MAX).read_to_vec();
+    body.map_err(|e| match e {
+        ureq::Error::BodyExceedsLimit(_) => too_long(),
+        e => Failure::no_answer(words(&e)),
+    })
+}
+
+pub(super) fn too_long() -> Failure {
+    Failure::BadReply(format!("the answer is longer than {REPLY_BYTES_MAX} bytes"))
+}
+
+/// What another status than 200 means.
+fn refusal(status: u16, body: &[u8]) -> Failure {
+    match codec::read_refusal(body) {
+        Some((code, message)) => Failure::from_etcd(code, &message),
+        None if status >= 500 => Failure::no_answer(format!("HTTP status {status}")),
+        None => Failure::BadReply(format!("HTTP status {status}")),
+    }
+}
+
+/// True for what a connection brings that the other side had closed before the request came.
+fn is_closed(error: &ureq::Error) -> bool {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
+    let ureq::Error::Io(error) = error else { return false };
+    matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
+}
+
+/// What went wrong, for users; ureq's own words name its parts.
+pub(super) fn words(error: &ureq::Error) -> String {
+    match error {
+        ureq::Error::Io(error) => io_words(error),
+        ureq::Error::Timeout(Timeout::Resolve) => "its address is not known in time".into(),
+        ureq::Error::Timeout(Timeout::Connect) => format!("no connection within {ATTEMPT_MAX:?}"),
+        ureq::Error::Timeout(_) => format!("no answer within {ATTEMPT_MAX:?}"),
+        ureq::Error::HostNotFound => "there is no such host".into(),
+        other => one_line(&other.to_string()),
+    }
+}
+
+pub(super) fn io_words(error: &io::Error) -> String {
+    match error.kind() {
+        io::ErrorKind::UnexpectedEof => "the connection was closed".into(),
+        _ => lower(&one_line(&Reason(error).to_string())),
+    }
+}
