@@ -144,7 +144,12 @@ impl Retry {
     }
 
     fn is_worth(&self, error: &Error) -> bool {
-        let is_away = matches!(error, Error::Addr(error) if session::is_nobody_there(error));
+        let is_away = match error {
+            Error::Addr(error) => session::is_nobody_there(error),
+            // There was one that is not for us to start.
+            Error::Autostart { exit, .. } => *exit == Exit::Unavailable,
+            _ => false,
+        };
         is_away && self.away_until.is_some_and(|until| Instant::now() < until)
     }
 

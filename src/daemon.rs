@@ -33,7 +33,7 @@ mod v2;
 use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use ::log::info;
@@ -121,6 +121,11 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     }
     failpoint::hit("start");
     let recorder = open_recorder(config, &listeners)?;
+    if recorder.lease().is_some() && !config.is_sharing() {
+        // A client has started this because there was none, and would get locks that other hosts hold.
+        let path = listeners.iter().find_map(Listener::path).unwrap_or(Path::new(""));
+        return Err(Error::Shared { path: path.into() });
+    }
     if config.detach {
         // Whoever started this waits for the process that ends here, and may connect from then on.
         nix::unistd::daemon(false, false).map_err(|e| Error::Os("detach", e.into()))?;
@@ -150,7 +155,7 @@ fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Er
     if let Some(path) = &config.state {
         let path = std::path::absolute(path).map_err(|error| Error::Journal { path: path.clone(), error })?;
         let claim = Claim::take(&path)?;
-        return Recorder::open(&path, Some(claim));
+        return Recorder::open(&path, Some(claim), config);
     }
     let Some(socket) = listeners.iter().find_map(Listener::path) else {
         info!("no Unix socket and no --state: what is held will not survive this daemon");
@@ -158,7 +163,7 @@ fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Er
     };
     let mut path = socket.as_os_str().to_owned();
     path.push(".journal");
-    Recorder::open(&PathBuf::from(path), None)
+    Recorder::open(&PathBuf::from(path), None, config)
 }
 
 /// Takes over the descriptor that readiness is to be told on. Before anything of ours is opened, which might get the
@@ -225,6 +230,11 @@ pub enum Error {
         /// The other daemon, if it has said who it is.
         pid: Option<u32>,
     },
+    /// The locks of this socket are shared with other hosts, and nobody has said how.
+    Shared {
+        /// The socket.
+        path: PathBuf,
+    },
     /// The descriptor to tell readiness on cannot be used.
     ReadyFd {
         /// Its number.
@@ -257,6 +267,7 @@ impl Error {
             Error::Addr(error) => error.exit(),
             Error::Bind { .. } | Error::Claim { .. } | Error::Journal { .. } => Exit::CannotCreate,
             Error::Served { .. } => Exit::Busy,
+            Error::Shared { .. } => Exit::Unavailable,
             Error::Group { .. } | Error::ReadyFd { .. } => Exit::Usage,
             #[cfg(feature = "etcd")]
             Error::Etcd(_) => Exit::Usage,
@@ -285,6 +296,10 @@ impl fmt::Display for Error {
             }
             Error::Served { path, pid: None } => {
                 write!(f, "cannot serve on {}: another daemon does", path.display())
+            }
+            Error::Shared { path } => {
+                let path = path.display();
+                write!(f, "the locks of {path} are shared with other hosts: start its daemon with --etcd")
             }
             Error::ReadyFd { number, error } => write!(f, "bad --ready-fd {number}: {}", Reason(error)),
             Error::Group { name, why } => write!(f, "bad --group {name:?}: {why}"),

@@ -87,6 +87,14 @@ impl Client {
         self.call("/v3/lease/keepalive", &codec::lease(lease), read)
     }
 
+    /// The keys that were put with a lease.
+    ///
+    /// # Errors
+    /// As [`Client::txn`].
+    pub fn lease_keys(&self, lease: LeaseId) -> Result<Vec<Vec<u8>>, Error> {
+        self.call("/v3/lease/timetolive", &codec::lease_keys(lease), codec::read_lease_keys)
+    }
+
     /// Ends a lease, and all keys that were put with it. It is right if it has ended before.
     ///
     /// # Errors

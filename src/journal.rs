@@ -66,13 +66,12 @@ pub struct Journal {
     pending: Vec<u8>,
     /// Something that should be in the file is not, and is forgotten.
     behind: bool,
-    /// The lease of this host, where locks are shared.
+    /// Locks are shared with other hosts, under this lease; 0: under none at the moment.
     lease: Option<u64>,
 }
 
 impl Journal {
-    /// Begins a new journal that holds `records`, and the lease under which they are held among the hosts, in the place of
-    /// whatever is at `path`.
+    /// Begins a new journal that holds `records` in the place of whatever is at `path`. `lease`: as in [`Loaded`].
     ///
     /// # Errors
     /// When the file cannot be written or put into its place.
@@ -109,10 +108,10 @@ impl Journal {
         self.pending.extend_from_slice(&encode(Entry::Strike(token)));
     }
 
-    /// Notes the lease under which locks are held from now on, for the next [`Journal::write`]. `None`: under none.
-    pub fn lease(&mut self, lease: Option<u64>) {
-        self.lease = lease;
-        self.pending.extend_from_slice(&encode(Entry::Lease(lease.unwrap_or(0))));
+    /// Notes the lease under which locks are shared from now on, for the next [`Journal::write`]; 0: under none.
+    pub fn lease(&mut self, lease: u64) {
+        self.lease = Some(lease);
+        self.pending.extend_from_slice(&encode(Entry::Lease(lease)));
     }
 
     /// True when there is something to write.
@@ -180,7 +179,7 @@ pub struct Loaded {
     pub records: Vec<Record>,
     /// The highest token in it: new ones must be larger.
     pub last_token: Option<Token>,
-    /// The lease under which they are held among the hosts.
+    /// The locks are shared with other hosts, under this lease; 0: under none. `None`: they are this host's alone.
     pub lease: Option<u64>,
     /// What an administrator should know.
     pub complaint: Option<String>,
@@ -236,8 +235,10 @@ pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
         return complaint("not used: its header is damaged, or of another version".into());
     }
     if &head[16..32] != boot {
-        // Nobody who held a lock then lives now.
-        return Loaded::default();
+        // Nobody who held a lock then lives now. That locks are shared is as true as it was.
+        let leases = body.as_chunks::<RECORD_BYTES>().0.iter().map(decode);
+        let is_shared = leases.flatten().any(|entry| matches!(entry, Decoded::Lease(_)));
+        return Loaded { lease: is_shared.then_some(0), ..Loaded::default() };
     }
     let mut held = BTreeMap::new();
     let mut last_token = None;
@@ -256,7 +257,7 @@ pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
                 token
             }
             Some(Decoded::Lease(number)) => {
-                lease = (number != 0).then_some(number);
+                lease = Some(number);
                 continue;
             }
             None => {

@@ -32,9 +32,9 @@ pub mod addr;
 pub mod ask;
 pub mod cli;
 pub mod client;
+mod clock;
 #[cfg(feature = "etcd")]
 pub mod cluster;
-mod clock;
 pub mod daemon;
 pub mod describe;
 #[cfg(feature = "etcd")]

@@ -230,7 +230,8 @@ fn sharing(args: cli::Etcd) -> Result<Option<daemon::Sharing>, Failure> {
         return Ok(None);
     }
     let endpoints = args.endpoints.iter().map(|text| text.parse::<etcd::Endpoint>());
-    let endpoints = endpoints.collect::<Result<_, _>>().map_err(|e| failure(Exit::Usage, format_args!("--etcd: {e}")))?;
+    let endpoints =
+        endpoints.collect::<Result<_, _>>().map_err(|e| failure(Exit::Usage, format_args!("--etcd: {e}")))?;
     let user = match (args.user, args.password_file) {
         (Some(name), Some(path)) => {
             let text = std::fs::read_to_string(&path).map_err(|e| {

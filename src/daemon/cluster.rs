@@ -74,7 +74,7 @@ fn margin(ttl_secs: u64) -> Millis {
 /// When the certificates cannot be used, or no thread can be started.
 pub(super) fn share(config: &Config, resume: Option<u64>) -> Result<Sharing, super::Error> {
     let client = Client::new(&config.etcd).map_err(super::Error::Etcd)?;
-    let resume = resume.map(|lease| LeaseId(lease as i64));
+    let resume = resume.filter(|&lease| lease != 0).map(|lease| LeaseId(lease as i64));
     let link = Link::start(client, Layout::new(&config.prefix), config.ttl_secs, resume)
         .map_err(|e| super::Error::Os("start the threads for etcd", e))?;
     let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_micros() as u64);
@@ -131,7 +131,9 @@ impl Sharing {
     /// Records are left behind for those who read them later, so they get a lease that is not this daemon's, and that
     /// ends without being kept. Until there is one, the daemon's will do.
     fn renew_records(&mut self, now: Millis) {
-        if self.records.is_some_and(|(_, sent)| now >= sent.plus(RECORDS_LEASE_EVERY).plus(RECORDS_LEASE_EVERY)) {
+        let is_ending =
+            |(_, sent): (LeaseId, Millis)| now >= sent.plus(Millis(3 * RECORDS_LEASE_EVERY.0 / 2));
+        if self.records.is_some_and(is_ending) {
             self.records = None;
         }
         let is_fresh = self.records.is_some_and(|(_, sent)| now < sent.plus(RECORDS_LEASE_EVERY));
@@ -212,6 +214,11 @@ impl Server {
         let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Cluster.pack());
         self.epoll.add(sharing.link.readable(), event)?;
         sharing.restore(&self.table);
+        if self.recorder.lease().is_none() {
+            // So that nobody starts a daemon here that shares nothing.
+            self.recorder.set_lease(0);
+            self.commit();
+        }
         self.sharing = Some(Box::new(sharing));
         Ok(())
     }
@@ -263,7 +270,7 @@ impl Server {
                 sharing.no_trouble();
                 if sharing.leased(lease, sent, ttl_secs, revision) {
                     info!("etcd: sharing locks under lease {:x}, of {ttl_secs} s", lease.0);
-                    self.recorder.set_lease(Some(lease.0 as u64));
+                    self.recorder.set_lease(lease.0 as u64);
                 }
                 self.check_lease();
             }
@@ -298,7 +305,7 @@ impl Server {
                 }
             }
             Report::Places(locks) => sharing.cluster.has_places(locks),
-            Report::RecordsLease { lease, sent, .. } => {
+            Report::RecordsLease { lease, sent } => {
                 sharing.records = Some((lease, sent));
                 sharing.wants_records = false;
             }
@@ -371,7 +378,8 @@ impl Server {
         }
         if held == 0 {
             sharing.link.stop(sharing.lease, until);
-            self.recorder.set_lease(None);
+            self.recorder.set_lease(0);
         }
+        self.commit();
     }
 }

@@ -23,6 +23,8 @@ pub fn init(level: Option<LevelFilter>, target: Target) {
         (None, Ok(filters)) => builder.parse_filters(&filters),
         (None, Err(_)) => builder.filter_level(LevelFilter::Info),
     };
+    // What the libraries under etcd have to say of each request is not about locks.
+    builder.filter_module("ureq", LevelFilter::Off).filter_module("rustls", LevelFilter::Off);
     builder.format_target(false).target(match target {
         Target::Stderr => env_logger::Target::Stderr,
         Target::Stdout => env_logger::Target::Stdout,

@@ -10,7 +10,7 @@ use super::connection::Protocol;
 use super::failpoint;
 use super::orphans::Orphans;
 use super::server::Server;
-use super::{Error, v2};
+use super::{Config, Error, v2};
 use crate::addr::Reason;
 use crate::journal::{self, BootId, Journal, Record};
 use crate::proto::Token;
@@ -47,12 +47,16 @@ impl Recorder {
     }
 
     /// Reads the journal at `path`, and goes on with it.
-    pub(super) fn open(path: &Path, claim: Option<Claim>) -> Result<Recorder, Error> {
+    pub(super) fn open(path: &Path, claim: Option<Claim>, config: &Config) -> Result<Recorder, Error> {
         let error = |error| Error::Journal { path: path.into(), error };
         let boot = boot_id().map_err(error)?;
-        let loaded = journal::load(path, &boot);
+        let mut loaded = journal::load(path, &boot);
         if let Some(complaint) = &loaded.complaint {
             warn!("journal {}: {complaint}", path.display());
+        }
+        // Whoever starts a daemon by hand says what is wanted.
+        if !config.is_sharing() && !config.detach && loaded.lease.take().is_some() {
+            warn!("the daemon before shared its locks with other hosts; without --etcd, this one does not");
         }
         let journal = Journal::create(path, boot, loaded.lease, &loaded.records).map_err(error)?;
         Ok(Recorder {
@@ -70,19 +74,18 @@ impl Recorder {
         self.last_token
     }
 
-    /// The lease under which the daemon before held its locks among the hosts.
-    #[cfg(feature = "etcd")]
+    /// The lease under which the daemon before shared its locks with other hosts; 0: it had none. `None`: it did not.
     pub(super) fn lease(&self) -> Option<u64> {
         self.lease
     }
 
-    /// Notes the lease under which locks are held among the hosts.
+    /// Notes the lease under which locks are shared with other hosts; 0: under none.
     #[cfg(feature = "etcd")]
-    pub(super) fn set_lease(&mut self, lease: Option<u64>) {
-        if let Some(journal) = self.journal.as_mut().filter(|_| self.lease != lease) {
+    pub(super) fn set_lease(&mut self, lease: u64) {
+        if let Some(journal) = self.journal.as_mut().filter(|_| self.lease != Some(lease)) {
             journal.lease(lease);
         }
-        self.lease = lease;
+        self.lease = Some(lease);
     }
 
     /// What was held when the daemon before ended; once.
@@ -90,8 +93,11 @@ impl Recorder {
         std::mem::take(&mut self.inherited)
     }
 
-    /// Nothing is held any more, so nothing is to be remembered.
+    /// Nothing is held any more, so nothing is to be remembered, but that locks are shared.
     pub(super) fn remove(self) {
+        if self.lease.is_some() {
+            return;
+        }
         if let Some(journal) = self.journal {
             let name = journal.to_string();
             if let Err(e) = journal.remove() {

@@ -393,8 +393,8 @@ impl Server {
                 self.close(client);
                 continue;
             }
-            let more =
-                matches!(connection.protocol, Protocol::V2 { status: Some(_) }) || self.has_listing_ready(client);
+            let more = matches!(connection.protocol, Protocol::V2 { status: Some(_) })
+                || self.has_listing_ready(client);
             let connection = &mut self.connections[client.0 as usize];
             match sent {
                 Sent::Gone => {

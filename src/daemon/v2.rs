@@ -6,6 +6,7 @@ use nix::unistd::Uid;
 use super::connection::{OUTPUT_BYTES_MAX, Protocol};
 use super::failpoint;
 use super::server::Server;
+use crate::names;
 use crate::proto::v1::State;
 use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LISTED_MAX, LockRequest, LockStatus, Mode, Party, Request,
@@ -96,8 +97,13 @@ impl Server {
         connection.child = asked.child.unwrap_or(0);
         let uid = connection.peer().map(|peer| peer.uid);
         if self.is_sharing() && (asked.shared || asked.slots > 1) {
-            let message = "lock: shared locks and slots are for one host alone, and this daemon shares its locks";
+            let message =
+                "lock: shared locks and slots are for one host alone, and this daemon shares its locks";
             return self.answer(client, &error(ErrorCode::PerHost, message));
+        }
+        if self.is_sharing() && asked.who.user.is_empty() {
+            // Other hosts cannot ask this one's kernel.
+            asked.who.user = uid.and_then(names::user).unwrap_or_default().into();
         }
         if let Some(child) = asked.child
             && asked.holds.is_none()

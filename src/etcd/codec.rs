@@ -34,6 +34,11 @@ pub(super) fn lease(id: LeaseId) -> String {
     json!({ "ID": id.0.to_string() }).to_string()
 }
 
+/// `/v3/lease/timetolive`
+pub(super) fn lease_keys(id: LeaseId) -> String {
+    json!({ "ID": id.0.to_string(), "keys": true }).to_string()
+}
+
 /// `/v3/kv/range`
 pub(super) fn range(range: &Range) -> String {
     range_value(range).to_string()
@@ -127,6 +132,12 @@ pub(super) fn read_kept_alive(body: &[u8], asked: LeaseId) -> Result<KeptAlive, 
     }
     let ttl_secs = u64::try_from(reply.ttl.0).map_err(|_| bad("the TTL is negative"))?;
     Ok(KeptAlive { ttl_secs, revision: reply.header.revision()? })
+}
+
+/// The keys of a lease; none, if it has ended.
+pub(super) fn read_lease_keys(body: &[u8]) -> Result<Vec<Vec<u8>>, Failure> {
+    let reply: LeaseKeysWire = read(body)?;
+    Ok(reply.keys.into_iter().map(|key| key.0).collect())
 }
 
 /// Nothing is told but that it was done.
@@ -263,6 +274,12 @@ struct LeaseWire {
     /// Left out for a lease that is gone.
     #[serde(rename = "TTL", default)]
     ttl: Int,
+}
+
+#[derive(Deserialize)]
+struct LeaseKeysWire {
+    #[serde(default)]
+    keys: Vec<Bytes>,
 }
 
 #[derive(Deserialize)]

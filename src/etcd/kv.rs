@@ -163,3 +163,13 @@ pub enum Event {
         mod_revision: i64,
     },
 }
+
+impl Event {
+    /// The revision at which it happened.
+    pub fn revision(&self) -> i64 {
+        match self {
+            Event::Put(key) => key.mod_revision,
+            Event::Delete { mod_revision, .. } => *mod_revision,
+        }
+    }
+}

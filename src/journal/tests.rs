@@ -57,7 +57,7 @@ fn sample() -> Vec<u8> {
 fn journal() -> (tempfile::TempDir, PathBuf, Journal) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("journal");
-    let journal = Journal::create(&path, BOOT, []).unwrap();
+    let journal = Journal::create(&path, BOOT, None, []).unwrap();
     (folder, path, journal)
 }
 

@@ -11,7 +11,7 @@
 
 use serde::Deserialize;
 
-use crate::cluster::{Claim, Contender, Heard, Line, Question, Record, Revision};
+use crate::cluster::{Claim, Contender, Heard, Line, Question, Revision};
 use crate::etcd::{Compare, Event, KeyValue, LeaseId, Op, Range, Sort, Txn};
 use crate::proto::{KEY_BYTES_MAX, LockId};
 
@@ -165,6 +165,7 @@ fn value<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cluster::Record;
     use crate::proto::{Key, Outcome, Token};
 
     fn put(key: &str, value: &[u8], create_revision: i64) -> KeyValue {
@@ -197,7 +198,9 @@ mod tests {
             Question::Leave { place: "a.1".into(), revision: Revision(5), record: Some(record), next: None };
         let txn = layout.txn(lock, &question, Leases { places: LeaseId(1), records: LeaseId(2) });
         let put = txn.then.iter().find_map(|op| match op {
-            Op::Put { key, value, lease } => Some(KeyValue { lease: lease.unwrap(), ..put(std::str::from_utf8(key).unwrap(), value, 9) }),
+            Op::Put { key, value, lease } => {
+                Some(KeyValue { lease: lease.unwrap(), ..put(std::str::from_utf8(key).unwrap(), value, 9) })
+            }
             _ => None,
         });
         let put = put.unwrap();
@@ -209,8 +212,17 @@ mod tests {
     fn what_is_not_ours_is_passed_over_or_another_programs() {
         let layout = Layout::new("p");
         let id = "f96b697d7cb7938d525a2f31aaf161d0";
-        for key in ["", "p", "p/", "q/x", &format!("p{id}/a"), &format!("p/{id}"), &format!("p/{id}0/a"),
-            &format!("p/{}/a", id.to_uppercase()), "p/short/a"] {
+        for key in [
+            "",
+            "p",
+            "p/",
+            "q/x",
+            &format!("p{id}/a"),
+            &format!("p/{id}"),
+            &format!("p/{id}0/a"),
+            &format!("p/{}/a", id.to_uppercase()),
+            "p/short/a",
+        ] {
             assert_eq!(layout.heard(&Event::Put(put(key, b"", 1))), None, "{key:?}");
         }
         for value in [&b""[..], b"text", b"[]", b"{}", b"{\"host\":1}", &[0xff; 9]] {

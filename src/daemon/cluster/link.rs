@@ -12,8 +12,8 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::layout::{Layout, Leases};
-use crate::cluster::{Ask, Contender, Failure, Heard, Line, Revision};
 use crate::clock;
+use crate::cluster::{Ask, Contender, Failure, Heard, Line, Revision};
 use crate::etcd::{self, Client, Event, LeaseId, Range, Sort};
 use crate::proto::LockId;
 use crate::table::Millis;
@@ -38,7 +38,10 @@ pub(super) enum Order {
     /// A lease for records.
     RecordsLease,
     /// The next page of all that is held, from this key on.
-    Page { number: u64, from: Vec<u8> },
+    Page {
+        number: u64,
+        from: Vec<u8>,
+    },
 }
 
 /// What the keeper of the lease is told.
@@ -54,19 +57,38 @@ pub(super) enum Care {
 #[derive(Debug)]
 pub(super) enum Report {
     /// The lease lives, and did when this was asked for, at `sent`.
-    Leased { lease: LeaseId, sent: Millis, ttl_secs: u64, revision: i64 },
+    Leased {
+        lease: LeaseId,
+        sent: Millis,
+        ttl_secs: u64,
+        revision: i64,
+    },
     LeaseGone(LeaseId),
     /// Etcd cannot be reached, or refuses: why.
     Trouble(etcd::Error),
-    Answer { lock: LockId, id: u64, answer: Result<Line, Failure>, trouble: Option<etcd::Error> },
+    Answer {
+        lock: LockId,
+        id: u64,
+        answer: Result<Line, Failure>,
+        trouble: Option<etcd::Error>,
+    },
     Places(Vec<LockId>),
-    /// Where records may be put, for so long after `sent`.
-    RecordsLease { lease: LeaseId, sent: Millis, ttl_secs: u64 },
+    /// Where records may be put for [`RECORDS_TTL_SECS`] after `sent`.
+    RecordsLease {
+        lease: LeaseId,
+        sent: Millis,
+    },
     /// What the watch has seen, and how far.
-    Heard { revision: i64, events: Vec<(LockId, Revision, Heard)> },
+    Heard {
+        revision: i64,
+        events: Vec<(LockId, Revision, Heard)>,
+    },
     /// What happened up to this revision is not known; what comes after will be.
     Missed(Revision),
-    Page { number: u64, page: Result<Page, etcd::Error> },
+    Page {
+        number: u64,
+        page: Result<Page, etcd::Error>,
+    },
 }
 
 /// A part of all that is held.
@@ -190,10 +212,7 @@ impl Desk {
                 Ok(Order::RecordsLease) => {
                     let sent = clock::now();
                     match self.client.grant_lease(RECORDS_TTL_SECS) {
-                        Ok(lease) => {
-                            let (lease, ttl_secs) = (lease.id, lease.ttl_secs);
-                            self.report(Report::RecordsLease { lease, sent, ttl_secs });
-                        }
+                        Ok(lease) => self.report(Report::RecordsLease { lease: lease.id, sent }),
                         Err(e) => self.report(Report::Trouble(e)),
                     }
                 }

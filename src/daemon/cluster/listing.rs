@@ -74,7 +74,8 @@ impl Begun {
         let key = self.contenders.iter().find_map(|contender| contender.claim.as_ref()?.key.clone());
         let mut parties = self.contenders.iter().map(|contender| sharing.party(contender));
         let holders = parties.by_ref().take(1).collect();
-        let modes = self.contenders[1..].iter().map(|contender| contender.claim.as_ref().map(|claim| claim.mode));
+        let modes =
+            self.contenders[1..].iter().map(|contender| contender.claim.as_ref().map(|claim| claim.mode));
         let waiters = parties.zip(modes).map(|(mut party, mode)| {
             (party.token, party.mode) = (None, mode);
             party
