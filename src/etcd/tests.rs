@@ -340,14 +340,11 @@ fn hanging_up_ends_the_watches_and_only_those() {
     range(&client).unwrap();
     for _ in 0..2 {
         let mut watch = client.watch(b"k", b"", 1).unwrap();
-        let (created, is_created) = mpsc::channel();
-        let reader = thread::spawn(move || {
-            created.send(watch.next().unwrap()).unwrap();
-            watch.next().unwrap_err()
-        });
-        is_created.recv_timeout(PATIENCE).unwrap();
+        let (sender, replies) = mpsc::channel();
+        thread::spawn(move || (0..2).try_for_each(|_| sender.send(watch.next())));
+        assert!(replies.recv_timeout(PATIENCE).unwrap().unwrap().created);
         client.hang_up();
-        let error = reader.join().unwrap();
+        let error = replies.recv_timeout(PATIENCE).expect("it goes on").unwrap_err();
         assert!(matches!(error, Error::Unknown { .. }), "{error:?}");
     }
     range(&client).unwrap();
