@@ -13,7 +13,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::layout::{Layout, Leases};
 use crate::clock;
-use crate::cluster::{Ask, Contender, Failure, Heard, Line, Revision};
+use crate::cluster::{Ask, Contender, Failure, Heard, Line, Question, Revision};
 use crate::etcd::{self, Client, Event, LeaseId, Range, Sort};
 use crate::proto::LockId;
 use crate::table::Millis;
@@ -41,6 +41,11 @@ pub(super) enum Order {
     Page {
         number: u64,
         from: Vec<u8>,
+    },
+    /// Take a lock from whoever holds it.
+    Break {
+        number: u64,
+        lock: LockId,
     },
 }
 
@@ -88,6 +93,11 @@ pub(super) enum Report {
     Page {
         number: u64,
         page: Result<Page, etcd::Error>,
+    },
+    /// A lock was broken, or nobody held it.
+    Broken {
+        number: u64,
+        broken: Result<bool, etcd::Error>,
     },
 }
 
@@ -220,6 +230,10 @@ impl Desk {
                     let page = self.page(from);
                     self.report(Report::Page { number, page });
                 }
+                Ok(Order::Break { number, lock }) => {
+                    let broken = self.break_lock(lock);
+                    self.report(Report::Broken { number, broken });
+                }
                 Err(_) => return,
             }
         }
@@ -239,6 +253,17 @@ impl Desk {
             Err(e) => (Err(Failure::Unknown), Some(e)),
         };
         self.report(Report::Answer { lock: ask.lock, id: ask.id, answer, trouble });
+    }
+
+    fn break_lock(&self, lock: LockId) -> Result<bool, etcd::Error> {
+        let none = Leases { places: LeaseId(0), records: LeaseId(0) };
+        let mut reply = self.client.txn(&self.layout.txn(lock, &Question::Read, none))?;
+        let line = self.layout.line(reply.revision, reply.ranges.pop().unwrap_or_default());
+        let Some(Contender { place, revision, .. }) = line.contenders.into_iter().next() else {
+            return Ok(false);
+        };
+        let question = Question::Leave { place, revision, record: None, next: None };
+        Ok(self.client.txn(&self.layout.txn(lock, &question, none))?.succeeded)
     }
 
     fn page(&self, from: Vec<u8>) -> Result<Page, etcd::Error> {
