@@ -51,6 +51,8 @@ pub(super) struct Sharing {
     host: Text,
     ttl_secs: u64,
     lease: Option<LeaseId>,
+    /// The lease that was given up last. That it was kept once more may be reported afterwards, and counts for nothing.
+    abandoned: Option<LeaseId>,
     /// Goes off when the lease may not be relied on any more; after a sleep of the machine at once, which the loop's own
     /// timeouts sleep through.
     alarm: TimerFd,
@@ -96,6 +98,7 @@ pub(super) fn share(config: &Config, client: Client, resume: Option<u64>) -> Res
         host: (&*host.to_string_lossy()).into(),
         ttl_secs: config.ttl_secs,
         lease: None,
+        abandoned: None,
         alarm,
         records: None,
         wants_records: false,
@@ -271,6 +274,7 @@ impl Server {
             sharing.cluster.lost_lease(table, now, effects);
             if let Some(lease) = sharing.lease.take() {
                 sharing.link.abandon(lease);
+                sharing.abandoned = Some(lease);
             }
         });
     }
@@ -290,10 +294,13 @@ impl Server {
     fn reported(&mut self, report: Report) {
         let Some(sharing) = &mut self.sharing else { return };
         match report {
+            Report::Leased { lease, .. } if sharing.abandoned == Some(lease) => {}
             Report::Leased { lease, sent, ttl_secs, revision } => {
                 sharing.no_trouble();
                 if sharing.leased(lease, sent, ttl_secs, revision) {
                     info!("etcd: sharing locks under lease {:x}, of {ttl_secs} s", lease.0);
+                    // One that was taken up again may have places that nobody knows of.
+                    sharing.link.order(Order::Places(lease));
                     self.recorder.set_lease(lease.0 as u64);
                 }
                 self.check_lease();

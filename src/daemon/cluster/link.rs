@@ -52,7 +52,8 @@ pub(super) enum Order {
 /// What the keeper of the lease is told.
 #[derive(Debug)]
 pub(super) enum Care {
-    /// Nothing may rely on this lease any more: end it, and get another.
+    /// Nothing may rely on this lease any more: get another. This one ends by itself, and not before: those who held under
+    /// it need the rest of its time to stop.
     Abandon(LeaseId),
     /// The daemon ends: end the lease if it is not needed, and say so.
     Stop { revoke: Option<LeaseId>, done: Sender<()> },
@@ -331,26 +332,23 @@ impl Keeper {
         loop {
             let began = Instant::now();
             let pause = self.tend();
-            loop {
-                match orders.recv_timeout(pause.saturating_sub(began.elapsed())) {
-                    Ok(Care::Abandon(lease)) => {
-                        if self.lease == Some(lease) {
-                            self.lease = None;
-                        }
+            match orders.recv_timeout(pause.saturating_sub(began.elapsed())) {
+                Ok(Care::Abandon(lease)) => {
+                    if self.lease == Some(lease) {
+                        self.lease = None;
+                    }
+                }
+                Ok(Care::Stop { revoke, done }) => {
+                    if let Some(lease) = revoke {
                         // If that fails, it ends by itself.
                         let _ = self.desk.client.revoke(lease);
-                        break;
                     }
-                    Ok(Care::Stop { revoke, done }) => {
-                        if let Some(lease) = revoke {
-                            let _ = self.desk.client.revoke(lease);
-                        }
-                        let _ = done.send(());
-                        return;
-                    }
-                    Err(RecvTimeoutError::Timeout) => break,
-                    Err(RecvTimeoutError::Disconnected) => return,
+                    // Nobody may be waiting any more.
+                    let _ = done.send(());
+                    return;
                 }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
