@@ -29,7 +29,10 @@ fn the_table_tells_who_holds_and_who_waits() {
     let alone = table(&daemon, &["nightly"]);
     // But for the time, which passes.
     let without_time = |row: &Vec<String>| [&row[..5], &row[6..]].concat();
-    assert!(alone[1..].iter().map(without_time).eq(rows[2..].iter().map(without_time)), "one key alone: {alone:?}");
+    assert!(
+        alone[1..].iter().map(without_time).eq(rows[2..].iter().map(without_time)),
+        "one key alone: {alone:?}"
+    );
     assert_eq!(table(&daemon, &["unheard of"]), [rows[0].clone()]);
 }
 
