@@ -340,6 +340,9 @@ impl Server {
                 sharing.records = Some((lease, sent));
                 sharing.wants_records = false;
             }
+            Report::RecordsGone(lease) => {
+                sharing.records.take_if(|(records, _)| *records == lease);
+            }
             Report::Heard { revision, events } => {
                 sharing.watched = sharing.watched.max(revision);
                 for (lock, revision, what) in events {

@@ -344,6 +344,25 @@ fn a_lease_that_is_revoked_by_hand_is_noticed_at_once() {
 }
 
 #[test]
+fn without_the_lease_for_records_nothing_is_lost() {
+    let etcd = Etcd::single();
+    let a = host(&etcd);
+    let held = a.hold("held");
+    finish(&mut a.run(&["k", "true"])).quietly(0);
+    // The second record is put with a lease of its own, if the first was too early for that.
+    let all = || etcd.ctl(&["lease", "list"]).lines().skip(1).map(String::from).collect::<Vec<_>>();
+    wait_until("a lease for records", || all().len() == 2);
+    finish(&mut a.run(&["k", "true"])).quietly(0);
+    let log = a.log();
+    let own = log.split("under lease ").nth(1).unwrap().split(',').next().unwrap();
+    let records = all().into_iter().find(|lease| lease != own).unwrap();
+    etcd.ctl(&["lease", "revoke", &records]);
+    finish(&mut a.run(&["k", "true"])).quietly(0);
+    finish(&mut a.run(&["k", "true"])).quietly(0);
+    assert_eq!(held.finish(0), 0);
+}
+
+#[test]
 fn while_etcd_is_away_new_requests_wait_or_fail_and_what_is_held_ends_in_time() {
     let mut etcd = Etcd::single();
     let a = host(&etcd);

@@ -84,6 +84,8 @@ pub(super) enum Report {
         lease: LeaseId,
         sent: Millis,
     },
+    /// This lease for records is gone, perhaps.
+    RecordsGone(LeaseId),
     /// What the watch has seen, and how far.
     Heard {
         revision: i64,
@@ -241,7 +243,13 @@ impl Desk {
     }
 
     fn ask(&self, ask: &Ask, leases: Leases) {
-        let reply = self.client.txn(&self.layout.txn(ask.lock, &ask.what, leases));
+        let txn = |leases| self.client.txn(&self.layout.txn(ask.lock, &ask.what, leases));
+        let mut reply = txn(leases);
+        if leases.records != leases.places && reply.as_ref().is_err_and(etcd::Error::is_lease_gone) {
+            // Which of the two it is that is gone, etcd does not say. Not to have one for records is no loss.
+            self.report(Report::RecordsGone(leases.records));
+            reply = txn(Leases { records: leases.places, ..leases });
+        }
         let (answer, trouble) = match reply {
             Ok(mut reply) => {
                 let keys = reply.ranges.pop().unwrap_or_default();
