@@ -298,7 +298,7 @@ impl Server {
             Report::Leased { lease, sent, ttl_secs, revision } => {
                 sharing.no_trouble();
                 if sharing.leased(lease, sent, ttl_secs, revision) {
-                    info!("etcd: sharing locks under lease {:x}, of {ttl_secs} s", lease.0);
+                    info!("etcd: sharing locks under lease {:016x}, of {ttl_secs} s", lease.0);
                     // One that was taken up again may have places that nobody knows of.
                     sharing.link.order(Order::Places(lease));
                     self.recorder.set_lease(lease.0 as u64);
@@ -307,7 +307,7 @@ impl Server {
             }
             Report::LeaseGone(lease) => {
                 if sharing.lease.is_none() || sharing.lease == Some(lease) {
-                    warn!("etcd: lease {:x} is gone; what was held under it is lost", lease.0);
+                    warn!("etcd: lease {:016x} is gone; what was held under it is lost", lease.0);
                     sharing.lease = None;
                     self.lose_lease();
                 }
