@@ -6,6 +6,7 @@
 mod layout;
 mod link;
 mod listing;
+mod users;
 
 use std::collections::BTreeMap;
 use std::io;
@@ -110,14 +111,9 @@ impl Sharing {
     fn send(&mut self, now: Millis) {
         for mut ask in self.cluster.take_asks() {
             let Some(places) = self.lease else { return };
-            match &mut ask.what {
-                Question::Try { claim, .. }
-                | Question::Stand { claim, .. }
-                | Question::Leave { next: Some((_, claim)), .. } => {
-                    claim.host = self.host.clone();
-                    claim.since_ms = unix_ms();
-                }
-                Question::Read | Question::Leave { .. } => {}
+            if let Some(claim) = ask.what.claim_mut() {
+                claim.host = self.host.clone();
+                claim.since_ms = unix_ms();
             }
             if let Question::Leave { record: Some(_), .. } = ask.what {
                 self.renew_records(now);

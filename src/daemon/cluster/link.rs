@@ -12,6 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::layout::{Layout, Leases};
+use super::users::Users;
 use crate::clock;
 use crate::cluster::{Ask, Contender, Failure, Heard, Line, Revision};
 use crate::etcd::{self, Client, Event, LeaseId, Range, Sort};
@@ -113,6 +114,7 @@ pub(super) struct Link {
 struct Desk {
     client: Arc<Client>,
     layout: Layout,
+    users: Users,
     wake: Arc<EventFd>,
     reports: SyncSender<Report>,
 }
@@ -130,7 +132,8 @@ impl Link {
         let (care, cared) = mpsc::channel();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let client = Arc::new(client);
-        let desk = Desk { client: client.clone(), layout, wake: wake.clone(), reports };
+        let users = Users::default();
+        let desk = Desk { client: client.clone(), layout, users, wake: wake.clone(), reports };
         let ordered = Arc::new(Mutex::new(ordered));
         for _ in 0..WORKERS {
             let (desk, ordered) = (desk.clone(), ordered.clone());
@@ -201,7 +204,7 @@ impl Desk {
         loop {
             let order = orders.lock().unwrap_or_else(PoisonError::into_inner).recv();
             match order {
-                Ok(Order::Ask(ask, leases)) => self.ask(&ask, leases),
+                Ok(Order::Ask(ask, leases)) => self.ask(ask, leases),
                 Ok(Order::Places(lease)) => match self.client.lease_keys(lease) {
                     Ok(keys) => {
                         let locks = keys.iter().filter_map(|key| self.layout.lock_of(key)).collect();
@@ -225,7 +228,13 @@ impl Desk {
         }
     }
 
-    fn ask(&self, ask: &Ask, leases: Leases) {
+    fn ask(&self, mut ask: Ask, leases: Leases) {
+        if let Some(claim) = ask.what.claim_mut()
+            && claim.who.user.is_empty()
+            && let Some(uid) = claim.uid
+        {
+            claim.who.user = self.users.name(uid).into();
+        }
         let reply = self.client.txn(&self.layout.txn(ask.lock, &ask.what, leases));
         let (answer, trouble) = match reply {
             Ok(mut reply) => {
