@@ -16,6 +16,7 @@ use slab::Slab;
 
 use super::Config;
 use super::accept::Acceptor;
+#[cfg(feature = "etcd")]
 use super::cluster::Sharing;
 use super::connection::{Connection, OUTPUT_BYTES_MAX, Protocol, Sent};
 use super::failpoint;
@@ -41,6 +42,7 @@ pub(super) struct Server {
     pub(super) recorder: Recorder,
     pub(super) effects: Effects,
     /// What other hosts have to do with it.
+    #[cfg(feature = "etcd")]
     pub(super) sharing: Option<Box<Sharing>>,
     /// What has changed in the table that they may have to be asked or told.
     pub(super) stirred: Vec<Stir>,
@@ -124,6 +126,7 @@ impl Server {
             }),
             recorder,
             effects: Effects::default(),
+            #[cfg(feature = "etcd")]
             sharing: None,
             stirred: Vec::new(),
             dirty: Vec::new(),
