@@ -340,9 +340,8 @@ impl Server {
 
     fn with_cluster(&mut self, event: impl FnOnce(&mut Sharing, &mut Table, Millis, &mut Effects)) {
         let Some(sharing) = &mut self.sharing else { return };
-        let mut effects = std::mem::take(&mut self.effects);
-        event(sharing, &mut self.table, self.now, &mut effects);
-        self.carry_out(effects);
+        event(sharing, &mut self.table, self.now, &mut self.effects);
+        self.carry_out();
     }
 
     /// How long what a client holds may be relied on, if that has an end.
