@@ -28,6 +28,8 @@ const KEYS_TURNS: usize = 9;
 /// How many locks are held while nothing happens, and for how long that is watched.
 const HELD: [usize; 3] = [0, 1, 1_000];
 const WATCHED: Duration = Duration::from_secs(15);
+/// How long it may take until etcd knows of all releases.
+const SETTLE_MAX: Duration = Duration::from_secs(30);
 /// What is asked of etcd in that time: a keep-alive for each third of a lease of 10 s; five of them may fall into 15 s.
 const STEADY_MAX: f64 = 0.34;
 
@@ -165,10 +167,15 @@ fn micros(act: impl FnOnce() -> Result<()>) -> Result<f64> {
 fn settle(etcd: &Etcd) -> Result<()> {
     let client = etcd.client()?;
     let all = Range { key: b"kmutex/".into(), end: b"kmutex0".into(), ..Range::default() };
-    while !client.range(&all)?.kvs.iter().all(|key| key.key.ends_with(b".done")) {
-        sleep(Duration::from_millis(2));
+    let give_up = Instant::now() + SETTLE_MAX;
+    loop {
+        match client.range(&all) {
+            Ok(reply) if reply.kvs.iter().all(|key| key.key.ends_with(b".done")) => return Ok(()),
+            Err(e) if Instant::now() > give_up => return Err(e.to_string().into()),
+            Ok(_) if Instant::now() > give_up => return fail("a lock that was released is still in etcd"),
+            _ => sleep(Duration::from_millis(2)),
+        }
     }
-    Ok(())
 }
 
 /// As users start them.
