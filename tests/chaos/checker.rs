@@ -107,7 +107,7 @@ fn check_tokens(sections: &[&Section<'_>]) -> Result<(), String> {
     let mut ended = by_end.into_iter().peekable();
     let (mut largest, mut largest_alone): (Option<&Section<'_>>, Option<&Section<'_>>) = (None, None);
     for section in told() {
-        while let Some(before) = ended.next_if(|before| before.left <= section.entered) {
+        while let Some(before) = ended.next_if(|before| before.left < section.entered) {
             let larger =
                 |largest: Option<&Section<'_>>| largest.is_none_or(|largest| largest.token < before.token);
             if larger(largest) {

@@ -193,8 +193,8 @@ fn nobody_enters_who_should_not_whatever_is_killed() {
             let arena = &arena;
             scope.spawn(move || arena.keep_busy(number));
         }
-        scope.spawn(|| arena.kill_daemons());
-        scope.spawn(|| arena.kill_commands());
+        scope.spawn(|| arena.record.ends_if_this_fails(|| arena.kill_daemons()));
+        scope.spawn(|| arena.record.ends_if_this_fails(|| arena.kill_commands()));
         arena.record.run_for(span);
     });
 

@@ -86,6 +86,20 @@ impl Record {
         self.over.load(Ordering::Relaxed)
     }
 
+    /// Does it; if that panics, nobody goes on for long.
+    pub fn ends_if_this_fails(&self, work: impl FnOnce()) {
+        struct Guard<'a>(&'a Record);
+        impl Drop for Guard<'_> {
+            fn drop(&mut self) {
+                if std::thread::panicking() {
+                    self.0.find("the test itself does not get on".into());
+                }
+            }
+        }
+        let _guard = Guard(self);
+        work();
+    }
+
     /// Lets it go on for so long, or until something is wrong.
     pub fn run_for(&self, span: Duration) {
         let end = now() + span.as_secs_f64();

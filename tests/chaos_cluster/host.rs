@@ -8,10 +8,11 @@ use std::process::{ChildStderr, Command, Stdio};
 use std::sync::{Arc, Mutex};
 
 use nix::sys::signal::Signal;
+use nix::unistd::Pid;
 
 use crate::TTL_SECS;
 use crate::etcd_harness::Place;
-use crate::harness::{KMUTEX, Process, wait_until};
+use crate::harness::{KMUTEX, Process, wait_for, wait_until};
 use crate::record::now;
 
 pub struct Host {
@@ -77,19 +78,43 @@ impl Host {
         command
     }
 
+    /// etcdctl on this host.
+    pub fn etcdctl(&self) -> Command {
+        let mut command = self.tool("etcdctl");
+        command.env("ETCDCTL_API", "3").env("ETCDCTL_ENDPOINTS", &self.endpoints);
+        command
+    }
+
+    /// As a supervisor does: one that ends because another has the socket is started again. (A client that finds no daemon
+    /// starts one, which has the socket until it finds that it is not to serve here.)
     fn start_daemon(&self) {
+        let process = wait_for("a daemon to serve", || {
+            let mut process = self.spawn_daemon();
+            wait_until("a daemon to serve, or to end", || {
+                self.is_served_by(process.pid()) || !process.is_running()
+            });
+            if process.is_running() {
+                return Some(process);
+            }
+            let code = process.wait();
+            assert_eq!(code, 75, "a daemon does not start; {}", self.last_words());
+            None
+        });
+        *self.daemon.lock().unwrap() = Some(process);
+    }
+
+    fn is_served_by(&self, pid: Pid) -> bool {
+        let claim = fs::read_to_string(self.folder.join("sock.lock")).unwrap_or_default();
+        claim == format!("{pid}\n") && UnixStream::connect(self.sock()).is_ok()
+    }
+
+    fn spawn_daemon(&self) -> Process {
         let mut command = self.tool(KMUTEX);
         command.args(["serve", "--log-level", "debug", "--grace", "2", "--etcd", &self.endpoints]);
         command.args(["--etcd-ttl", &TTL_SECS.to_string(), "--sock"]).arg(self.sock());
         let mut process = Process::spawn(command.stderr(Stdio::piped()));
-        let said = process.child.stderr.take().expect("it is piped");
-        self.keep_log(said);
-        let mut ended = || process.child.try_wait().unwrap();
-        wait_until("a daemon to serve", || {
-            assert_eq!(ended(), None, "a daemon does not start; {}", self.last_words());
-            UnixStream::connect(self.sock()).is_ok()
-        });
-        *self.daemon.lock().unwrap() = Some(process);
+        self.keep_log(process.child.stderr.take().expect("it is piped"));
+        process
     }
 
     /// Each line with the time, until the daemon ends.
