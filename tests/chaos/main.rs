@@ -185,8 +185,7 @@ fn kill_it(pid: i32) {
 fn nobody_enters_who_should_not_whatever_is_killed() {
     let folder = tempfile::tempdir().unwrap();
     let (seed, span) = settings();
-    let arena =
-        Arena { folder: folder.path().into(), seed, record: Record::new(folder.path().join("log")) };
+    let arena = Arena { folder: folder.path().into(), seed, record: Record::new(folder.path().join("log")) };
     let _stop = Autostarted(arena.sock());
     std::thread::scope(|scope| {
         for number in 0..CLIENTS {
