@@ -88,7 +88,7 @@ fn pass(time: Duration) {
 impl Arena {
     /// Between two faults: mostly there is time to work, at times one follows on the other.
     fn rest(&self, chance: &mut Chance) {
-        pass(Duration::from_millis(chance.below(1500)));
+        pass(Duration::from_millis(chance.below(2500)));
     }
 
     fn begin(&self, name: &str, whose: &str) {
