@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::Arena;
 use crate::chance::Chance;
-use crate::host::Ailment;
+use crate::host::{Ailment, Host};
 use crate::net::Cut;
 use crate::{HOSTS, TTL_SECS};
 
@@ -100,6 +100,16 @@ impl Arena {
         self.record.note(&format!("over: {name} {whose}"));
     }
 
+    /// One where somebody is in a critical section, if there is one: to fail where nobody is proves little.
+    fn any_host(&self, chance: &mut Chance) -> &Host {
+        let busy = self.hosts_with_holders();
+        let host = match busy.len() as u64 {
+            0 => chance.below(HOSTS as u64) as usize,
+            count => busy[chance.below(count) as usize],
+        };
+        &self.hosts[host]
+    }
+
     /// Until it is over, one after the other.
     pub fn ail_daemons(&self) {
         let mut chance = Chance(self.seed ^ 1);
@@ -115,7 +125,7 @@ impl Arena {
     }
 
     fn ail_daemon(&self, fault: DaemonFault, chance: &mut Chance) {
-        let host = &self.hosts[chance.below(HOSTS as u64) as usize];
+        let host = self.any_host(chance);
         let whose = format!("on host {}", host.number);
         self.begin(fault.name(), &whose);
         match fault {
@@ -159,7 +169,7 @@ impl Arena {
     }
 
     fn cut(&self, fault: EtcdFault, how: Cut, chance: &mut Chance) {
-        let host = &self.hosts[chance.below(HOSTS as u64) as usize];
+        let host = self.any_host(chance);
         let whose = format!("of host {}", host.number);
         self.begin(fault.name(), &whose);
         host.begin(Ailment::Cut);

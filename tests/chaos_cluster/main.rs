@@ -239,6 +239,9 @@ impl Arena {
         command.args([name, key, "exclusive", &draw_micros(key, chance)]).arg(host.sock());
         let Some(code) = self.outcome(name, key, &mut Process::spawn(&mut command)) else { return };
         self.record.count(format!("protocol 1 ends with {code}"));
+        if code == 74 {
+            self.record.count("lost");
+        }
         if ![0, 79, 74].contains(&code) {
             self.record.find(format!("{name} of protocol 1 ended with {code}"));
         }
@@ -292,6 +295,14 @@ impl Arena {
             std::thread::sleep(Duration::from_millis(5));
         }
         Some(process.wait())
+    }
+
+    /// On which hosts somebody is in a critical section, for each who is.
+    fn hosts_with_holders(&self) -> Vec<usize> {
+        let log = self.record.read();
+        let clients = self.clients.lock().unwrap();
+        let inside = unended(&log).into_iter().filter(|(name, pid)| command_line(*pid).contains(name));
+        inside.map(|(name, _)| clients[&name].host).collect()
     }
 
     /// All that the clients have noted, when the last of them has ended.
