@@ -196,8 +196,8 @@ impl Host {
         self.spells.lock().unwrap().clone()
     }
 
-    /// When the daemon said for the first time after this that what it held is lost.
-    pub fn loss_after(&self, time: f64) -> Option<f64> {
-        self.losses.lock().unwrap().iter().copied().find(|&loss| loss > time)
+    /// When the daemon said that what it held is lost.
+    pub fn losses(&self) -> Vec<f64> {
+        self.losses.lock().unwrap().clone()
     }
 }

@@ -108,7 +108,7 @@ struct Arena {
 struct Client {
     host: usize,
     speaker: Speaker,
-    orphaned: Option<f64>,
+    is_orphan: bool,
 }
 
 /// Who is killed.
@@ -158,7 +158,7 @@ impl Arena {
     }
 
     fn is_born(&self, name: &str, host: &Host, speaker: Speaker) {
-        let client = Client { host: host.number, speaker, orphaned: None };
+        let client = Client { host: host.number, speaker, is_orphan: false };
         self.clients.lock().unwrap().insert(name.into(), client);
     }
 
@@ -217,7 +217,7 @@ impl Arena {
         self.record.note(&format!("{victim:?} of {name} is killed"));
         match victim {
             Victim::Kmutex => {
-                self.clients.lock().unwrap().get_mut(name).unwrap().orphaned = Some(now());
+                self.clients.lock().unwrap().get_mut(name).unwrap().is_orphan = true;
                 process.signal(Signal::SIGKILL);
             }
             Victim::Both => kill(Pid::from_raw(-process.pid().as_raw()), Signal::SIGKILL).unwrap(),
@@ -321,9 +321,10 @@ impl Arena {
         let clients = self.clients.lock().unwrap();
         let may_overtake = |first: &checker::Section<'_>, next: &checker::Section<'_>| {
             let client = &clients[first.name];
-            let (speaker, orphaned) = (client.speaker, client.orphaned);
-            let life = Life { host: &self.hosts[client.host], speaker, orphaned };
-            let excuse = excuses::excuse(first, life, next);
+            let host = &self.hosts[client.host];
+            let (speaker, is_orphan) = (client.speaker, client.is_orphan);
+            let life = Life { speaker, is_orphan, spells: host.spells(), losses: host.losses() };
+            let excuse = excuses::excuse(first, &life, next);
             if let Some(excuse) = excuse {
                 self.record.count(format!("excuse: {excuse}"));
             }
@@ -340,8 +341,8 @@ impl Arena {
             for word in broken.split(' ') {
                 if let Some(client) = clients.get(word) {
                     println!(
-                        "{word}: {:?} on host {}, orphaned {:?}",
-                        client.speaker, client.host, client.orphaned
+                        "{word}: {:?} on host {}, orphan: {}",
+                        client.speaker, client.host, client.is_orphan
                     );
                 }
             }
