@@ -86,6 +86,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l sock -d 'The da
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l json -d 'Print one JSON object for each lock, on a line of its own'
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l keys -d 'Print only the keys, each on a line of its own (but not those with control characters in them)'
+complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l cluster -d 'Show the locks of all hosts that share them (see kmutex serve --etcd)'
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l watch -d 'Show it again every second, in place, until interrupted'
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l sock -d 'The daemon\'s socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
@@ -105,6 +106,14 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l group -d 'The gr
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l max-per-uid -d 'Serve at most N connections of one user on Unix sockets; more of them are closed' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l state -d 'Keep the journal in FILE instead of beside the first Unix socket' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l grace -d 'After a restart, keep the lock of a holder that does not come back for SECS seconds' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd -d 'Share the locks with all hosts that name the same etcd: URL is http://HOST:PORT or https://HOST:PORT of a member' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-ca -d 'Trust members of etcd whose certificate is signed by one of those in FILE (PEM), and no others' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-cert -d 'Show the certificate in FILE (PEM) to etcd' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-key -d 'The key of that certificate, in FILE (PEM)' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-user -d 'Be user NAME of etcd' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-password-file -d 'That user\'s password is the first line of FILE' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-ttl -d 'The lease of this host lasts SECS seconds without being kept alive, and so do its locks when the host is gone' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-prefix -d 'Keys in etcd begin with PREFIX' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l ready-fd -d 'Write a newline to descriptor FD, and close it, when serving' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l idle-exit -d 'End after SECS seconds without locks and connections' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s f -l force -d 'Remove an old socket file'

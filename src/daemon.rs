@@ -115,6 +115,11 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     if config.detach {
         close_inherited().map_err(|e| Error::Os("close inherited files", e))?;
     }
+    // What is wrong with it is said before anything is served.
+    #[cfg(feature = "etcd")]
+    let etcd = config.sharing.as_ref().map(|sharing| crate::etcd::Client::new(&sharing.etcd));
+    #[cfg(feature = "etcd")]
+    let etcd = etcd.transpose().map_err(Error::Etcd)?;
     let mut listeners = Listener::inherit()?;
     if listeners.is_empty() {
         listeners = Listener::bind_all(&config.addrs, &config.access)?;
@@ -136,8 +141,8 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     }
     let mut server = Server::new(config, listeners, recorder).map_err(|e| Error::Os("start", e))?;
     #[cfg(feature = "etcd")]
-    if let Some(config) = &config.sharing {
-        let sharing = cluster::share(config, server.recorder.lease())?;
+    if let Some((config, client)) = config.sharing.as_ref().zip(etcd) {
+        let sharing = cluster::share(config, client, server.recorder.lease())?;
         server.share(sharing).map_err(|e| Error::Os("share locks", e))?;
     }
     tell_ready(ready).map_err(|e| Error::Os("tell that it serves", e))?;

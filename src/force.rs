@@ -32,6 +32,9 @@ pub fn break_lock(dial: &Dial, key: Key, consent: Consent) -> Result<(), Error> 
     match session.call(&Request::Break { key: key.clone() })? {
         Answer::Broken => Ok(()),
         Answer::Error { code: ErrorCode::NotHeld, .. } => Err(Error::NotHeld(key)),
+        Answer::Error { code: ErrorCode::Unavailable, message } => {
+            Err(Error::Client(client::Error::Unavailable(message)))
+        }
         Answer::Error { code: ErrorCode::NotPermitted, .. } => Err(Error::NotPermitted(key)),
         other => Err(Error::Client(client::Error::unexpected(other))),
     }

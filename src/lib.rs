@@ -21,11 +21,13 @@
 //! | [`names`] | names of users, groups and hosts |
 //! | [`exit`] | the exit codes |
 //! | [`say()`] | one line on standard error |
+//! | `cluster` | how this host stands among those that share their locks: events in, questions out, nothing else (the feature `etcd`) |
 //! | [`journal`] | which locks are held, on disk, to survive a crash of the daemon |
 //! | [`table`] | the lock table: events in, effects out, nothing else |
 //! | [`proto`] | both wire protocols: bytes to messages and back, nothing else |
 //!
-//! The daemon never imports the client. The last two touch no socket, file, process or clock, and a test keeps it so.
+//! The daemon never imports the client. The last two, and `cluster`, touch no socket, file, process or clock, and a test
+//! keeps it so.
 #![forbid(unsafe_code)]
 
 pub mod addr;

@@ -143,8 +143,7 @@ impl Session {
                     watch.waits(&status.holders, ahead);
                     continue;
                 }
-                // Of a question that was asked about the lock before.
-                Ok(Answer::End | Answer::Pong { .. }) => continue,
+                Ok(Answer::End) => continue,
                 Ok(Answer::Error { code: ErrorCode::CannotRecord, message }) => {
                     return Err(Error::Unrecorded(message));
                 }

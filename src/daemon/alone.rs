@@ -1,8 +1,8 @@
 //! In the place of `cluster.rs`, in a build without etcd: this host shares nothing.
 
 use super::server::Server;
-use crate::proto::LockId;
 use crate::proto::v2::{LeaseTerms, Party};
+use crate::proto::{Key, LockId};
 use crate::table::{ClientId, Millis};
 
 /// There is none.
@@ -32,6 +32,8 @@ impl Server {
     }
 
     pub(super) fn stop_sharing(&mut self) {}
+
+    pub(super) fn break_elsewhere(&mut self, _client: ClientId, _key: &Key) {}
 
     pub(super) fn list_cluster(&mut self, _client: ClientId) -> bool {
         true

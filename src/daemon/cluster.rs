@@ -3,6 +3,7 @@
 //!
 //! Nothing here happens without `--etcd`.
 
+mod breaking;
 mod layout;
 mod link;
 mod listing;
@@ -13,6 +14,8 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{debug, info, warn};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::time::TimeSpec;
+use nix::sys::timerfd::{self, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::server::{Server, Source};
 use crate::clock;
@@ -20,7 +23,7 @@ use crate::cluster::{Cluster, Contender, LeaseName, Question};
 use crate::etcd::{self, Client, LeaseId};
 use crate::proto::v2::{LeaseTerms, Party, Text};
 use crate::proto::{LockId, Token};
-use crate::table::{Effects, Millis, Stir, Table};
+use crate::table::{ClientId, Effects, Millis, Stir, Table};
 use layout::{Layout, Leases};
 use link::{Link, Order, Report};
 use listing::Listing;
@@ -48,6 +51,11 @@ pub(super) struct Sharing {
     host: Text,
     ttl_secs: u64,
     lease: Option<LeaseId>,
+    /// The lease that was given up last. That it was kept once more may be reported afterwards, and counts for nothing.
+    abandoned: Option<LeaseId>,
+    /// Goes off when the lease may not be relied on any more; after a sleep of the machine at once, which the loop's own
+    /// timeouts sleep through.
+    alarm: TimerFd,
     /// A lease for records, and when it was asked for.
     records: Option<(LeaseId, Millis)>,
     wants_records: bool,
@@ -60,7 +68,9 @@ pub(super) struct Sharing {
     under_way: usize,
     /// By client.
     listings: BTreeMap<u32, Listing>,
-    next_listing: u64,
+    /// Who wants a lock of another host broken: the client and its generation.
+    breaks: BTreeMap<u64, (ClientId, u32)>,
+    next_number: u64,
 }
 
 /// A lease is not relied on for this last part of its time: a quarter, in which holders stop.
@@ -68,17 +78,19 @@ fn margin(ttl_secs: u64) -> Millis {
     Millis((ttl_secs * 250).max(500))
 }
 
-/// Opens what the daemon needs for sharing locks. `resume` is the lease of the daemon before.
+/// Starts what the daemon needs for sharing locks. `resume` is the lease of the daemon before.
 ///
 /// # Errors
-/// When the certificates cannot be used, or no thread can be started.
-pub(super) fn share(config: &Config, resume: Option<u64>) -> Result<Sharing, super::Error> {
-    let client = Client::new(&config.etcd).map_err(super::Error::Etcd)?;
+/// When no thread can be started.
+pub(super) fn share(config: &Config, client: Client, resume: Option<u64>) -> Result<Sharing, super::Error> {
     let resume = resume.filter(|&lease| lease != 0).map(|lease| LeaseId(lease as i64));
     let link = Link::start(client, Layout::new(&config.prefix), config.ttl_secs, resume)
         .map_err(|e| super::Error::Os("start the threads for etcd", e))?;
     let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_micros() as u64);
     let host = nix::unistd::gethostname().unwrap_or_default();
+    let alarm =
+        TimerFd::new(timerfd::ClockId::CLOCK_BOOTTIME, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)
+            .map_err(|e| super::Error::Os("make a timer", e.into()))?;
     Ok(Sharing {
         // Whatever the daemon before has called its places, it had not so many.
         cluster: Cluster::new(micros),
@@ -86,6 +98,8 @@ pub(super) fn share(config: &Config, resume: Option<u64>) -> Result<Sharing, sup
         host: (&*host.to_string_lossy()).into(),
         ttl_secs: config.ttl_secs,
         lease: None,
+        abandoned: None,
+        alarm,
         records: None,
         wants_records: false,
         in_trouble: false,
@@ -93,7 +107,8 @@ pub(super) fn share(config: &Config, resume: Option<u64>) -> Result<Sharing, sup
         kept: 0,
         under_way: 0,
         listings: BTreeMap::new(),
-        next_listing: 0,
+        breaks: BTreeMap::new(),
+        next_number: 0,
     })
 }
 
@@ -149,6 +164,10 @@ impl Sharing {
         let is_new = self.lease != Some(lease);
         self.lease = Some(lease);
         self.cluster.leased(name(lease), good_until);
+        let until = TimeSpec::from_duration(Duration::from_millis(good_until.0.max(1)));
+        if let Err(e) = self.alarm.set(Expiration::OneShot(until), TimerSetTimeFlags::TFD_TIMER_ABSTIME) {
+            warn!("cannot set a timer: {e}");
+        }
         // While the lease was kept once, the store went on, and the watch has said nothing: it may be one of a member that
         // says nothing any more.
         if self.kept > self.watched {
@@ -157,6 +176,11 @@ impl Sharing {
         }
         self.kept = revision;
         is_new
+    }
+
+    fn next_number(&mut self) -> u64 {
+        self.next_number += 1;
+        self.next_number
     }
 
     fn trouble(&mut self, error: &etcd::Error) {
@@ -213,6 +237,7 @@ impl Server {
     pub(super) fn share(&mut self, mut sharing: Sharing) -> io::Result<()> {
         let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Cluster.pack());
         self.epoll.add(sharing.link.readable(), event)?;
+        self.epoll.add(&sharing.alarm, event)?;
         sharing.restore(&self.table);
         if self.recorder.lease().is_none() {
             // So that nobody starts a daemon here that shares nothing.
@@ -249,6 +274,7 @@ impl Server {
             sharing.cluster.lost_lease(table, now, effects);
             if let Some(lease) = sharing.lease.take() {
                 sharing.link.abandon(lease);
+                sharing.abandoned = Some(lease);
             }
         });
     }
@@ -257,6 +283,8 @@ impl Server {
     pub(super) fn sharing_ready(&mut self) {
         if let Some(sharing) = &self.sharing {
             sharing.link.clear();
+            // What it is for is looked at in each turn.
+            let _ = sharing.alarm.wait();
         }
         while let Some(report) = self.sharing.as_ref().and_then(|sharing| sharing.link.report()) {
             self.reported(report);
@@ -266,10 +294,13 @@ impl Server {
     fn reported(&mut self, report: Report) {
         let Some(sharing) = &mut self.sharing else { return };
         match report {
+            Report::Leased { lease, .. } if sharing.abandoned == Some(lease) => {}
             Report::Leased { lease, sent, ttl_secs, revision } => {
                 sharing.no_trouble();
                 if sharing.leased(lease, sent, ttl_secs, revision) {
                     info!("etcd: sharing locks under lease {:x}, of {ttl_secs} s", lease.0);
+                    // One that was taken up again may have places that nobody knows of.
+                    sharing.link.order(Order::Places(lease));
                     self.recorder.set_lease(lease.0 as u64);
                 }
                 self.check_lease();
@@ -309,6 +340,9 @@ impl Server {
                 sharing.records = Some((lease, sent));
                 sharing.wants_records = false;
             }
+            Report::RecordsGone(lease) => {
+                sharing.records.take_if(|(records, _)| *records == lease);
+            }
             Report::Heard { revision, events } => {
                 sharing.watched = sharing.watched.max(revision);
                 for (lock, revision, what) in events {
@@ -323,6 +357,7 @@ impl Server {
                 }
             }
             Report::Page { number, page } => self.listed(number, page),
+            Report::Broken { number, broken } => self.broken(number, broken),
         }
     }
 

@@ -152,11 +152,10 @@ impl Server {
         let permitted = by.is_some_and(|uid| {
             uid == 0 || uid == Uid::effective().as_raw() || holders.iter().all(|holder| *holder == Some(uid))
         });
-        if let Some(party) = self.holder_elsewhere(key.id())
-            && lock.iter().flat_map(LockView::holders).any(|holder| holder.is_elsewhere)
+        let is_here = self.table.held_here(key.id()).is_some();
+        if !is_here && self.is_sharing() && by.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw())
         {
-            let message = format!("break: it is held on host {}: break it there", party.who.host.as_str());
-            return self.answer(client, &error(ErrorCode::NotHeld, message));
+            return self.break_elsewhere(client, key);
         }
         if holders.is_empty() {
             let message = "break: nobody holds this lock";

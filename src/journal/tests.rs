@@ -224,3 +224,27 @@ fn where_a_journal_cannot_be_written_anew_the_old_one_goes_on() {
     journal.write().unwrap();
     assert_eq!(load(&path, &BOOT).records, [record(1), record(2)]);
 }
+
+#[test]
+fn that_locks_are_shared_outlives_the_locks_and_the_boot() {
+    let (_folder, path, mut journal) = journal();
+    journal.lease(7);
+    journal.grant(&record(1));
+    journal.write().unwrap();
+    let loaded = load(&path, &BOOT);
+    assert_eq!((loaded.lease, loaded.records), (Some(7), vec![record(1)]));
+    journal.compact(&[]).unwrap();
+    assert_eq!(load(&path, &BOOT).lease, Some(7));
+    // The lease is of that boot, that there was one is not.
+    let loaded = load(&path, b"another boot !!!");
+    assert_eq!((loaded.lease, loaded.records, loaded.complaint), (Some(0), vec![], None));
+    journal.lease(0);
+    journal.write().unwrap();
+    assert_eq!(load(&path, &BOOT).lease, Some(0));
+}
+
+#[test]
+fn where_locks_are_not_shared_no_journal_says_so() {
+    assert_eq!(parse(&sample(), &BOOT).lease, None);
+    assert_eq!(parse(&sample(), b"another boot !!!"), Loaded::default());
+}

@@ -8,7 +8,7 @@
 //!
 //! This knows neither who the others are nor how they are asked: see `cluster.rs`.
 
-use std::collections::HashMap;
+use std::collections::BTreeMap;
 
 use super::list::{Links, List};
 use super::{
@@ -20,7 +20,7 @@ use crate::proto::{LockId, Outcome, Token};
 
 /// What is known of the other hosts, and who waits for word of them; by the index of the lock.
 #[derive(Default)]
-pub(super) struct Elsewhere(HashMap<u32, Away>);
+pub(super) struct Elsewhere(BTreeMap<u32, Away>);
 
 #[derive(Default)]
 struct Away {

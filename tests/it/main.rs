@@ -4,6 +4,8 @@
 
 mod autostart;
 mod breaking;
+#[cfg(feature = "etcd")]
+mod cluster;
 #[cfg(feature = "failpoints")]
 mod crash;
 mod daemon;

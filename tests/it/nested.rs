@@ -82,11 +82,12 @@ fn of_two_that_would_wait_for_each_other_the_second_is_refused() {
 #[test]
 fn a_cycle_is_seen_across_a_restart_of_the_daemon() {
     let mut daemon = Daemon::start();
-    let script = "echo outer; read line; exec \"$KMUTEX\" run --queue b echo inner";
+    let script = "echo outer; read line; exec \"$KMUTEX\" run --no-autostart --queue b echo inner";
     let mut run = under(&daemon, &[], "a", script);
     let mut first = Process::spawn(run.stdin(Stdio::piped()).stdout(Stdio::piped()));
     first.wait_for_line("outer");
-    let mut run = under(&daemon, &[], "b", "echo outer; read line; \"$KMUTEX\" run --queue a true");
+    let mut run =
+        under(&daemon, &[], "b", "echo outer; read line; \"$KMUTEX\" run --no-autostart --queue a true");
     let mut second = Process::spawn(run.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::null()));
     second.wait_for_line("outer");
     drop(first.child.stdin.take());

@@ -15,6 +15,8 @@ use crate::harness::{Autostarted, KMUTEX, tool};
 
 const README: &str = include_str!("../../README.md");
 const PROTOCOL: &str = include_str!("../../docs/protocol.md");
+#[cfg(feature = "etcd")]
+const CLUSTER: &str = include_str!("../../docs/cluster.md");
 
 /// What the recipes call, and do not show.
 const PROGRAMS: [(&str, &str); 4] = [
@@ -41,6 +43,13 @@ fn the_sessions_of_the_readme_work_as_printed() {
 fn the_sessions_of_the_protocols_page_work_as_printed() {
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(play(PROTOCOL, folder.path()), 2, "sessions");
+}
+
+#[cfg(feature = "etcd")]
+#[test]
+fn the_session_of_the_clusters_page_works_as_printed() {
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(play(CLUSTER, folder.path()), 1, "sessions");
 }
 
 #[test]

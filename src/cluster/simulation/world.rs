@@ -106,7 +106,7 @@ impl World {
             tokens: vec![Token(0); KEYS as usize],
             ended: vec![0; KEYS as usize],
             occupied: vec![0; KEYS as usize],
-            calm: seed % 5 == 0,
+            calm: seed.is_multiple_of(5),
             seen: Seen::new(),
         }
     }
@@ -303,7 +303,7 @@ impl World {
                 self.hosts[host].cluster.has_places(places);
             }
             Some(news) => {
-                for (revision, lock, what) in news.to_vec() {
+                for (revision, lock, what) in news.iter().cloned() {
                     self.hosts[host].cluster.heard(lock, revision, what);
                 }
             }

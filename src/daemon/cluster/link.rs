@@ -13,7 +13,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::layout::{Layout, Leases};
 use crate::clock;
-use crate::cluster::{Ask, Contender, Failure, Heard, Line, Revision};
+use crate::cluster::{Ask, Contender, Failure, Heard, Line, Question, Revision};
 use crate::etcd::{self, Client, Event, LeaseId, Range, Sort};
 use crate::proto::LockId;
 use crate::table::Millis;
@@ -42,12 +42,18 @@ pub(super) enum Order {
         number: u64,
         from: Vec<u8>,
     },
+    /// Take a lock from whoever holds it.
+    Break {
+        number: u64,
+        lock: LockId,
+    },
 }
 
 /// What the keeper of the lease is told.
 #[derive(Debug)]
 pub(super) enum Care {
-    /// Nothing may rely on this lease any more: end it, and get another.
+    /// Nothing may rely on this lease any more: get another. This one ends by itself, and not before: those who held under
+    /// it need the rest of its time to stop.
     Abandon(LeaseId),
     /// The daemon ends: end the lease if it is not needed, and say so.
     Stop { revoke: Option<LeaseId>, done: Sender<()> },
@@ -78,6 +84,8 @@ pub(super) enum Report {
         lease: LeaseId,
         sent: Millis,
     },
+    /// This lease for records is gone, perhaps.
+    RecordsGone(LeaseId),
     /// What the watch has seen, and how far.
     Heard {
         revision: i64,
@@ -88,6 +96,11 @@ pub(super) enum Report {
     Page {
         number: u64,
         page: Result<Page, etcd::Error>,
+    },
+    /// A lock was broken, or nobody held it.
+    Broken {
+        number: u64,
+        broken: Result<bool, etcd::Error>,
     },
 }
 
@@ -220,13 +233,23 @@ impl Desk {
                     let page = self.page(from);
                     self.report(Report::Page { number, page });
                 }
+                Ok(Order::Break { number, lock }) => {
+                    let broken = self.break_lock(lock);
+                    self.report(Report::Broken { number, broken });
+                }
                 Err(_) => return,
             }
         }
     }
 
     fn ask(&self, ask: &Ask, leases: Leases) {
-        let reply = self.client.txn(&self.layout.txn(ask.lock, &ask.what, leases));
+        let txn = |leases| self.client.txn(&self.layout.txn(ask.lock, &ask.what, leases));
+        let mut reply = txn(leases);
+        if leases.records != leases.places && reply.as_ref().is_err_and(etcd::Error::is_lease_gone) {
+            // Which of the two it is that is gone, etcd does not say. Not to have one for records is no loss.
+            self.report(Report::RecordsGone(leases.records));
+            reply = txn(Leases { records: leases.places, ..leases });
+        }
         let (answer, trouble) = match reply {
             Ok(mut reply) => {
                 let keys = reply.ranges.pop().unwrap_or_default();
@@ -239,6 +262,17 @@ impl Desk {
             Err(e) => (Err(Failure::Unknown), Some(e)),
         };
         self.report(Report::Answer { lock: ask.lock, id: ask.id, answer, trouble });
+    }
+
+    fn break_lock(&self, lock: LockId) -> Result<bool, etcd::Error> {
+        let none = Leases { places: LeaseId(0), records: LeaseId(0) };
+        let mut reply = self.client.txn(&self.layout.txn(lock, &Question::Read, none))?;
+        let line = self.layout.line(reply.revision, reply.ranges.pop().unwrap_or_default());
+        let Some(Contender { place, revision, .. }) = line.contenders.into_iter().next() else {
+            return Ok(false);
+        };
+        let question = Question::Leave { place, revision, record: None, next: None };
+        Ok(self.client.txn(&self.layout.txn(lock, &question, none))?.succeeded)
     }
 
     fn page(&self, from: Vec<u8>) -> Result<Page, etcd::Error> {
@@ -306,26 +340,23 @@ impl Keeper {
         loop {
             let began = Instant::now();
             let pause = self.tend();
-            loop {
-                match orders.recv_timeout(pause.saturating_sub(began.elapsed())) {
-                    Ok(Care::Abandon(lease)) => {
-                        if self.lease == Some(lease) {
-                            self.lease = None;
-                        }
+            match orders.recv_timeout(pause.saturating_sub(began.elapsed())) {
+                Ok(Care::Abandon(lease)) => {
+                    if self.lease == Some(lease) {
+                        self.lease = None;
+                    }
+                }
+                Ok(Care::Stop { revoke, done }) => {
+                    if let Some(lease) = revoke {
                         // If that fails, it ends by itself.
                         let _ = self.desk.client.revoke(lease);
-                        break;
                     }
-                    Ok(Care::Stop { revoke, done }) => {
-                        if let Some(lease) = revoke {
-                            let _ = self.desk.client.revoke(lease);
-                        }
-                        let _ = done.send(());
-                        return;
-                    }
-                    Err(RecvTimeoutError::Timeout) => break,
-                    Err(RecvTimeoutError::Disconnected) => return,
+                    // Nobody may be waiting any more.
+                    let _ = done.send(());
+                    return;
                 }
+                Err(RecvTimeoutError::Timeout) => {}
+                Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }

@@ -98,8 +98,7 @@ impl Server {
         if sharing.listings.contains_key(&client.0) {
             return false;
         }
-        let number = sharing.next_listing;
-        sharing.next_listing += 1;
+        let number = sharing.next_number();
         sharing.listings.insert(client.0, Listing::new(number));
         sharing.link.order(Order::Page { number, from: Vec::new() });
         true
