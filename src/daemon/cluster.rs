@@ -320,7 +320,7 @@ impl Server {
                     sharing.cluster.cannot_ask(now);
                 }
             }
-            Report::Answer { lock, id, answer, trouble } => {
+            Report::Answer { lock, id, lease, answer, trouble } => {
                 sharing.under_way -= 1;
                 match &trouble {
                     Some(error) => sharing.trouble(error),
@@ -330,7 +330,8 @@ impl Server {
                 self.with_cluster(|sharing, table, now, effects| {
                     sharing.cluster.answered(table, now, (lock, id), answer, effects);
                 });
-                if is_gone && self.sharing.as_ref().is_some_and(|sharing| sharing.lease.is_some()) {
+                // Not that of a question that was asked under one before.
+                if is_gone && self.sharing.as_ref().is_some_and(|sharing| sharing.lease == Some(lease)) {
                     warn!("etcd: the lease is gone; what was held under it is lost");
                     self.lose_lease();
                 }

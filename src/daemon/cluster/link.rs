@@ -72,9 +72,11 @@ pub(super) enum Report {
     LeaseGone(LeaseId),
     /// Etcd cannot be reached, or refuses: why.
     Trouble(etcd::Error),
+    /// `lease`: under which it was asked.
     Answer {
         lock: LockId,
         id: u64,
+        lease: LeaseId,
         answer: Result<Line, Failure>,
         trouble: Option<etcd::Error>,
     },
@@ -261,7 +263,7 @@ impl Desk {
             }
             Err(e) => (Err(Failure::Unknown), Some(e)),
         };
-        self.report(Report::Answer { lock: ask.lock, id: ask.id, answer, trouble });
+        self.report(Report::Answer { lock: ask.lock, id: ask.id, lease: leases.places, answer, trouble });
     }
 
     fn break_lock(&self, lock: LockId) -> Result<bool, etcd::Error> {
