@@ -277,6 +277,8 @@ impl Server {
                 sharing.abandoned = Some(lease);
             }
         });
+        // Nor by the next daemon: it would give up places in whose remaining time holders are stopping.
+        self.recorder.set_lease(0);
     }
 
     /// Reports of the threads.
