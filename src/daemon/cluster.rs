@@ -339,6 +339,10 @@ impl Server {
                 }
             }
             Report::Places(locks) => sharing.cluster.has_places(locks),
+            Report::NoPlaces(lease) if sharing.lease == Some(lease) => {
+                sharing.link.order(Order::Places(lease));
+            }
+            Report::NoPlaces(_) => {}
             Report::RecordsLease { lease, sent } => {
                 sharing.records = Some((lease, sent));
                 sharing.wants_records = false;

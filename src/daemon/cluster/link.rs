@@ -81,6 +81,8 @@ pub(super) enum Report {
         trouble: Option<etcd::Error>,
     },
     Places(Vec<LockId>),
+    /// In which lines this lease has places could not be found out a while ago.
+    NoPlaces(LeaseId),
     /// Where records may be put for [`RECORDS_TTL_SECS`] after `sent`.
     RecordsLease {
         lease: LeaseId,
@@ -222,7 +224,11 @@ impl Desk {
                         let locks = keys.iter().filter_map(|key| self.layout.lock_of(key)).collect();
                         self.report(Report::Places(locks));
                     }
-                    Err(e) => self.report(Report::Trouble(e)),
+                    Err(e) => {
+                        self.report(Report::Trouble(e));
+                        thread::sleep(PAUSE);
+                        self.report(Report::NoPlaces(lease));
+                    }
                 },
                 Ok(Order::RecordsLease) => {
                     let sent = clock::now();
