@@ -77,9 +77,9 @@ counts: build build-slim test-tools
 fuzz:
 	./tests/fuzz
 
-# For an hour; KMUTEX_CHAOS_SECS says how many seconds.
+# For an hour each; KMUTEX_CHAOS_SECS says how many seconds.
 soak:
-	KMUTEX_CHAOS_SECS=$${KMUTEX_CHAOS_SECS:-3600} $(CARGO) test --locked --release --test chaos -- --nocapture
+	KMUTEX_CHAOS_SECS=$${KMUTEX_CHAOS_SECS:-3600} $(CARGO) test --locked --release --test chaos --test chaos_cluster -- --nocapture
 
 # What `make` has built, and nothing else, so that it needs no cargo as root.
 install:

@@ -276,6 +276,8 @@ impl Server {
                 sharing.abandoned = Some(lease);
             }
         });
+        // Nor by the next daemon: it would give up places in whose remaining time holders are stopping.
+        self.recorder.set_lease(0);
     }
 
     /// Reports of the threads.
@@ -319,7 +321,7 @@ impl Server {
                     sharing.cluster.cannot_ask(now);
                 }
             }
-            Report::Answer { lock, id, answer, trouble } => {
+            Report::Answer { lock, id, lease, answer, trouble } => {
                 sharing.under_way -= 1;
                 match &trouble {
                     Some(error) => sharing.trouble(error),
@@ -329,12 +331,17 @@ impl Server {
                 self.with_cluster(|sharing, table, now, effects| {
                     sharing.cluster.answered(table, now, (lock, id), answer, effects);
                 });
-                if is_gone && self.sharing.as_ref().is_some_and(|sharing| sharing.lease.is_some()) {
+                // Not that of a question that was asked under one before.
+                if is_gone && self.sharing.as_ref().is_some_and(|sharing| sharing.lease == Some(lease)) {
                     warn!("etcd: the lease is gone; what was held under it is lost");
                     self.lose_lease();
                 }
             }
             Report::Places(locks) => sharing.cluster.has_places(locks),
+            Report::NoPlaces(lease) if sharing.lease == Some(lease) => {
+                sharing.link.order(Order::Places(lease));
+            }
+            Report::NoPlaces(_) => {}
             Report::RecordsLease { lease, sent } => {
                 sharing.records = Some((lease, sent));
                 sharing.wants_records = false;

@@ -13,14 +13,18 @@ pub enum Kind {
 
 /// A client's stay in a critical section.
 #[derive(Clone, Debug)]
-struct Section<'a> {
-    name: &'a str,
+pub struct Section<'a> {
+    /// The client.
+    pub name: &'a str,
     key: &'a str,
     kind: Kind,
     /// Protocol 1 tells none.
     token: Option<u64>,
-    entered: f64,
-    left: f64,
+    /// When.
+    pub entered: f64,
+    /// When, or, of one that did not come to say so, when it last said that it was inside.
+    pub left: f64,
+    seen: f64,
     killed: bool,
 }
 
@@ -32,6 +36,18 @@ const INSIDE: f64 = f64::INFINITY;
 /// # Errors
 /// The first rule that it finds broken.
 pub fn check(log: &str) -> Result<usize, String> {
+    check_but(log, |_, _| false)
+}
+
+/// The same, but where `may_overtake` says so, the second may have entered while the first was inside; though with a
+/// larger token, so that whatever both write to can tell who is late.
+///
+/// # Errors
+/// The first rule that it finds broken.
+pub fn check_but<F>(log: &str, mut may_overtake: F) -> Result<usize, String>
+where
+    F: FnMut(&Section<'_>, &Section<'_>) -> bool,
+{
     let sections = sections(log)?;
     let mut by_key: BTreeMap<&str, Vec<&Section<'_>>> = BTreeMap::new();
     for section in &sections {
@@ -39,14 +55,17 @@ pub fn check(log: &str) -> Result<usize, String> {
     }
     for sections in by_key.values_mut() {
         sections.sort_by(|a, b| a.entered.total_cmp(&b.entered));
-        check_company(sections)?;
+        check_company(sections, &mut may_overtake)?;
         check_tokens(sections)?;
     }
     Ok(sections.len())
 }
 
 /// Whoever enters, enters beside only those whom it may be beside.
-fn check_company(sections: &[&Section<'_>]) -> Result<(), String> {
+fn check_company(
+    sections: &[&Section<'_>],
+    may_overtake: &mut impl FnMut(&Section<'_>, &Section<'_>) -> bool,
+) -> Result<(), String> {
     let mut inside: Vec<&Section<'_>> = Vec::new();
     for section in sections {
         inside.retain(|other| other.left > section.entered);
@@ -54,6 +73,15 @@ fn check_company(sections: &[&Section<'_>]) -> Result<(), String> {
         for other in &inside {
             let shared = [section.kind, other.kind].map(|kind| kind == Kind::Shared);
             if alone(section.kind) || alone(other.kind) || shared[0] != shared[1] {
+                if may_overtake(other, section) {
+                    if let (Some(first), Some(second)) = (other.token, section.token)
+                        && first >= second
+                    {
+                        let (name, other) = (section.name, other.name);
+                        return Err(format!("the token of {name} is not larger than that of {other} inside"));
+                    }
+                    continue;
+                }
                 return Err(format!(
                     "{} enters {} while {} is inside",
                     section.name, section.key, other.name
@@ -79,7 +107,7 @@ fn check_tokens(sections: &[&Section<'_>]) -> Result<(), String> {
     let mut ended = by_end.into_iter().peekable();
     let (mut largest, mut largest_alone): (Option<&Section<'_>>, Option<&Section<'_>>) = (None, None);
     for section in told() {
-        while let Some(before) = ended.next_if(|before| before.left <= section.entered) {
+        while let Some(before) = ended.next_if(|before| before.left < section.entered) {
             let larger =
                 |largest: Option<&Section<'_>>| largest.is_none_or(|largest| largest.token < before.token);
             if larger(largest) {
@@ -111,11 +139,23 @@ fn sections(log: &str) -> Result<Vec<Section<'_>>, String> {
         match word {
             "enter" => {
                 let (kind, token) = (parse_kind(kind)?, token.parse().ok());
-                let section = Section { name, key, kind, token, entered: time, left: INSIDE, killed: false };
+                let (left, seen) = (INSIDE, time);
+                let section = Section { name, key, kind, token, entered: time, left, seen, killed: false };
                 if sections.insert(name, section).is_some() {
                     return Err(format!("{name} enters twice"));
                 }
             }
+            "inside" => match sections.get_mut(name) {
+                Some(section) if section.left == INSIDE => section.seen = time,
+                // One that was about to be killed.
+                Some(section) if section.killed => section.left = section.left.max(time),
+                _ => return Err(format!("{name} is inside and never entered")),
+            },
+            // It is known to have ended, without a word.
+            "gone" => match sections.get_mut(name) {
+                Some(section) if section.left == INSIDE => section.left = section.seen,
+                _ => {}
+            },
             "leave" => match sections.get_mut(name) {
                 // One that was about to be killed may still have been quicker.
                 Some(section) if section.left == INSIDE || section.killed => {
@@ -256,6 +296,39 @@ mod tests {
             "leave b k exclusive 2 3.0",
         ];
         broken(&log, "b enters k while a is inside");
+    }
+
+    #[test]
+    fn one_that_ends_without_a_word_was_inside_as_long_as_it_said_so() {
+        let log = |enter: &str| {
+            [
+                "enter a k exclusive 1 1.0",
+                "inside a k exclusive 1 1.5",
+                "inside a k exclusive 1 2.0",
+                enter,
+                "gone a - - - 9.0",
+                "leave b k exclusive 2 3.0",
+            ]
+            .map(String::from)
+        };
+        let at = |enter: &str| checked(&log(enter).iter().map(String::as_str).collect::<Vec<_>>());
+        assert_eq!(at("enter b k exclusive 2 2.1"), Ok(2));
+        assert_eq!(at("enter b k exclusive 2 1.9"), Err("b enters k while a is inside".into()));
+        broken(&["inside a k exclusive 1 1.0"], "a is inside and never entered");
+    }
+
+    #[test]
+    fn one_that_may_be_overtaken_must_have_the_smaller_token() {
+        let log = |first: u64| {
+            format!(
+                "enter a k exclusive {first} 1 1.0\nenter b k exclusive 2 1 1.5\n\
+                 leave a k exclusive {first} 1 2.0\nleave b k exclusive 2 1 3.0\n"
+            )
+        };
+        let may = |first: &Section<'_>, second: &Section<'_>| first.name == "a" && second.name == "b";
+        assert_eq!(check_but(&log(1), may), Ok(2));
+        assert!(check_but(&log(1), |first, _| first.name == "b").is_err());
+        assert!(check_but(&log(2), may).unwrap_err().contains("not larger than that of a"));
     }
 
     #[test]

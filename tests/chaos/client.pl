@@ -1,7 +1,12 @@
-# One client of the chaos test, in its critical section: says that it enters, stays for a moment, says that it leaves.
+# One client of the chaos tests, in its critical section: says that it enters, every few milliseconds that it is inside, and
+# that it leaves.
 #
 #   client.pl section LOG NAME KEY KIND MICROSECONDS          under kmutex run, which tells the token
+#   client.pl stubborn LOG NAME KEY KIND MICROSECONDS         the same, and SIGTERM does not stop it
+#   client.pl guest LOG NAME KEY KIND MICROSECONDS UNTIL      under etcdctl lock, not relied on from UNTIL on
 #   client.pl owner LOG NAME KEY KIND MICROSECONDS SOCKET     takes the lock itself, with protocol 1
+#   client.pl sharer LOG NAME KEY KIND MICROSECONDS SOCKET    the same where other hosts have it too: stops when it is lost,
+#                                                             of which it hears by the end of its connection
 use strict;
 use warnings;
 use Digest::MD5 qw(md5);
@@ -9,7 +14,9 @@ use Fcntl;
 use IO::Socket::UNIX;
 use Time::HiRes qw(clock_gettime CLOCK_MONOTONIC usleep);
 
-my ($what, $log, $name, $key, $kind, $micros, $sock) = @ARGV;
+use constant STEP => 10_000;
+
+my ($what, $log, $name, $key, $kind, $micros, $last) = @ARGV;
 sysopen(my $out, $log, O_WRONLY | O_APPEND | O_CREAT) or die "$log: $!\n";
 
 # A line is one write, so that those of many processes do not mix.
@@ -21,20 +28,40 @@ sub note {
 }
 
 my $socket;
-if ($what eq 'owner') {
+if ($what eq 'owner' || $what eq 'sharer') {
     delete $ENV{KMUTEX_TOKEN};
     $SIG{PIPE} = 'IGNORE';
     my $answer = '';
     until ($answer) {
         # A daemon that is away comes back.
-        $socket ||= IO::Socket::UNIX->new(Peer => $sock);
+        $socket ||= IO::Socket::UNIX->new(Peer => $last);
         if (!$socket) { usleep(2000); next }
         if (!syswrite($socket, md5($key)) || !sysread($socket, $answer, 1)) { undef $socket; $answer = '' }
     }
     # Somebody else has done the work. (To ask again and again is to be overtaken for ever by those who queue.)
     exit 79 if $answer eq 'R';
 }
+$SIG{TERM} = 'IGNORE' if $what eq 'stubborn';
+
+# Ends it where the lock may be somebody else's by now.
+sub check {
+    if ($what eq 'sharer') {
+        $socket->blocking(0);
+        my $read = sysread($socket, my $bytes, 1);
+        exit 74 if defined $read ? $read == 0 : !$!{EAGAIN};
+    }
+    exit 74 if $what eq 'guest' && clock_gettime(CLOCK_MONOTONIC) >= $last;
+}
+
+check();
 note('enter');
+while ($micros > STEP) {
+    usleep(STEP);
+    $micros -= STEP;
+    check();
+    note('inside');
+}
 usleep($micros);
+check();
 note('leave');
 syswrite($socket, 'R') if $socket;

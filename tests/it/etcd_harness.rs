@@ -1,5 +1,5 @@
-//! An etcd of one's own: one member, or several, in a private folder, on loopback ports that were free. All are killed
-//! when it is dropped; a failing test shows their logs.
+//! An etcd of one's own: one member, or several, in a private folder, on loopback ports that were free, or each in a
+//! network namespace of its own. All are killed when it is dropped; a failing test shows their logs.
 
 use std::fs::{self, File};
 use std::net::TcpListener;
@@ -17,6 +17,9 @@ use crate::harness::{Process, tool, wait_for, wait_until};
 const STARTS_MAX: usize = 5;
 /// How much of a member's log is shown.
 const LOG_LINES_MAX: usize = 40;
+/// The ports of a member that has a network of its own.
+const CLIENT_PORT: u16 = 2379;
+const PEER_PORT: u16 = 2380;
 /// The administrator, once there are users.
 pub const ROOT: &str = "root:root's password";
 
@@ -28,8 +31,28 @@ pub struct Etcd {
     has_users: bool,
 }
 
+/// A network namespace (ip-netns(8)), and an address in it.
+#[derive(Clone, Debug)]
+pub struct Place {
+    pub namespace: String,
+    pub address: String,
+}
+
+impl Place {
+    /// `NAME ARGS...` in the namespace.
+    pub fn tool(&self, name: &str) -> Command {
+        // Fails here if it is missing, and not in the namespace.
+        let named = tool(name);
+        let mut command = tool("nsenter");
+        command.arg(format!("--net=/run/netns/{}", self.namespace)).arg(named.get_program());
+        command
+    }
+}
+
 struct Member {
     name: String,
+    /// `None`: it is here, on the loopback address.
+    place: Option<Place>,
     port: u16,
     peer_port: u16,
     /// `None`: it was killed.
@@ -40,29 +63,38 @@ struct Member {
 impl Etcd {
     /// One member.
     pub fn single() -> Etcd {
-        Etcd::start(1, false)
+        Etcd::start(|| free_ports(1), false)
     }
 
     /// So many members.
     pub fn cluster(members: usize) -> Etcd {
-        Etcd::start(members, false)
+        Etcd::start(|| free_ports(members), false)
+    }
+
+    /// A member in each of these places.
+    pub fn spread(places: &[Place]) -> Etcd {
+        let member = |(index, place): (usize, &Place)| Member {
+            place: Some(place.clone()),
+            ..Member::new(index, CLIENT_PORT, PEER_PORT)
+        };
+        Etcd::start(|| places.iter().enumerate().map(member).collect(), false)
     }
 
     /// One member that speaks TLS alone, and only to those who show a certificate of its own authority. Made so that it
     /// can have users too: its gateway shows the server's certificate to the server, so that has to be good for both
     /// sides; and a name in a certificate would be a user's name, which the gateway refuses.
     pub fn tls() -> Etcd {
-        Etcd::start(1, true)
+        Etcd::start(|| free_ports(1), true)
     }
 
-    fn start(members: usize, is_tls: bool) -> Etcd {
+    fn start(members: impl Fn() -> Vec<Member>, is_tls: bool) -> Etcd {
         for _ in 0..STARTS_MAX {
             let folder = tempfile::tempdir().unwrap();
             if is_tls {
                 make_certificates(&folder);
             }
-            let mut etcd = Etcd { members: free_ports(members), folder, is_tls, has_users: false };
-            (0..members).for_each(|index| etcd.spawn(index));
+            let mut etcd = Etcd { members: members(), folder, is_tls, has_users: false };
+            (0..etcd.members.len()).for_each(|index| etcd.spawn(index));
             // Either all of them are ready, or one has ended because its port is taken.
             let is_ready = wait_for("etcd", || match etcd.has_lost_one() {
                 true => Some(false),
@@ -76,13 +108,14 @@ impl Etcd {
     }
 
     fn spawn(&mut self, index: usize) {
-        let Member { name, port, peer_port, .. } = &self.members[index];
+        let member = &self.members[index];
+        let name = &member.name;
         let log = File::options().create(true).append(true).open(self.log_path(index)).unwrap();
-        let peers = self.members.iter().map(|it| format!("{}=http://127.0.0.1:{}", it.name, it.peer_port));
-        let mut command = etcd_tool("etcd");
+        let peers = self.members.iter().map(|it| format!("{}={}", it.name, it.peer_url()));
+        let mut command = member.tool("etcd");
         command.current_dir(self.folder.path()).stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
         command.args(["--logger=zap", "--log-outputs=stderr", "--name", name, "--data-dir", name]);
-        let (client, peer) = (self.endpoint(*port), format!("http://127.0.0.1:{peer_port}"));
+        let (client, peer) = (self.endpoint(index), member.peer_url());
         command.args([format!("--listen-client-urls={client}"), format!("--advertise-client-urls={client}")]);
         command.args([format!("--listen-peer-urls={peer}"), format!("--initial-advertise-peer-urls={peer}")]);
         command.args(["--initial-cluster", &peers.collect::<Vec<_>>().join(",")]);
@@ -108,14 +141,15 @@ impl Etcd {
         command.output().unwrap().status.success()
     }
 
-    fn endpoint(&self, port: u16) -> Endpoint {
+    fn endpoint(&self, index: usize) -> Endpoint {
         let scheme = if self.is_tls { "https" } else { "http" };
-        format!("{scheme}://127.0.0.1:{port}").parse().unwrap()
+        let member = &self.members[index];
+        format!("{scheme}://{}:{}", member.address(), member.port).parse().unwrap()
     }
 
     /// Where the members are, in their order.
     pub fn endpoints(&self) -> Vec<Endpoint> {
-        self.members.iter().map(|member| self.endpoint(member.port)).collect()
+        (0..self.members.len()).map(|index| self.endpoint(index)).collect()
     }
 
     /// The configuration of a client of it.
@@ -151,7 +185,7 @@ impl Etcd {
     pub fn restart(&mut self, index: usize) {
         assert!(self.members[index].process.is_none(), "it runs");
         self.spawn(index);
-        let endpoint = [self.endpoint(self.members[index].port)];
+        let endpoint = [self.endpoint(index)];
         wait_until("a member of etcd to be back", || self.is_healthy(&endpoint));
     }
 
@@ -183,8 +217,9 @@ impl Etcd {
     }
 
     fn is_leader(&self, index: usize) -> Option<bool> {
-        let mut command = self.etcdctl(&["endpoint", "status", "--write-out=json", "--command-timeout=2s"]);
-        command.env("ETCDCTL_ENDPOINTS", self.endpoint(self.members[index].port).to_string());
+        let args = ["endpoint", "status", "--write-out=json", "--command-timeout=2s"];
+        let mut command = self.etcdctl_beside(index, &args);
+        command.env("ETCDCTL_ENDPOINTS", self.endpoint(index).to_string());
         let status: Value = serde_json::from_slice(&command.output().unwrap().stdout).ok()?;
         let status = &status[0]["Status"];
         Some(status["leader"].as_u64()? == status["header"]["member_id"].as_u64()?)
@@ -192,7 +227,12 @@ impl Etcd {
 
     /// `etcdctl ARGS...` with this etcd and no other; as the administrator, once there are users.
     pub fn etcdctl(&self, args: &[&str]) -> Command {
-        let mut command = etcd_tool("etcdctl");
+        self.etcdctl_beside(0, args)
+    }
+
+    /// The same, where that member is.
+    pub fn etcdctl_beside(&self, index: usize, args: &[&str]) -> Command {
+        let mut command = self.members[index].tool("etcdctl");
         command.args(args).env("ETCDCTL_API", "3").env("ETCDCTL_ENDPOINTS", join(&self.endpoints()));
         command.stdin(Stdio::null());
         if self.is_tls {
@@ -227,6 +267,32 @@ impl Etcd {
     }
 }
 
+impl Member {
+    fn new(index: usize, port: u16, peer_port: u16) -> Member {
+        let name = format!("m{index}");
+        Member { name, place: None, port, peer_port, process: None, is_stopped: false }
+    }
+
+    fn address(&self) -> &str {
+        self.place.as_ref().map_or("127.0.0.1", |place| &place.address)
+    }
+
+    fn peer_url(&self) -> String {
+        format!("http://{}:{}", self.address(), self.peer_port)
+    }
+
+    /// One of etcd's programs where this member is, without the options that it would take from the environment.
+    fn tool(&self, name: &str) -> Command {
+        let mut command = self.place.as_ref().map_or_else(|| tool(name), |place| place.tool(name));
+        for (variable, _) in std::env::vars_os() {
+            if variable.as_encoded_bytes().starts_with(b"ETCD") {
+                command.env_remove(variable);
+            }
+        }
+        command
+    }
+}
+
 impl Drop for Etcd {
     fn drop(&mut self) {
         if !std::thread::panicking() {
@@ -246,25 +312,10 @@ fn free_ports(members: usize) -> Vec<Member> {
     let bind = || TcpListener::bind("127.0.0.1:0").unwrap();
     let held: Vec<_> = (0..members).map(|_| (bind(), bind())).collect();
     let port = |listener: &TcpListener| listener.local_addr().unwrap().port();
-    let member = |(index, (client, peer)): (usize, &(TcpListener, TcpListener))| Member {
-        name: format!("m{index}"),
-        port: port(client),
-        peer_port: port(peer),
-        process: None,
-        is_stopped: false,
+    let member = |(index, (client, peer)): (usize, &(TcpListener, TcpListener))| {
+        Member::new(index, port(client), port(peer))
     };
     held.iter().enumerate().map(member).collect()
-}
-
-/// One of etcd's programs, without the options that it would take from the environment.
-fn etcd_tool(name: &str) -> Command {
-    let mut command = tool(name);
-    for (variable, _) in std::env::vars_os() {
-        if variable.as_encoded_bytes().starts_with(b"ETCD") {
-            command.env_remove(variable);
-        }
-    }
-    command
 }
 
 fn join(endpoints: &[Endpoint]) -> String {

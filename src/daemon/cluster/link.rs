@@ -72,13 +72,17 @@ pub(super) enum Report {
     LeaseGone(LeaseId),
     /// Etcd cannot be reached, or refuses: why.
     Trouble(etcd::Error),
+    /// `lease`: under which it was asked.
     Answer {
         lock: LockId,
         id: u64,
+        lease: LeaseId,
         answer: Result<Line, Failure>,
         trouble: Option<etcd::Error>,
     },
     Places(Vec<LockId>),
+    /// In which lines this lease has places could not be found out a while ago.
+    NoPlaces(LeaseId),
     /// Where records may be put for [`RECORDS_TTL_SECS`] after `sent`.
     RecordsLease {
         lease: LeaseId,
@@ -220,7 +224,11 @@ impl Desk {
                         let locks = keys.iter().filter_map(|key| self.layout.lock_of(key)).collect();
                         self.report(Report::Places(locks));
                     }
-                    Err(e) => self.report(Report::Trouble(e)),
+                    Err(e) => {
+                        self.report(Report::Trouble(e));
+                        thread::sleep(PAUSE);
+                        self.report(Report::NoPlaces(lease));
+                    }
                 },
                 Ok(Order::RecordsLease) => {
                     let sent = clock::now();
@@ -261,7 +269,7 @@ impl Desk {
             }
             Err(e) => (Err(Failure::Unknown), Some(e)),
         };
-        self.report(Report::Answer { lock: ask.lock, id: ask.id, answer, trouble });
+        self.report(Report::Answer { lock: ask.lock, id: ask.id, lease: leases.places, answer, trouble });
     }
 
     fn break_lock(&self, lock: LockId) -> Result<bool, etcd::Error> {

@@ -1,0 +1,119 @@
+//! Who may be overtaken: in a critical section while another host has the lock. A lock with a lease can promise that it is
+//! alone only to those who can be told when that is over; what they write to must look at the tokens to turn the others
+//! away. There are two kinds of those others here, and each is excused no further than its reason goes:
+//!
+//! - A command whose `kmutex run` was killed. Its daemon keeps the lock for it as long as the lease lives, and when it does
+//!   not, nobody is left to stop the command. It may be overtaken once its host has lost the lease.
+//! - A client of protocol 1 whose daemon is stopped. It hears of a loss by the end of its connection, which a stopped
+//!   daemon cannot close. It may be overtaken while the daemon is stopped, after the lease has run out; when the daemon
+//!   goes on, that client has to stop.
+//!
+//! Nobody else is excused: neither is a command under `kmutex run`, whatever becomes of the daemon, nor a client of
+//! protocol 1 whose daemon is killed or cut off.
+
+use crate::checker::Section;
+use crate::host::{Ailment, Spell};
+
+/// What the checker must know of a client.
+#[derive(Clone, Debug)]
+pub struct Life {
+    pub speaker: Speaker,
+    /// Its `kmutex run` was killed.
+    pub is_orphan: bool,
+    /// What was wrong with its host.
+    pub spells: Vec<Spell>,
+    /// When its host's daemon said that what it held is lost, in order.
+    pub losses: Vec<f64>,
+}
+
+/// Who asks for the lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Speaker {
+    KmutexRun,
+    Protocol1,
+    Etcdctl,
+}
+
+/// How long before its end a lease is not relied on any more (a quarter of it).
+const MARGIN: f64 = crate::TTL_SECS as f64 / 4.0;
+/// The pause between two keep-alives (a third of it): so much later a daemon may hear that its lease is gone.
+const PERIOD: f64 = crate::TTL_SECS as f64 / 3.0;
+/// How long a daemon that runs again may take to find out what it has lost: until etcd answers it, which may itself be
+/// away for the length of a fault.
+const FINDING_OUT: f64 = 2.0 * crate::TTL_SECS as f64 + 4.0;
+/// How long a client of protocol 1 may take to see that its connection has ended.
+const NOTICING: f64 = 0.5;
+
+/// Why `next` may have entered while `first` was inside, if it may.
+pub fn excuse(first: &Section<'_>, life: &Life, next: &Section<'_>) -> Option<&'static str> {
+    let spells = &life.spells;
+    // Not before the lease can have run out, which was relied on when the spell began.
+    let is_over_since = |spell: &&Spell| spell.from + MARGIN <= next.entered;
+    let at_next = || spells.iter().filter(is_over_since).filter(|spell| next.entered <= spell.to);
+    if life.speaker == Speaker::Protocol1 {
+        let stopped = at_next().find(|spell| spell.what == Ailment::Stopped)?;
+        return (first.left <= stopped.to + NOTICING).then_some("a client that cannot be told is overtaken");
+    }
+    if !life.is_orphan {
+        return None;
+    }
+    // The first loss after it entered: that of the lease under which it did.
+    let loss = life.losses.iter().copied().find(|&loss| loss > first.entered)?;
+    let was_told_in_time = next.entered >= loss - PERIOD;
+    let could_not_be_told = || {
+        let mut before = spells.iter().filter(is_over_since);
+        before.any(|spell| next.entered <= loss && loss <= spell.to + FINDING_OUT)
+    };
+    (was_told_in_time || could_not_be_told()).then_some("a command without its kmutex is overtaken")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::checker::check_but;
+
+    const FROM: f64 = 100.0;
+    const TO: f64 = 106.0;
+
+    /// Somebody on a host with this ailment from 100 to 106 is inside from 99 on, another enters then.
+    fn is_excused(ailment: Ailment, speaker: Speaker, is_orphan: bool, times: [f64; 3]) -> bool {
+        let [entered, left, lost] = times;
+        let spells = vec![Spell { what: ailment, from: FROM, to: TO }];
+        let life = Life { speaker, is_orphan, spells, losses: vec![50.0, lost] };
+        let log = format!(
+            "enter a k exclusive - 1 99\nenter b k exclusive - 2 {entered}\n\
+             leave a k exclusive - 1 {left}\nleave b k exclusive - 2 200\n"
+        );
+        check_but(&log, |first, next| excuse(first, &life, next).is_some()).is_ok()
+    }
+
+    #[test]
+    fn a_client_of_protocol_1_is_excused_while_its_daemon_is_stopped() {
+        let is = |ailment, times| is_excused(ailment, Speaker::Protocol1, false, times);
+        assert!(is(Ailment::Stopped, [104.0, 106.1, 106.0]));
+        assert!(!is(Ailment::Stopped, [100.5, 106.1, 106.0]), "the lease was relied on");
+        assert!(!is(Ailment::Stopped, [106.2, 106.3, 106.0]), "it could be told");
+        assert!(!is(Ailment::Stopped, [104.0, 107.0, 106.0]), "it was told");
+        for other in [Ailment::Cut, Ailment::Dead] {
+            assert!(!is(other, [104.0, 106.1, 106.0]), "{other:?}");
+        }
+    }
+
+    #[test]
+    fn a_command_is_excused_that_nobody_can_stop_when_the_lease_is_lost() {
+        let is = |is_orphan, times| is_excused(Ailment::Cut, Speaker::KmutexRun, is_orphan, times);
+        assert!(is(true, [104.0, 110.0, 103.0]));
+        assert!(is(true, [104.0, 110.0, 106.5]), "the daemon finds out later");
+        assert!(!is(true, [100.5, 110.0, 103.0]), "the lease was relied on");
+        assert!(!is(true, [104.0, 110.0, 60.0]), "nothing was lost");
+        assert!(!is(true, [104.0, 110.0, 130.0]), "that was another loss");
+        assert!(!is(false, [104.0, 110.0, 103.0]), "it has its kmutex");
+    }
+
+    #[test]
+    fn etcdctl_is_not_excused() {
+        for ailment in [Ailment::Stopped, Ailment::Cut, Ailment::Dead] {
+            assert!(!is_excused(ailment, Speaker::Etcdctl, false, [104.0, 106.1, 103.0]));
+        }
+    }
+}

@@ -1,0 +1,481 @@
+//! Three hosts share their locks through etcd, everything fails, all the time, and still nobody is in a critical section
+//! who should not be.
+//!
+//! For a while (`KMUTEX_CHAOS_SECS`, 60), clients of all kinds and both protocols, and etcdctl, lock a few keys on all
+//! hosts, and note in a log when they are inside. Each host has a network of its own, with its member of etcd. Daemons,
+//! members of etcd and links fail as `faults.rs` says; commands and their kmutex are killed too. Then the checker of
+//! `tests/chaos` reads the log; `excuses.rs` says who may be overtaken. `KMUTEX_CHAOS_SEED` plays a seed again, as far as
+//! the machine's own chance lets it.
+#![cfg(feature = "etcd")]
+#![allow(unreachable_pub)]
+
+#[path = "../../src/table/chance.rs"]
+#[allow(dead_code)]
+mod chance;
+#[path = "../chaos/checker.rs"]
+#[allow(dead_code)]
+mod checker;
+#[path = "../it/etcd_harness.rs"]
+#[allow(dead_code)]
+mod etcd_harness;
+mod excuses;
+mod faults;
+#[path = "../it/harness.rs"]
+#[allow(dead_code)]
+mod harness;
+mod host;
+mod net;
+#[path = "../chaos/record.rs"]
+mod record;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::os::unix::process::CommandExt;
+use std::process::Stdio;
+use std::sync::Mutex;
+use std::time::{Duration, Instant};
+
+use kmutex::proto::Key;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+use tempfile::TempDir;
+
+use chance::Chance;
+use etcd_harness::Etcd;
+use excuses::{Life, Speaker};
+use faults::{DaemonFault, EtcdFault};
+use harness::{KMUTEX, PATIENCE, Process, wait_for, wait_until};
+use host::{Ailment, Host};
+use net::Net;
+use record::{CLIENT, Record, command_line, now, settings};
+
+const HOSTS: usize = 3;
+/// How many clients there are at a time on each host.
+const CLIENTS: usize = 8;
+/// The daemons' leases, in seconds. An election takes up to two of them.
+const TTL_SECS: u64 = 4;
+/// That of etcdctl.
+const ETCDCTL_TTL_SECS: u64 = 6;
+/// How long anybody may have to wait for an answer. A fault lasts no longer than six seconds, and there are others in line.
+const ANSWER_WAIT: Duration = Duration::from_secs(60);
+
+/// A kind of client: options for `kmutex run`, its key, and what it may exit with besides.
+struct Role {
+    options: &'static [&'static str],
+    key: &'static str,
+    codes: &'static [i32],
+}
+
+const fn role(options: &'static [&'static str], key: &'static str, codes: &'static [i32]) -> Role {
+    Role { options, key, codes }
+}
+
+const ROLES: [Role; 11] = [
+    role(&[], "a", &[79]),
+    role(&[], "b", &[79]),
+    role(&["--queue"], "a", &[]),
+    role(&["--queue"], "b", &[]),
+    role(&["--queue"], "c", &[]),
+    role(&["--queue"], "d", &[]),
+    role(&["--queue"], "e", &[]),
+    role(&["--queue"], "p", &[]),
+    // 69: etcd is away, and it does not wait.
+    role(&["-n"], "d", &[75, 69]),
+    role(&["-w", "1"], "a", &[75, 79]),
+    role(&["-w", "1", "--queue"], "c", &[75]),
+];
+/// All their keys.
+const KEYS: [&str; 6] = ["a", "b", "c", "d", "e", "p"];
+/// Those whose sections are often longer than a lease, so that faults meet them.
+const KEYS_OF_LONG: [&str; 3] = ["c", "d", "p"];
+/// For those of protocol 1, of which it takes some: they do not queue.
+const KEYS_OF_V1: [&str; 4] = ["a", "b", "d", "p"];
+/// For etcdctl.
+const KEY_OF_ETCDCTL: &str = "e";
+
+/// In this order they are dropped: what runs in a namespace before that.
+struct Arena {
+    hosts: Vec<Host>,
+    etcd: Mutex<Etcd>,
+    net: Net,
+    seed: u64,
+    record: Record,
+    /// By name.
+    clients: Mutex<BTreeMap<String, Client>>,
+}
+
+#[derive(Clone, Copy)]
+struct Client {
+    host: usize,
+    speaker: Speaker,
+    is_orphan: bool,
+}
+
+/// Who is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Victim {
+    Nobody,
+    Kmutex,
+    Command,
+    Both,
+}
+
+impl Victim {
+    fn draw(chance: &mut Chance) -> Victim {
+        match chance.below(100) {
+            0..8 => Victim::Kmutex,
+            8..18 => Victim::Command,
+            18..26 => Victim::Both,
+            _ => Victim::Nobody,
+        }
+    }
+}
+
+/// How long a section lasts.
+fn draw_micros(key: &str, chance: &mut Chance) -> String {
+    let long = if KEYS_OF_LONG.contains(&key) { 35 } else { 4 };
+    let micros = match chance.below(100) {
+        lot if lot < long => 1_000_000 + chance.below(4_000_000),
+        lot if lot < 60 => 2_000 + chance.below(30_000),
+        _ => 30_000 + chance.below(300_000),
+    };
+    micros.to_string()
+}
+
+impl Arena {
+    /// One client after the other, until it is over.
+    fn keep_busy(&self, host: &Host, number: usize) {
+        let mut chance = Chance(self.seed ^ ((number as u64) << 32));
+        while !self.record.is_over() {
+            std::thread::sleep(Duration::from_millis(chance.below(200)));
+            let name = self.record.name();
+            match chance.below(32) {
+                0..6 => self.one_of_protocol_1(host, &name, &mut chance),
+                6 => self.one_etcdctl(host, &name, &mut chance),
+                _ => self.one_run(host, &name, &mut chance),
+            }
+        }
+    }
+
+    fn is_born(&self, name: &str, host: &Host, speaker: Speaker) {
+        let client = Client { host: host.number, speaker, is_orphan: false };
+        self.clients.lock().unwrap().insert(name.into(), client);
+    }
+
+    fn one_run(&self, host: &Host, name: &str, chance: &mut Chance) {
+        self.is_born(name, host, Speaker::KmutexRun);
+        let role = &ROLES[chance.below(ROLES.len() as u64) as usize];
+        let how = if chance.percent(25) { "stubborn" } else { "section" };
+        let mut command = host.tool(KMUTEX);
+        command.arg("run").args(role.options).args([role.key, "--", "perl", CLIENT, how]);
+        command.arg(&self.record.log).args([name, role.key, "exclusive", &draw_micros(role.key, chance)]);
+        let began = now();
+        let mut process = Process::spawn(command.stderr(Stdio::piped()).process_group(0));
+        let victim = Victim::draw(chance);
+        self.kill(victim, name, &mut process, chance);
+        let Some(code) = self.outcome(name, role.key, &mut process) else { return };
+        let said = process.stderr();
+        self.record.count(format!("{:?} ends with {code}", role.options));
+        let may_be = match code {
+            0 | 74 => true,
+            // Of another's command that was killed, only to be told: as its own.
+            137 => victim != Victim::Nobody,
+            // Nobody has answered who would be there when it began.
+            69 if host.spells().iter().any(|s| s.what == Ailment::Dead && s.to >= began) => true,
+            code => role.codes.contains(&code),
+        };
+        if !may_be {
+            let what = format!("{name} {:?} on host {} ended with {code}: {said}", role.options, host.number);
+            self.record.find(what);
+        }
+        if code == 79 {
+            self.record.count("finished");
+        }
+        if code == 74 {
+            self.record.count("lost");
+            self.record.note(&format!("{name} on host {} has lost it: {}", host.number, said.trim()));
+        }
+    }
+
+    /// Kills some of it: at any moment, while it starts, waits, holds or releases; or while the command runs.
+    fn kill(&self, victim: Victim, name: &str, process: &mut Process, chance: &mut Chance) {
+        if victim == Victim::Nobody {
+            return;
+        }
+        let mut command = None;
+        if victim == Victim::Command || chance.percent(70) {
+            let limit = Instant::now() + PATIENCE;
+            while command.is_none() && process.is_running() && Instant::now() < limit {
+                std::thread::sleep(Duration::from_millis(2));
+                command = command_of(process.pid()).filter(|pid| command_line(*pid).contains(name));
+            }
+        }
+        std::thread::sleep(Duration::from_millis(chance.below(80)));
+        if !process.is_running() {
+            return;
+        }
+        self.record.note(&format!("{victim:?} of {name} is killed"));
+        match victim {
+            Victim::Kmutex => {
+                self.clients.lock().unwrap().get_mut(name).unwrap().is_orphan = true;
+                process.signal(Signal::SIGKILL);
+            }
+            Victim::Both => kill(Pid::from_raw(-process.pid().as_raw()), Signal::SIGKILL).unwrap(),
+            Victim::Command => match command {
+                // It may have ended by itself since it was looked at.
+                Some(pid) => drop(kill(Pid::from_raw(pid), Signal::SIGKILL)),
+                None => return,
+            },
+            Victim::Nobody => unreachable!("seen to above"),
+        }
+        self.record.count(format!("killed: {victim:?}"));
+    }
+
+    fn one_of_protocol_1(&self, host: &Host, name: &str, chance: &mut Chance) {
+        self.is_born(name, host, Speaker::Protocol1);
+        let key = KEYS_OF_V1[chance.below(KEYS_OF_V1.len() as u64) as usize];
+        let mut command = host.tool("perl");
+        command.args([CLIENT, "sharer"]).arg(&self.record.log);
+        command.args([name, key, "exclusive", &draw_micros(key, chance)]).arg(host.sock());
+        let Some(code) = self.outcome(name, key, &mut Process::spawn(&mut command)) else { return };
+        self.record.count(format!("protocol 1 ends with {code}"));
+        if code == 74 {
+            self.record.count("lost");
+        }
+        if ![0, 79, 74].contains(&code) {
+            self.record.find(format!("{name} of protocol 1 ended with {code}"));
+        }
+    }
+
+    /// A program that is not kmutex. It does not stop a command whose lease is over, so it is the command that does not
+    /// go on for longer than the lease lasts at least, which etcdctl gets after this. Nor does it always find its way
+    /// back after a fault; then it is killed.
+    fn one_etcdctl(&self, host: &Host, name: &str, chance: &mut Chance) {
+        self.is_born(name, host, Speaker::Etcdctl);
+        let until = now() + ETCDCTL_TTL_SECS as f64 - 1.0;
+        let lock = lock_of(KEY_OF_ETCDCTL);
+        let mut command = host.etcdctl();
+        command.args(["lock", &format!("--ttl={ETCDCTL_TTL_SECS}"), &lock, "perl", CLIENT, "guest"]);
+        let micros = (2_000 + chance.below(300_000)).to_string();
+        command.arg(&self.record.log).args([name, KEY_OF_ETCDCTL, "exclusive", &micros, &until.to_string()]);
+        let mut process = Process::spawn(command.stderr(Stdio::null()));
+        while process.is_running() && now() < until {
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        if process.is_running() {
+            let line = host.etcdctl().args(["get", "--prefix", "--sort-by=CREATE", &lock]).output().unwrap();
+            self.record.note(&format!("{name} hangs: {:?}", String::from_utf8_lossy(&line.stdout)));
+            self.record.count("etcdctl is stopped");
+            // If it waits, it leaves the line: its place may last for long otherwise, since each election of etcd's gives
+            // all leases their whole time again.
+            process.signal(Signal::SIGTERM);
+            let limit = now() + 3.0;
+            while process.is_running() && now() < limit {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        }
+        if process.is_running() {
+            process.signal(Signal::SIGKILL);
+        }
+        self.record.count(format!("etcdctl ends with {}", process.wait()));
+    }
+
+    /// Waits for the end of a client, which must come. Behind etcdctl it may take longer, but not when nothing fails any
+    /// more: see [`Arena::one_etcdctl`].
+    fn outcome(&self, name: &str, key: &str, process: &mut Process) -> Option<i32> {
+        let mut limit = Instant::now() + ANSWER_WAIT;
+        while process.is_running() {
+            if key == KEY_OF_ETCDCTL && !self.record.is_over() {
+                limit = Instant::now() + ANSWER_WAIT;
+            }
+            if Instant::now() > limit {
+                self.record.find(format!("{name} was not answered for {ANSWER_WAIT:?}"));
+                return None;
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        Some(process.wait())
+    }
+
+    /// On which hosts somebody is in a critical section, for each who is.
+    fn hosts_with_holders(&self) -> Vec<usize> {
+        let log = self.record.read();
+        let clients = self.clients.lock().unwrap();
+        let inside = unended(&log).into_iter().filter(|(name, pid)| command_line(*pid).contains(name));
+        inside.map(|(name, _)| clients[&name].host).collect()
+    }
+
+    /// All that the clients have noted, when the last of them has ended.
+    fn whole_log(&self) -> String {
+        let log = wait_for("the last to leave", || {
+            let log = self.record.read();
+            unended(&log).iter().all(|(name, pid)| !command_line(*pid).contains(name)).then_some(log)
+        });
+        for (name, pid) in unended(&log) {
+            self.record.write(&format!("gone {name} - - - {pid}"));
+        }
+        self.record.read()
+    }
+
+    fn check(&self, log: &str) -> usize {
+        let clients = self.clients.lock().unwrap();
+        let may_overtake = |first: &checker::Section<'_>, next: &checker::Section<'_>| {
+            let client = &clients[first.name];
+            let host = &self.hosts[client.host];
+            let (speaker, is_orphan) = (client.speaker, client.is_orphan);
+            let life = Life { speaker, is_orphan, spells: host.spells(), losses: host.losses() };
+            let excuse = excuses::excuse(first, &life, next);
+            if let Some(excuse) = excuse {
+                self.record.count(format!("excuse: {excuse}"));
+            }
+            excuse.is_some()
+        };
+        checker::check_but(log, may_overtake).unwrap_or_else(|broken| {
+            let excerpt = checker::excerpt(log, &broken);
+            let time = |line: &str| line.rsplit(' ').next().and_then(|time| time.parse::<f64>().ok());
+            let times: Vec<f64> = excerpt.lines().filter_map(time).collect();
+            let (from, to) = (times[0] - 2.0, times[times.len() - 1] + 2.0);
+            for host in &self.hosts {
+                println!("--- host {}: {:?} ---\n{}", host.number, host.spells(), host.logged(from, to));
+            }
+            for word in broken.split(' ') {
+                if let Some(client) = clients.get(word) {
+                    println!(
+                        "{word}: {:?} on host {}, orphan: {}",
+                        client.speaker, client.host, client.is_orphan
+                    );
+                }
+            }
+            let faults: String =
+                log.lines().filter(|line| line.contains("fault")).flat_map(|line| [line, "\n"]).collect();
+            panic!("{broken}\n{faults}---\n{excerpt}")
+        })
+    }
+
+    /// Nothing is stuck: every key can be had on every host, and then nobody has any, nor waits for any.
+    fn check_that_all_is_free(&self) {
+        for host in &self.hosts {
+            assert!(host.is_well(), "the daemon of host {} has ended", host.number);
+            for key in KEYS {
+                let run =
+                    host.tool(KMUTEX).args(["run", "-w", "25", "--queue", key, "true"]).status().unwrap();
+                assert_eq!(run.code(), Some(0), "{key} is stuck on host {}", host.number);
+                let lock = host.etcdctl().args(["lock", &lock_of(key), "true"]).status().unwrap();
+                assert!(lock.success(), "{key} is stuck for etcdctl: {lock}");
+            }
+        }
+        for host in &self.hosts {
+            for args in [&["status", "--json"][..], &["status", "--json", "--cluster"]] {
+                wait_until("nobody to hold anything", || {
+                    let output = host.tool(KMUTEX).args(args).output().unwrap();
+                    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+                    output.stdout.is_empty()
+                });
+            }
+        }
+        let etcd = self.etcd.lock().unwrap();
+        let keys = || etcd.ctl(&["get", "--prefix", "--keys-only", "kmutex"]);
+        wait_until("etcd to have nothing left but records", || {
+            let is_record = |key: &&str| key.is_empty() || key.ends_with(".done");
+            keys().lines().all(|key| is_record(&key))
+        });
+    }
+
+    /// A test in which something hardly ever happened has not tested that.
+    fn check_that_it_happened(&self, span: Duration, sections: usize) {
+        let least = |what: &str, least: u64| {
+            let count = self.record.counted(what);
+            assert!(count >= least, "{what}: only {count} times");
+        };
+        let secs = span.as_secs();
+        for fault in DaemonFault::ALL {
+            least(fault.name(), secs / 30);
+        }
+        for fault in EtcdFault::ALL {
+            least(fault.name(), secs / 60);
+        }
+        for victim in [Victim::Kmutex, Victim::Command, Victim::Both] {
+            least(&format!("killed: {victim:?}"), secs / 12);
+        }
+        for (what, each) in [("lost", 15), ("finished", 3), ("protocol 1 ends with 0", 12)] {
+            least(what, secs / each);
+        }
+        assert!(sections as u64 > secs, "{sections} sections are too few to prove anything");
+    }
+}
+
+/// What a lock is called in etcd.
+fn lock_of(key: &str) -> String {
+    format!("kmutex/{}", Key::new(key).unwrap().id())
+}
+
+/// The only child of a process, if it has one.
+fn command_of(pid: Pid) -> Option<i32> {
+    let children = fs::read_to_string(format!("/proc/{pid}/task/{pid}/children")).ok()?;
+    children.split_whitespace().next()?.parse().ok()
+}
+
+/// Those who are inside as far as a log tells, and their processes.
+fn unended(log: &str) -> BTreeSet<(String, i32)> {
+    let mut inside = BTreeSet::new();
+    for line in log.lines() {
+        let words: Vec<&str> = line.split(' ').collect();
+        if let ["enter" | "leave", name, _, _, _, pid, _] = words[..] {
+            let one = (name.to_string(), pid.parse().unwrap());
+            let _ = if words[0] == "enter" { inside.insert(one) } else { inside.remove(&one) };
+        }
+    }
+    inside
+}
+
+/// Where everything is; what is in it is kept when the test fails.
+struct Folder(TempDir);
+
+impl Drop for Folder {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            eprintln!("the logs are kept in {}", self.0.path().display());
+            self.0.disable_cleanup(true);
+        }
+    }
+}
+
+#[test]
+fn hosts_that_share_locks_let_nobody_enter_who_should_not_whatever_fails() {
+    let folder = Folder(tempfile::tempdir().unwrap());
+    let (seed, span) = settings();
+    let net = Net::new(HOSTS);
+    let places: Vec<_> = (0..HOSTS).map(|host| net.place(host)).collect();
+    let etcd = Etcd::spread(&places);
+    let mut endpoints: Vec<String> = etcd.endpoints().iter().map(ToString::to_string).collect();
+    let mut hosts = Vec::new();
+    for (number, place) in places.into_iter().enumerate() {
+        hosts.push(Host::start(
+            number,
+            place,
+            folder.0.path().join(format!("h{number}")),
+            endpoints.join(","),
+        ));
+        endpoints.rotate_left(1);
+    }
+    let record = Record::new(folder.0.path().join("log"));
+    let arena = Arena { hosts, etcd: Mutex::new(etcd), net, seed, record, clients: Mutex::default() };
+    std::thread::scope(|scope| {
+        for number in 0..HOSTS * CLIENTS {
+            let arena = &arena;
+            scope.spawn(move || arena.keep_busy(&arena.hosts[number % HOSTS], number + 16));
+        }
+        scope.spawn(|| arena.record.ends_if_this_fails(|| arena.ail_daemons()));
+        scope.spawn(|| arena.record.ends_if_this_fails(|| arena.ail_etcd()));
+        arena.record.run_for(span);
+    });
+
+    let findings = arena.record.findings();
+    assert!(findings.is_empty(), "{findings:#?}");
+    let log = arena.whole_log();
+    arena.record.print_tally();
+    let sections = arena.check(&log);
+    println!("{sections} sections");
+    arena.check_that_all_is_free();
+    arena.check_that_it_happened(span, sections);
+}
