@@ -13,6 +13,8 @@ mod errors;
 #[cfg(feature = "etcd")]
 mod etcd_client;
 #[cfg(feature = "etcd")]
+// Some of it is for the chaos of a cluster.
+#[allow(dead_code)]
 mod etcd_harness;
 mod faults;
 mod harness;
