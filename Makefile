@@ -7,6 +7,8 @@ CARGO ?= cargo
 # .cargo/config.toml builds for the host by its name, so that is where the program is.
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 PROGRAM := target/$(HOST)/release/kmutex
+# Without the feature etcd, to see what it costs; in a folder of its own, so that neither is built anew each time.
+SLIM := target/slim
 
 BIN := $(DESTDIR)$(PREFIX)/bin
 MAN := $(DESTDIR)$(PREFIX)/share/man/man1
@@ -15,11 +17,14 @@ ZSH_COMPLETIONS := $(DESTDIR)$(PREFIX)/share/zsh/site-functions
 FISH_COMPLETIONS := $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 UNITS := $(DESTDIR)$(PREFIX)/lib/systemd/system
 
-.PHONY: build test test-tools lint generate check-generated bench bench-plot check-counts counts fuzz soak install \
+.PHONY: build build-slim test test-tools lint generate check-generated bench bench-cluster bench-plot check-counts counts fuzz soak install \
 	install-keyedmutexd uninstall
 
 build:
 	$(CARGO) build --release --locked
+
+build-slim:
+	$(CARGO) build --release --locked --no-default-features --target-dir $(SLIM)
 
 # Everything, with the tools that the tests use; a tool that is missing and cannot be installed is an error.
 test: test-tools
@@ -33,6 +38,8 @@ lint:
 	cd fuzz && $(CARGO) fmt --check
 	cd benches && $(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets --features failpoints -- --deny warnings
+	$(CARGO) clippy --locked --all-targets --no-default-features -- --deny warnings
+	cd benches && $(CARGO) clippy --locked --all-targets -- --deny warnings
 	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --no-deps --document-private-items
 
 # The man pages and the completions, from the definition of the command line.
@@ -45,20 +52,25 @@ check-generated:
 	diff -r -x sections man target/generated/man
 	diff -r completions target/generated/completions
 
-# Times: kmutex beside flock(1), and beside the least that any daemon must do; the table goes to docs/performance.md.
-bench: build
+# Times: kmutex beside flock(1), beside the least that any daemon must do, and beside etcdctl; the table goes to
+# docs/performance.md.
+bench: build build-slim
 	cd benches && $(CARGO) run --release --locked -- run
+
+# Of these, those of locks that are shared through etcd; needs etcd and etcdctl.
+bench-cluster: build
+	cd benches && $(CARGO) run --release --locked -- cluster
 
 # The pictures of docs/performance.md, from what `make bench` has measured.
 bench-plot:
 	cd benches && $(CARGO) run --release --locked -- plot
 
 # Instructions, system calls and bytes, which are the same each time: fails where one has grown by more than a tenth.
-check-counts: build test-tools
+check-counts: build build-slim test-tools
 	cd benches && $(CARGO) run --release --locked -- count --check
 
 # Takes the counts as they are now for right.
-counts: build test-tools
+counts: build build-slim test-tools
 	cd benches && $(CARGO) run --release --locked -- count
 
 # For a minute each; KMUTEX_FUZZ_SECS says how many seconds.

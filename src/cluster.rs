@@ -59,6 +59,9 @@ pub struct Claim {
     pub key: Option<String>,
     /// The machine of the daemon.
     pub host: Text,
+    /// The user's id on that machine, as its kernel knows it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uid: Option<u32>,
     /// The protocol that the client speaks.
     pub protocol: u8,
     /// What it waits for, if it has to.
@@ -384,12 +387,25 @@ impl Cluster {
     }
 }
 
+impl Question {
+    /// For whom a place is to be taken.
+    pub fn claim_mut(&mut self) -> Option<&mut Claim> {
+        match self {
+            Question::Try { claim, .. }
+            | Question::Stand { claim, .. }
+            | Question::Leave { next: Some((_, claim)), .. } => Some(claim),
+            Question::Read | Question::Leave { .. } => None,
+        }
+    }
+}
+
 impl Claim {
     /// On behalf of a request. Host and time are for the caller to fill in.
     fn of(key: Option<&str>, request: &RequestView<'_>) -> Claim {
         let asked = request.asked;
         Claim {
             key: key.map(Into::into),
+            uid: request.uid,
             protocol: request.terms.protocol,
             mode: asked.map_or(Mode::Once, |asked| asked.mode),
             who: asked.map(|asked| asked.who.clone()).unwrap_or_default(),

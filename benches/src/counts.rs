@@ -11,7 +11,7 @@ use kmutex::table::{ClientId, Config, Effects, Millis, Table};
 use serde::{Deserialize, Serialize};
 
 use crate::load::{self, Protocol};
-use crate::{Result, fail, project};
+use crate::{Result, fail, project, slim_bytes};
 
 /// How much more than committed is too much.
 const GROWTH_MAX: f64 = 1.1;
@@ -45,6 +45,7 @@ pub fn measure(program: &Path) -> Result<Counts> {
     }
     note("system calls: kmutex run", run_calls(program)?);
     note("bytes: binary", fs::metadata(program)?.len() as f64);
+    note("bytes: binary without the feature etcd", slim_bytes()? as f64);
     Ok(Counts(counts))
 }
 
@@ -56,7 +57,7 @@ fn per_round(mut count: impl FnMut(u64) -> Result<u64>) -> Result<f64> {
 
 /// Locks and releases in a table, where others hold locks too. This is what is counted, in a process of its own.
 pub fn table_rounds(rounds: u64) {
-    let config = Config { hash_key: 1, first_token: Token(1), hold_limit: None };
+    let config = Config { hash_key: 1, first_token: Token(1), hold_limit: None, is_shared: false };
     let mut table = Table::new(config);
     let mut effects = Effects::default();
     for client in 1..100 {

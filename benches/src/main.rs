@@ -1,12 +1,15 @@
 //! Measures kmutex: against flock(1), and against the least that any such daemon must do (`floor.rs`).
 //!
 //! - `bench run`: times, as ratios in one run; writes results.json, and the table in docs/performance.md.
+//! - `bench cluster`: of these times, those of locks that are shared through etcd; the others stay as they were.
 //! - `bench plot`: the pictures of docs/performance.md, from results.json.
 //! - `bench count [--check]`: instructions, system calls and bytes, which are the same each time: writes counts.json, or
 //!   fails where one has grown by more than a tenth.
 
+mod cluster;
 mod commands;
 mod counts;
+mod etcd;
 mod floor;
 mod load;
 mod plot;
@@ -27,6 +30,10 @@ fn main() -> Result<()> {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     match args[..] {
         ["run"] => times::measure(&kmutex()?)?.save(),
+        ["cluster"] => {
+            let cluster = cluster::measure(&kmutex()?)?;
+            report::Report { cluster, ..report::Report::load()? }.save()
+        }
         ["plot"] => plot::draw(&report::Report::load()?),
         ["count"] => counts::measure(&kmutex()?)?.save(),
         ["count", "--check"] => counts::measure(&kmutex()?)?.check(),
@@ -36,7 +43,7 @@ fn main() -> Result<()> {
             counts::table_rounds(rounds.parse()?);
             Ok(())
         }
-        _ => fail("usage: bench run | plot | count [--check]"),
+        _ => fail("usage: bench run | cluster | plot | count [--check]"),
     }
 }
 
@@ -47,9 +54,18 @@ fn project() -> PathBuf {
 
 /// The program, as `make` builds it.
 fn kmutex() -> Result<PathBuf> {
-    let program = project().join("target").join(env!("BENCH_HOST")).join("release/kmutex");
+    built("target", "make")
+}
+
+/// How large the program is without the feature etcd.
+fn slim_bytes() -> Result<u64> {
+    Ok(built("target/slim", "make build-slim")?.metadata()?.len())
+}
+
+fn built(folder: &str, how: &str) -> Result<PathBuf> {
+    let program = project().join(folder).join(env!("BENCH_HOST")).join("release/kmutex");
     if !program.is_file() {
-        return fail(format!("there is no {}: run make first", program.display()));
+        return fail(format!("there is no {}: run {how} first", program.display()));
     }
     Ok(program)
 }

@@ -13,6 +13,9 @@ pub struct Report {
     /// Processor, number of them, kernel.
     pub machine: String,
     pub rows: Vec<Row>,
+    /// Those about locks that are shared through etcd.
+    #[serde(default)]
+    pub cluster: Vec<Row>,
     /// Locks and releases a second, by the number of busy connections.
     pub throughput: Vec<Throughput>,
     /// Hundredths of all rounds that took no longer, in microseconds.
@@ -37,6 +40,8 @@ pub struct Row {
 pub enum Target {
     AtMost(f64),
     AtLeast(f64),
+    /// Whatever it is.
+    Open,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -62,21 +67,27 @@ impl Distribution {
 }
 
 impl Row {
+    pub fn new(what: &str, ours: f64, theirs: Option<f64>, unit: &str, target: Target) -> Row {
+        eprintln!("{what}: {ours:.2} {unit}, {theirs:.2?}");
+        Row { what: what.into(), ours, theirs, unit: unit.into(), target }
+    }
+
     fn figure(&self) -> f64 {
         self.theirs.map_or(self.ours, |theirs| self.ours / theirs)
     }
 
     fn line(&self) -> String {
         let (met, target) = match self.target {
-            Target::AtMost(limit) => (self.figure() <= limit, format!("at most {limit}")),
-            Target::AtLeast(limit) => (self.figure() >= limit, format!("at least {limit}")),
+            Target::AtMost(limit) => (Some(self.figure() <= limit), format!("at most {limit}")),
+            Target::AtLeast(limit) => (Some(self.figure() >= limit), format!("at least {limit}")),
+            Target::Open => (None, "".into()),
         };
         let number = |value: f64| match value {
             value if value.fract() == 0.0 || value >= 1000.0 => format!("{value:.0}"),
             value => format!("{value:.2}"),
         };
         let theirs = self.theirs.map_or("".into(), |theirs| format!("{} {}", number(theirs), self.unit));
-        let met = if met { "yes" } else { "**no**" };
+        let met = met.map_or("", |met| if met { "yes" } else { "**no**" });
         let figure = self.theirs.map_or("".into(), |_| format!("{:.2}", self.figure()));
         format!(
             "| {} | {} {} | {theirs} | {figure} | {target} | {met} |",
@@ -120,7 +131,7 @@ impl Report {
         table.push_str(
             "| what | kmutex | the other | ratio | target | met |\n| --- | --- | --- | --- | --- | --- |\n",
         );
-        for row in &self.rows {
+        for row in self.rows.iter().chain(&self.cluster) {
             table.push_str(&row.line());
             table.push('\n');
         }

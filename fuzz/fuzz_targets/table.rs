@@ -12,7 +12,8 @@ pub struct Checked {
 
 impl Checked {
     pub fn new() -> Checked {
-        let config = Config { hash_key: 1, first_token: Token(1), hold_limit: Some(Millis(1_000)) };
+        let hold_limit = Some(Millis(1_000));
+        let config = Config { hash_key: 1, first_token: Token(1), hold_limit, is_shared: false };
         Checked { table: Table::new(config), now: Millis(0) }
     }
 

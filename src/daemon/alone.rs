@@ -5,9 +5,6 @@ use crate::proto::v2::{LeaseTerms, Party};
 use crate::proto::{Key, LockId};
 use crate::table::{ClientId, Millis};
 
-/// There is none.
-pub(super) enum Sharing {}
-
 impl Server {
     pub(super) fn is_sharing(&self) -> bool {
         false

@@ -125,14 +125,9 @@ impl Sharing {
     fn send(&mut self, now: Millis) {
         for mut ask in self.cluster.take_asks() {
             let Some(places) = self.lease else { return };
-            match &mut ask.what {
-                Question::Try { claim, .. }
-                | Question::Stand { claim, .. }
-                | Question::Leave { next: Some((_, claim)), .. } => {
-                    claim.host = self.host.clone();
-                    claim.since_ms = unix_ms();
-                }
-                Question::Read | Question::Leave { .. } => {}
+            if let Some(claim) = ask.what.claim_mut() {
+                claim.host = self.host.clone();
+                claim.since_ms = unix_ms();
             }
             if let Question::Leave { record: Some(_), .. } = ask.what {
                 self.renew_records(now);
@@ -206,6 +201,10 @@ impl Sharing {
         let mut who = claim.who;
         if !claim.host.is_empty() {
             who.host = claim.host;
+        }
+        // Its number says nothing of a user here, and its name may not be known there.
+        if let (true, Some(uid)) = (who.user.is_empty(), claim.uid) {
+            who.user = format!("uid {uid}").into();
         }
         if contender.claim.is_none() {
             who.note = "of another program".into();
@@ -300,7 +299,7 @@ impl Server {
             Report::Leased { lease, sent, ttl_secs, revision } => {
                 sharing.no_trouble();
                 if sharing.leased(lease, sent, ttl_secs, revision) {
-                    info!("etcd: sharing locks under lease {:x}, of {ttl_secs} s", lease.0);
+                    info!("etcd: sharing locks under lease {:016x}, of {ttl_secs} s", lease.0);
                     // One that was taken up again may have places that nobody knows of.
                     sharing.link.order(Order::Places(lease));
                     self.recorder.set_lease(lease.0 as u64);
@@ -309,7 +308,7 @@ impl Server {
             }
             Report::LeaseGone(lease) => {
                 if sharing.lease.is_none() || sharing.lease == Some(lease) {
-                    warn!("etcd: lease {:x} is gone; what was held under it is lost", lease.0);
+                    warn!("etcd: lease {:016x} is gone; what was held under it is lost", lease.0);
                     sharing.lease = None;
                     self.lose_lease();
                 }
@@ -386,9 +385,8 @@ impl Server {
 
     fn with_cluster(&mut self, event: impl FnOnce(&mut Sharing, &mut Table, Millis, &mut Effects)) {
         let Some(sharing) = &mut self.sharing else { return };
-        let mut effects = std::mem::take(&mut self.effects);
-        event(sharing, &mut self.table, self.now, &mut effects);
-        self.carry_out(effects);
+        event(sharing, &mut self.table, self.now, &mut self.effects);
+        self.carry_out();
     }
 
     /// How long what a client holds may be relied on, if that has an end.

@@ -16,6 +16,7 @@ use slab::Slab;
 
 use super::Config;
 use super::accept::Acceptor;
+#[cfg(feature = "etcd")]
 use super::cluster::Sharing;
 use super::connection::{Connection, OUTPUT_BYTES_MAX, Protocol, Sent};
 use super::failpoint;
@@ -41,6 +42,7 @@ pub(super) struct Server {
     pub(super) recorder: Recorder,
     pub(super) effects: Effects,
     /// What other hosts have to do with it.
+    #[cfg(feature = "etcd")]
     pub(super) sharing: Option<Box<Sharing>>,
     /// What has changed in the table that they may have to be asked or told.
     pub(super) stirred: Vec<Stir>,
@@ -124,6 +126,7 @@ impl Server {
             }),
             recorder,
             effects: Effects::default(),
+            #[cfg(feature = "etcd")]
             sharing: None,
             stirred: Vec::new(),
             dirty: Vec::new(),
@@ -315,19 +318,23 @@ impl Server {
 
     /// Lets the table handle something, and carries out what it says.
     pub(super) fn feed<T>(&mut self, event: impl FnOnce(&mut Table, Millis, &mut Effects) -> T) -> T {
-        let mut effects = std::mem::take(&mut self.effects);
-        let result = event(&mut self.table, self.now, &mut effects);
-        self.carry_out(effects);
+        let result = event(&mut self.table, self.now, &mut self.effects);
+        self.carry_out();
         result
     }
 
     /// Records and tells what the table has said.
-    pub(super) fn carry_out(&mut self, mut effects: Effects) {
-        self.stirred.append(&mut effects.stir);
-        for change in effects.record.drain(..) {
+    pub(super) fn carry_out(&mut self) {
+        if !self.effects.stir.is_empty() {
+            self.stirred.append(&mut self.effects.stir);
+        }
+        // Taken and put back, so that neither is allocated anew each time.
+        let mut record = std::mem::take(&mut self.effects.record);
+        let mut tell = std::mem::take(&mut self.effects.tell);
+        for change in record.drain(..) {
             self.record(change);
         }
-        for effect in effects.tell.drain(..) {
+        for effect in tell.drain(..) {
             self.log(effect);
             match self.connections[effect.client.0 as usize].protocol {
                 Protocol::V1 => self.tell_v1(effect),
@@ -339,7 +346,7 @@ impl Server {
                 _ => {}
             }
         }
-        self.effects = effects;
+        (self.effects.record, self.effects.tell) = (record, tell);
     }
 
     /// Takes everything from a client that is gone or must go. It is closed at the end of the turn, after what it is

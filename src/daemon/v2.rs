@@ -6,7 +6,6 @@ use nix::unistd::Uid;
 use super::connection::{OUTPUT_BYTES_MAX, Protocol};
 use super::failpoint;
 use super::server::Server;
-use crate::names;
 use crate::proto::v1::State;
 use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LISTED_MAX, LockRequest, LockStatus, Mode, Party, Request,
@@ -100,10 +99,6 @@ impl Server {
             let message =
                 "lock: shared locks and slots are for one host alone, and this daemon shares its locks";
             return self.answer(client, &error(ErrorCode::PerHost, message));
-        }
-        if self.is_sharing() && asked.who.user.is_empty() {
-            // Other hosts cannot ask this one's kernel.
-            asked.who.user = uid.and_then(names::user).unwrap_or_default().into();
         }
         if let Some(child) = asked.child
             && asked.holds.is_none()

@@ -24,6 +24,8 @@ pub struct LockView<'a> {
 pub struct RequestView<'a> {
     /// Who it is. `None`: it was not heard of since a restart of the daemon, or is another host's.
     pub client: Option<ClientId>,
+    /// Whose client it is, if it speaks protocol 2 and that is known.
+    pub uid: Option<u32>,
     /// When it was granted the lock, or asked for it.
     pub since: Millis,
     /// What a protocol 2 client asked, if it has.
@@ -109,16 +111,18 @@ impl<'a> LockView<'a> {
     pub(super) fn request(&self, id: RequestId) -> RequestView<'a> {
         let request = &self.requests[id.index()];
         let details = request.details.as_deref();
+        let uid = details.and_then(|details| details.uid);
         let held = (request.stage == Stage::Holding).then(|| Held {
             lock: self.lock.id,
             token: Token(request.order),
             terms: request.terms,
             nonce: details.and_then(|details| details.nonce),
-            uid: details.and_then(|details| details.uid),
+            uid,
             until: (request.deadline != Millis::NEVER).then_some(request.deadline),
         });
         RequestView {
             client: request.client,
+            uid,
             since: request.since,
             asked: request.asked(),
             held,
