@@ -398,7 +398,7 @@ impl Arena {
         for victim in [Victim::Kmutex, Victim::Command, Victim::Both] {
             least(&format!("killed: {victim:?}"), secs / 12);
         }
-        for (what, each) in [("lost", 15), ("finished", 3), ("protocol 1 ends with 0", 12)] {
+        for (what, each) in [("lost", 30), ("finished", 10), ("protocol 1 ends with 0", 15)] {
             least(what, secs / each);
         }
         assert!(sections as u64 > secs, "{sections} sections are too few to prove anything");
