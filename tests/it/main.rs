@@ -13,6 +13,7 @@ mod errors;
 #[cfg(feature = "etcd")]
 mod etcd_client;
 #[cfg(feature = "etcd")]
+#[allow(dead_code)] // tests/chaos_cluster uses more of it
 mod etcd_harness;
 mod faults;
 mod harness;
