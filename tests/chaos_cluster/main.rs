@@ -56,7 +56,7 @@ const CLIENTS: usize = 8;
 const TTL_SECS: u64 = 4;
 /// That of etcdctl.
 const ETCDCTL_TTL_SECS: u64 = 6;
-/// How long anybody may have to wait for an answer. A fault lasts no longer than six seconds, and there are others in line.
+/// How long anybody may have to wait for an answer when nothing fails any more: others are in line, with long sections.
 const ANSWER_WAIT: Duration = Duration::from_secs(60);
 
 /// A kind of client: options for `kmutex run`, its key, and what it may exit with besides.
@@ -173,7 +173,7 @@ impl Arena {
         let mut process = Process::spawn(command.stderr(Stdio::piped()).process_group(0));
         let victim = Victim::draw(chance);
         self.kill(victim, name, &mut process, chance);
-        let Some(code) = self.outcome(name, role.key, &mut process) else { return };
+        let Some(code) = self.outcome(name, &mut process) else { return };
         let said = process.stderr();
         self.record.count(format!("{:?} ends with {code}", role.options));
         let may_be = match code {
@@ -237,7 +237,7 @@ impl Arena {
         let mut command = host.tool("perl");
         command.args([CLIENT, "sharer"]).arg(&self.record.log);
         command.args([name, key, "exclusive", &draw_micros(key, chance)]).arg(host.sock());
-        let Some(code) = self.outcome(name, key, &mut Process::spawn(&mut command)) else { return };
+        let Some(code) = self.outcome(name, &mut Process::spawn(&mut command)) else { return };
         self.record.count(format!("protocol 1 ends with {code}"));
         if code == 74 {
             self.record.count("lost");
@@ -280,12 +280,13 @@ impl Arena {
         self.record.count(format!("etcdctl ends with {}", process.wait()));
     }
 
-    /// Waits for the end of a client, which must come. Behind etcdctl it may take longer, but not when nothing fails any
-    /// more: see [`Arena::one_etcdctl`].
-    fn outcome(&self, name: &str, key: &str, process: &mut Process) -> Option<i32> {
+    /// Waits for the end of a client, which must come when nothing fails any more. (Before that there is no saying how long
+    /// it takes: those before it hold for long, hosts come back at the end of the line, and each election of etcd's gives
+    /// the places of the dead their whole time again.)
+    fn outcome(&self, name: &str, process: &mut Process) -> Option<i32> {
         let mut limit = Instant::now() + ANSWER_WAIT;
         while process.is_running() {
-            if key == KEY_OF_ETCDCTL && !self.record.is_over() {
+            if !self.record.is_over() {
                 limit = Instant::now() + ANSWER_WAIT;
             }
             if Instant::now() > limit {
@@ -397,7 +398,7 @@ impl Arena {
         for victim in [Victim::Kmutex, Victim::Command, Victim::Both] {
             least(&format!("killed: {victim:?}"), secs / 12);
         }
-        for (what, each) in [("lost", 15), ("finished", 3), ("protocol 1 ends with 0", 12)] {
+        for (what, each) in [("lost", 30), ("finished", 10), ("protocol 1 ends with 0", 15)] {
             least(what, secs / each);
         }
         assert!(sections as u64 > secs, "{sections} sections are too few to prove anything");
@@ -471,6 +472,12 @@ fn hosts_that_share_locks_let_nobody_enter_who_should_not_whatever_fails() {
     });
 
     let findings = arena.record.findings();
+    if !findings.is_empty() {
+        println!("{}", arena.whole_log());
+        for host in &arena.hosts {
+            println!("--- host {}: {:?} ---\n{}", host.number, host.spells(), host.logged(0.0, f64::MAX));
+        }
+    }
     assert!(findings.is_empty(), "{findings:#?}");
     let log = arena.whole_log();
     arena.record.print_tally();
