@@ -86,11 +86,6 @@ fn pass(time: Duration) {
 }
 
 impl Arena {
-    /// Between two faults: mostly there is time to work, at times one follows on the other.
-    fn rest(&self, chance: &mut Chance) {
-        pass(Duration::from_millis(chance.below(2500)));
-    }
-
     fn begin(&self, name: &str, whose: &str) {
         self.record.note(&format!("{name} {whose}"));
         self.record.count(name);
@@ -115,7 +110,8 @@ impl Arena {
         let mut chance = Chance(self.seed ^ 1);
         loop {
             for fault in shuffled(DaemonFault::ALL, &mut chance) {
-                self.rest(&mut chance);
+                // At times one follows on the other.
+                pass(Duration::from_millis(chance.below(2500)));
                 if self.record.is_over() {
                     return;
                 }
@@ -153,7 +149,9 @@ impl Arena {
         let mut chance = Chance(self.seed ^ 2);
         loop {
             for fault in shuffled(EtcdFault::ALL, &mut chance) {
-                self.rest(&mut chance);
+                // Each election gives all leases their whole time again, also those that nobody keeps any more. With one
+                // every few seconds, what the dead held would never be free.
+                pass(Duration::from_millis(1500 + chance.below(3000)));
                 if self.record.is_over() {
                     return;
                 }

@@ -119,6 +119,10 @@ impl Etcd {
         command.args([format!("--listen-client-urls={client}"), format!("--advertise-client-urls={client}")]);
         command.args([format!("--listen-peer-urls={peer}"), format!("--initial-advertise-peer-urls={peer}")]);
         command.args(["--initial-cluster", &peers.collect::<Vec<_>>().join(",")]);
+        if member.place.is_some() {
+            // One that was cut off does not depose the leader when it is back. From 3.5 on it is so anyway.
+            command.arg("--pre-vote");
+        }
         if self.members.len() == 1 {
             // It elects itself, for which it needs not wait for long; and the least lease is shorter.
             command.args(["--heartbeat-interval=20", "--election-timeout=200"]);
