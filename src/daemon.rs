@@ -41,6 +41,7 @@ use ::log::info;
 use crate::addr::{self, Addr, Reason};
 use crate::exit::Exit;
 use crate::inherited;
+use crate::journal;
 use claim::Claim;
 #[cfg(feature = "etcd")]
 pub use cluster::Config as Sharing;
@@ -120,16 +121,18 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     let etcd = config.sharing.as_ref().map(|sharing| crate::etcd::Client::new(&sharing.etcd));
     #[cfg(feature = "etcd")]
     let etcd = etcd.transpose().map_err(Error::Etcd)?;
+    if config.detach {
+        refuse_to_be_alone(config)?;
+    }
     let mut listeners = Listener::inherit()?;
     if listeners.is_empty() {
         listeners = Listener::bind_all(&config.addrs, &config.access)?;
     }
     failpoint::hit("start");
     let recorder = open_recorder(config, &listeners)?;
-    if recorder.lease().is_some() && !config.is_sharing() {
-        // A client has started this because there was none, and would get locks that other hosts hold.
-        let path = listeners.iter().find_map(Listener::path).unwrap_or(Path::new(""));
-        return Err(Error::Shared { path: path.into() });
+    if recorder.lease().is_some() {
+        // Since it was looked at first.
+        refuse_to_be_alone(config)?;
     }
     if config.detach {
         // Whoever started this waits for the process that ends here, and may connect from then on.
@@ -152,6 +155,28 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     Ok(())
 }
 
+/// A client starts this because there is no daemon. Where there was one that has shared its locks with other hosts, this one
+/// would give locks that they hold. It is looked at before anything is taken that the daemon needs which is wanted there.
+fn refuse_to_be_alone(config: &Config) -> Result<(), Error> {
+    let unix = config.addrs.iter().find_map(|addr| match addr {
+        Addr::Unix(path) => Some(path),
+        Addr::Loopback(_) | Addr::Tcp { .. } => None,
+    });
+    match unix {
+        Some(path) if !config.is_sharing() && journal::is_shared(&journal_of(path)) => {
+            Err(Error::Shared { path: path.clone() })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Where a daemon keeps its journal by itself: beside its first Unix socket.
+fn journal_of(socket: &Path) -> PathBuf {
+    let mut path = socket.as_os_str().to_owned();
+    path.push(".journal");
+    PathBuf::from(path)
+}
+
 fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Error> {
     // Elsewhere there is no way to tell one boot from another, nor one process from the next with its number.
     if !cfg!(target_os = "linux") {
@@ -166,9 +191,7 @@ fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Er
         info!("no Unix socket and no --state: what is held will not survive this daemon");
         return Ok(Recorder::none());
     };
-    let mut path = socket.as_os_str().to_owned();
-    path.push(".journal");
-    Recorder::open(&PathBuf::from(path), None, config)
+    Recorder::open(&journal_of(socket), None, config)
 }
 
 /// Takes over the descriptor that readiness is to be told on. Before anything of ours is opened, which might get the

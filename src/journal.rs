@@ -194,6 +194,11 @@ pub fn load(path: &Path, boot: &BootId) -> Loaded {
     }
 }
 
+/// True when a journal says that locks are shared with other hosts, whichever boot it is of.
+pub fn is_shared(path: &Path) -> bool {
+    load(path, &BootId::default()).lease.is_some()
+}
+
 fn complaint(text: String) -> Loaded {
     Loaded { complaint: Some(text), ..Loaded::default() }
 }

@@ -27,8 +27,8 @@ pub enum EtcdFault {
     /// One that does not lead, for longer than a lease lasts.
     FollowerStopped,
     /// For long enough to lose the lead, and not for as long as a lease lasts. A leader that was stopped for longer would
-    /// end leases when it wakes that have been kept alive elsewhere (etcd's issue 15247, mended in 3.4.25 or so, which
-    /// Debian has not got yet): then no client of etcd can be told in time.
+    /// end leases when it wakes that have been kept alive elsewhere (etcd's issue 15247, mended in 3.4.31, which not all
+    /// have yet): then no client of etcd can be told in time.
     LeaderStopped,
     /// A host is cut off for longer than its lease.
     LinkCut(Cut),

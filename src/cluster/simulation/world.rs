@@ -231,29 +231,14 @@ impl World {
         };
         if (0..3).contains(&kind) {
             self.note("lost answer", 1);
-            // It arrives, and only that.
-            let ghost = Flight {
-                ask: ask.clone(),
-                lease: lease.clone(),
-                arrives,
-                returns: None,
-                answer: answer.clone(),
-            };
-            self.hosts[host].flights.push(ghost);
-            self.hosts[host].flights.push(Flight { ask, lease, arrives: None, returns, answer });
-        } else if (3..6).contains(&kind) {
-            let ghost = Flight {
-                ask: ask.clone(),
-                lease: lease.clone(),
-                arrives,
-                returns: None,
-                answer: answer.clone(),
-            };
-            self.hosts[host].flights.push(ghost);
-            self.hosts[host].flights.push(Flight { ask, lease, arrives: None, returns, answer });
-        } else {
-            self.hosts[host].flights.push(Flight { ask, lease, arrives, returns, answer });
         }
+        if (0..6).contains(&kind) {
+            // It arrives, and only that; the host hears nothing of it.
+            let (ask, lease, answer) = (ask.clone(), lease.clone(), answer.clone());
+            self.hosts[host].flights.push(Flight { ask, lease, arrives, returns: None, answer });
+        }
+        let arrives = arrives.filter(|_| !(0..6).contains(&kind));
+        self.hosts[host].flights.push(Flight { ask, lease, arrives, returns, answer });
     }
 
     fn keep_lease(&mut self, host: usize) {
