@@ -13,7 +13,7 @@ use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, sockop
 use nix::sys::time::{TimeVal, TimeValLike};
 
 use crate::exit::Exit;
-use crate::names;
+use crate::lookup;
 
 /// Where the daemon is when nobody says otherwise. The old daemon's path, so that its clients find the new one.
 pub const DEFAULT: &str = "/tmp/keyedmutexd.sock";
@@ -113,7 +113,7 @@ impl Addr {
                 SocketAddr::from(([0u16, 0, 0, 0, 0, 0, 0, 1], *port)),
             ]),
             Addr::Tcp { host, port } => {
-                let found = names::host(host).map_err(|e| self.error("resolve", e))?;
+                let found = lookup::host(host).map_err(|e| self.error("resolve", e))?;
                 Ok(found.into_iter().map(|ip| SocketAddr::new(ip, *port)).collect())
             }
         }

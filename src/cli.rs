@@ -106,7 +106,7 @@ pub struct Run {
 
     /// How to ask for the lock
     #[command(flatten)]
-    pub asking: Asking,
+    pub lock: LockArgs,
 
     /// Hold the lock until all that the command has started has ended, and not only the command itself
     ///
@@ -155,7 +155,7 @@ pub struct Run {
 
 /// How a lock is asked for: what `run` and `lock` have in common.
 #[derive(Args, Debug)]
-pub struct Asking {
+pub struct LockArgs {
     /// Wait for my turn, whoever had the lock before
     #[arg(long)]
     pub queue: bool,
@@ -223,7 +223,7 @@ pub struct Lock {
 
     /// How to ask for the lock
     #[command(flatten)]
-    pub asking: Asking,
+    pub lock: LockArgs,
 }
 
 /// What `kmutex unlock` takes.

@@ -34,7 +34,7 @@
 //! ```
 
 mod autostart;
-mod hold;
+mod held_lock;
 mod lease;
 mod session;
 
@@ -48,12 +48,12 @@ use crate::addr::{self, Addr};
 use crate::exit::Exit;
 use crate::proto::v2::{Answer, LockRequest, Mode, Party};
 use crate::proto::{Key, KeyError, Nonce, Outcome, Token};
-pub use hold::{Hold, RELEASE_WAIT};
-pub use session::{Session, Unwatched, Watch};
+pub use held_lock::{HeldLock, RELEASE_WAIT};
+pub use session::{NoObserver, Session, WaitObserver};
 
 /// Which daemon to connect to, and on what terms.
 #[derive(Clone, Debug)]
-pub struct Dial {
+pub struct Target {
     /// Where it is.
     pub addr: Addr,
     /// Whose daemon to trust, besides one's own and root's.
@@ -62,16 +62,16 @@ pub struct Dial {
     pub autostart: bool,
 }
 
-impl Dial {
+impl Target {
     /// A daemon that must be there already.
-    pub fn new(addr: Addr) -> Dial {
-        Dial { addr, trusted_uids: Vec::new(), autostart: false }
+    pub fn new(addr: Addr) -> Target {
+        Target { addr, trusted_uids: Vec::new(), autostart: false }
     }
 }
 
 /// How a lock request ended.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Verdict {
+pub enum LockReply {
     /// The lock is held, with this token, for as long as the session lives.
     Granted(Token),
     /// The holder that was waited for is done.
@@ -82,7 +82,7 @@ pub enum Verdict {
     HeldAbove,
 }
 
-/// Asks for a lock and waits for the verdict, until `deadline` at the most. The session holds the lock if it was
+/// Asks for a lock and waits for the reply, until `deadline` at the most. The session holds the lock if it was
 /// granted.
 ///
 /// A daemon that ends before it has answered has given nothing: the request is put to the next one, and whoever waited
@@ -92,22 +92,22 @@ pub enum Verdict {
 /// [`Error::TimedOut`] at the deadline; others when no daemon can be reached or trusted, or it does not speak the
 /// protocol.
 pub fn lock(
-    dial: &Dial,
+    target: &Target,
     request: &LockRequest,
     deadline: Option<Instant>,
-    watch: &mut dyn Watch,
-) -> Result<(Session, Verdict), Error> {
+    observer: &mut dyn WaitObserver,
+) -> Result<(Session, LockReply), Error> {
     let mut request = request.clone();
     let mut retry = Retry::new(None);
     loop {
-        let mut session = match Session::connect(dial, deadline) {
+        let mut session = match Session::connect(target, deadline) {
             Err(e) if retry.is_worth(&e) => {
                 retry.pause(deadline)?;
                 continue;
             }
             other => other?,
         };
-        match session.lock(&request, deadline, watch) {
+        match session.lock(&request, deadline, observer) {
             Err(Error::Closed) => {
                 // One that let us wait has been a good daemon.
                 if let Some(place) = session.place() {
@@ -120,7 +120,7 @@ pub fn lock(
                 retry.count()?;
                 retry.pause(deadline)?;
             }
-            verdict => return verdict.map(|verdict| (session, verdict)),
+            reply => return reply.map(|reply| (session, reply)),
         }
     }
 }
@@ -187,7 +187,7 @@ pub fn nonce() -> Nonce {
 /// was here. `crate::client` shows the loop that this is for.
 #[derive(Debug)]
 pub struct Client {
-    dial: Dial,
+    target: Target,
     state: State,
     reconnects: bool,
 }
@@ -197,9 +197,9 @@ enum State {
     /// It holds nothing. There is a connection, unless the daemon closed it.
     Idle(Option<Session>),
     /// It holds a lock.
-    Holding(Hold),
+    Holding(HeldLock),
     /// It has released a lock and could not say so: the daemon is to be told before anything else.
-    Owing(Hold),
+    ReleasePending(HeldLock),
 }
 
 impl Client {
@@ -208,16 +208,16 @@ impl Client {
     /// # Errors
     /// When it cannot be reached or is not trusted.
     pub fn connect(addr: &Addr) -> Result<Client, Error> {
-        Client::dial(Dial::new(addr.clone()))
+        Client::connect_to(Target::new(addr.clone()))
     }
 
     /// Connects to a daemon on other terms.
     ///
     /// # Errors
     /// When it cannot be reached, started or trusted.
-    pub fn dial(dial: Dial) -> Result<Client, Error> {
-        let session = Session::connect(&dial, None)?;
-        Ok(Client { dial, state: State::Idle(Some(session)), reconnects: true })
+    pub fn connect_to(target: Target) -> Result<Client, Error> {
+        let session = Session::connect(&target, None)?;
+        Ok(Client { target, state: State::Idle(Some(session)), reconnects: true })
     }
 
     /// Whether to connect anew after the daemon closed the connection, and to resume the lock if one is held. It does,
@@ -244,24 +244,24 @@ impl Client {
         let mut request = LockRequest::new(key, Mode::Once);
         request.nonce = Some(nonce());
         request.who.pid = std::process::id();
-        let (session, verdict) = match std::mem::replace(&mut self.state, State::Idle(None)) {
+        let (session, reply) = match std::mem::replace(&mut self.state, State::Idle(None)) {
             State::Holding(hold) => {
                 self.state = State::Holding(hold);
                 return Err(Error::AlreadyHolding);
             }
-            State::Owing(hold) => {
-                self.settle(hold)?;
+            State::ReleasePending(hold) => {
+                self.finish_release(hold)?;
                 return self.acquire(request.key.as_str());
             }
-            State::Idle(Some(mut session)) => match session.lock(&request, None, &mut Unwatched) {
-                Err(Error::Closed) if self.reconnects => lock(&self.dial, &request, None, &mut Unwatched)?,
-                verdict => (session, verdict?),
+            State::Idle(Some(mut session)) => match session.lock(&request, None, &mut NoObserver) {
+                Err(Error::Closed) if self.reconnects => lock(&self.target, &request, None, &mut NoObserver)?,
+                reply => (session, reply?),
             },
-            State::Idle(None) if self.reconnects => lock(&self.dial, &request, None, &mut Unwatched)?,
+            State::Idle(None) if self.reconnects => lock(&self.target, &request, None, &mut NoObserver)?,
             State::Idle(None) => return Err(Error::Closed),
         };
-        if let Verdict::Granted(token) = verdict {
-            self.state = State::Holding(Hold::new(self.dial.clone(), request, session, token));
+        if let LockReply::Granted(token) = reply {
+            self.state = State::Holding(HeldLock::new(self.target.clone(), request, session, token));
             return Ok(Some(token));
         }
         self.state = State::Idle(Some(session));
@@ -275,7 +275,7 @@ impl Client {
     /// when the daemon cannot be told at the moment: it is told before the next lock is taken.
     pub fn release(&mut self) -> Result<(), Error> {
         match std::mem::replace(&mut self.state, State::Idle(None)) {
-            State::Holding(hold) => self.settle(hold),
+            State::Holding(hold) => self.finish_release(hold),
             other => {
                 self.state = other;
                 Ok(())
@@ -295,12 +295,12 @@ impl Client {
     /// [`Error::Lost`] when the lock was lost.
     pub fn check(&mut self) -> Result<(), Error> {
         match &mut self.state {
-            State::Holding(hold) if self.reconnects => hold.tend(),
+            State::Holding(hold) if self.reconnects => hold.poll(),
             _ => Ok(()),
         }
     }
 
-    fn settle(&mut self, mut hold: Hold) -> Result<(), Error> {
+    fn finish_release(&mut self, mut hold: HeldLock) -> Result<(), Error> {
         let give_up = Instant::now() + if self.reconnects { RELEASE_WAIT } else { Duration::ZERO };
         let mut told = false;
         loop {
@@ -318,7 +318,7 @@ impl Client {
                 Err(error @ Error::Lost(_)) => return Err(error),
                 Err(Error::Closed) if Instant::now() < give_up => {}
                 Err(error) => {
-                    self.state = State::Owing(hold);
+                    self.state = State::ReleasePending(hold);
                     return Err(error);
                 }
             }

@@ -40,7 +40,7 @@ use ::log::info;
 
 use crate::addr::{self, Addr, Reason};
 use crate::exit::Exit;
-use crate::inherited;
+use crate::fd;
 use crate::journal;
 use claim::Claim;
 #[cfg(feature = "etcd")]
@@ -199,7 +199,7 @@ fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Er
 fn take_ready_fd(number: u32) -> Result<File, Error> {
     let bad = |error| Error::ReadyFd { number, error };
     let raw = i32::try_from(number).map_err(|_| bad(nix::Error::EBADF.into()))?;
-    let file = inherited::file(number).map_err(bad)?;
+    let file = fd::dup(number).map_err(bad)?;
     nix::unistd::close(raw).map_err(|e| bad(e.into()))?;
     Ok(file)
 }

@@ -1,6 +1,6 @@
 //! How holders and spans of time are told to people.
 
-use crate::names;
+use crate::lookup;
 use crate::proto::v2::Party;
 
 /// A holder or waiter in a few words, without its protocol's details: `"make", note (pid 123, alice on host) for 1m02s`.
@@ -30,7 +30,7 @@ pub fn party(party: &Party) -> String {
 
 /// A user's name, or the number if there is none.
 pub fn user(uid: u32) -> String {
-    names::user(uid).unwrap_or_else(|| uid.to_string())
+    lookup::user(uid).unwrap_or_else(|| uid.to_string())
 }
 
 /// A span of time as people say it: its two largest units.

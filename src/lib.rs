@@ -9,18 +9,18 @@
 //! | [`cli`] | the command line's definition |
 //! | [`daemon`] | the epoll loop: sockets to the table and back |
 //! | [`run`] | a command under a lock: the child, its signals, its status |
-//! | [`shell`] | a lock that a shell holds |
-//! | [`ask`] | asking for a lock at a command line |
+//! | [`lock`] | a lock that a shell holds |
+//! | [`acquire`] | asking for a lock at a command line |
 //! | [`status`] | what is held, for people and for programs |
-//! | [`force`] | breaking a lock |
+//! | [`break_lock`] | breaking a lock |
 //! | [`client`] | the blocking client |
 //! | `etcd` | the blocking client of etcd (the feature `etcd`) |
 //! | [`addr`] | where a daemon is |
 //! | [`describe`] | holders and times in words |
-//! | [`inherited`] | descriptors from whoever started this process |
-//! | [`names`] | names of users, groups and hosts |
+//! | [`fd`] | descriptors from whoever started this process |
+//! | [`lookup`] | names of users, groups and hosts |
 //! | [`exit`] | the exit codes |
-//! | [`say()`] | one line on standard error |
+//! | [`message`] | one line on standard error |
 //! | `cluster` | how this host stands among those that share their locks: events in, questions out, nothing else (the feature `etcd`) |
 //! | [`journal`] | which locks are held, on disk, to survive a crash of the daemon |
 //! | [`table`] | the lock table: events in, effects out, nothing else |
@@ -30,8 +30,9 @@
 //! keeps it so.
 #![forbid(unsafe_code)]
 
+pub mod acquire;
 pub mod addr;
-pub mod ask;
+pub mod break_lock;
 pub mod cli;
 pub mod client;
 mod clock;
@@ -42,16 +43,14 @@ pub mod describe;
 #[cfg(feature = "etcd")]
 pub mod etcd;
 pub mod exit;
-pub mod force;
-pub mod inherited;
+pub mod fd;
 pub mod journal;
-pub mod names;
+pub mod lock;
+pub mod lookup;
+pub mod message;
 pub mod proto;
 pub mod run;
-mod say;
-pub mod shell;
 pub mod status;
 pub mod table;
 
 pub use client::Client;
-pub use say::say;

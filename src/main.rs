@@ -11,19 +11,19 @@ use std::time::Duration;
 
 use clap::Parser;
 use clap::error::ErrorKind;
+use kmutex::acquire::{Acquire, OnPeerFailure, Wait};
 use kmutex::addr::{self, Addr, Reason};
-use kmutex::ask::{Ask, OnPeerFailure, Wait};
+use kmutex::break_lock::{self, Confirm};
 use kmutex::cli::{self, Cli, Command, Keyedmutexd, LogLevel};
-use kmutex::client::Dial;
+use kmutex::client::Target;
 use kmutex::daemon::{self, LogTarget};
 #[cfg(feature = "etcd")]
 use kmutex::etcd;
 use kmutex::exit::Exit;
-use kmutex::force::{self, Consent};
-use kmutex::inherited;
+use kmutex::fd;
+use kmutex::lock::{self, LockResult};
 use kmutex::proto::{Key, Token, v2::Mode};
 use kmutex::run::{self, Child, Ended, Job, OnLost, Report};
-use kmutex::shell::{self, Taken};
 use kmutex::status::{self, Format, Which};
 
 fn main() -> ExitCode {
@@ -43,7 +43,7 @@ fn main() -> ExitCode {
     };
     let code = result.unwrap_or_else(|Failure { message, code }| {
         if let Some(message) = message {
-            kmutex::say(message);
+            kmutex::message::print(message);
         }
         code
     });
@@ -61,7 +61,7 @@ fn run(args: cli::Run) -> Result<u8, Failure> {
         Some(_) if !command.is_empty() => {
             return Err(usage("there is a COMMAND as well as -c SHELL_COMMAND"));
         }
-        Some(command) => run::shell(command),
+        Some(command) => run::shell_command(command),
         None if command.is_empty() => {
             return Err(usage("nothing to run: give a COMMAND, or -c SHELL_COMMAND"));
         }
@@ -72,14 +72,14 @@ fn run(args: cli::Run) -> Result<u8, Failure> {
     if args.reentrant && std::env::var_os(Token::VARIABLE).is_none() {
         return Err(usage("--reentrant: this does not run under a lock"));
     }
-    let asks = keys.into_iter().map(|key| ask(&args.asking, key)).collect::<Result<_, _>>()?;
+    let asks = keys.into_iter().map(|key| ask(&args.lock, key)).collect::<Result<_, _>>()?;
     let child = match (args.no_fork, args.close) {
         (true, _) => Child::Exec,
         (false, true) => Child::Closed,
         (false, false) => Child::Inherits,
     };
     let job = Job {
-        asks,
+        locks: asks,
         argv,
         child,
         on_lost: match args.on_lost {
@@ -90,28 +90,28 @@ fn run(args: cli::Run) -> Result<u8, Failure> {
         tree: args.tree,
     };
     let sink = Sink::open(args.status_fd, args.status_file)?;
-    let mut report = Report::new(job.asks.iter().map(|ask| ask.key.as_str()));
+    let mut report = Report::new(job.locks.iter().map(|lock| lock.key.as_str()));
     let result = job.run(&mut report);
     if let Some(sink) = sink {
         sink.write(&report.line(&result))?;
     }
     Ok(match result.map_err(|e| failure(e.exit(), e))? {
         Ended::Ran(status) | Ended::Adopted(status) => status,
-        Ended::Finished(_) => args.asking.finished_exit_code,
-        Ended::Busy => args.asking.conflict_exit_code,
+        Ended::Finished(_) => args.lock.finished_exit_code,
+        Ended::Busy => args.lock.conflict_exit_code,
         Ended::Lost => Exit::Lost.code(),
     })
 }
 
-fn ask(args: &cli::Asking, key: Key) -> Result<Ask, Failure> {
+fn ask(args: &cli::LockArgs, key: Key) -> Result<Acquire, Failure> {
     let wait = match args.wait {
         _ if args.nonblock => Wait::Never,
         None => Wait::Forever,
         Some(Duration::ZERO) => Wait::Never,
         Some(limit) => Wait::For(limit),
     };
-    Ok(Ask {
-        dial: dial(&args.daemon, !args.no_autostart)?,
+    Ok(Acquire {
+        target: target(&args.daemon, !args.no_autostart)?,
         key,
         mode: if args.queue { Mode::Queue } else { Mode::Once },
         shared: args.shared,
@@ -128,16 +128,16 @@ fn ask(args: &cli::Asking, key: Key) -> Result<Ask, Failure> {
 }
 
 fn lock(args: cli::Lock) -> Result<u8, Failure> {
-    let ask = ask(&args.asking, key(args.key)?)?;
-    Ok(match shell::lock(&ask, args.pid).map_err(|e| failure(e.exit(), e))? {
-        Taken::Held(_) => 0,
-        Taken::Finished(status) => status.unwrap_or(args.asking.finished_exit_code),
-        Taken::Busy => args.asking.conflict_exit_code,
+    let ask = ask(&args.lock, key(args.key)?)?;
+    Ok(match lock::lock(&ask, args.pid).map_err(|e| failure(e.exit(), e))? {
+        LockResult::Held(_) => 0,
+        LockResult::Finished(status) => status.unwrap_or(args.lock.finished_exit_code),
+        LockResult::Busy => args.lock.conflict_exit_code,
     })
 }
 
 fn unlock(args: cli::Unlock) -> Result<u8, Failure> {
-    shell::unlock(&dial(&args.daemon, false)?, key(args.key)?, args.pid)
+    lock::unlock(&target(&args.daemon, false)?, key(args.key)?, args.pid)
         .map(|()| 0)
         .map_err(|e| failure(e.exit(), e))
 }
@@ -153,7 +153,7 @@ impl Sink {
     fn open(fd: Option<u32>, path: Option<PathBuf>) -> Result<Option<Sink>, Failure> {
         let (file, name) = match (fd, path) {
             (None, None) => return Ok(None),
-            (Some(number), _) => (inherited::file(number), format!("--status-fd {number}")),
+            (Some(number), _) => (fd::dup(number), format!("--status-fd {number}")),
             (None, Some(path)) => (File::create(&path), format!("--status-file {}", path.display())),
         };
         match file {
@@ -180,10 +180,10 @@ fn status(args: cli::Status) -> Result<u8, Failure> {
         (None, true) => Which::Cluster,
         (None, false) => Which::All,
     };
-    let dial = dial(&args.daemon, false)?;
+    let target = target(&args.daemon, false)?;
     let printed = match args.watch {
-        true => status::watch(&dial, &which, &mut io::stdout().lock()),
-        false => status::print(&dial, &which, format, &mut io::BufWriter::new(io::stdout().lock())),
+        true => status::watch(&target, &which, &mut io::stdout().lock()),
+        false => status::print(&target, &which, format, &mut io::BufWriter::new(io::stdout().lock())),
     };
     match printed {
         // Whoever reads it has read enough.
@@ -193,8 +193,8 @@ fn status(args: cli::Status) -> Result<u8, Failure> {
 }
 
 fn break_lock(args: cli::Break) -> Result<u8, Failure> {
-    let consent = if args.yes { Consent::Given } else { Consent::Ask };
-    force::break_lock(&dial(&args.daemon, false)?, key(args.key)?, consent)
+    let confirm = if args.yes { Confirm::Given } else { Confirm::Ask };
+    break_lock::break_lock(&target(&args.daemon, false)?, key(args.key)?, confirm)
         .map(|()| 0)
         .map_err(|e| failure(e.exit(), e))
 }
@@ -261,9 +261,9 @@ fn keyedmutexd(args: Keyedmutexd) -> Result<u8, Failure> {
     daemon::serve(&config).map(|()| 0).map_err(|e| failure(e.exit(), e))
 }
 
-fn dial(args: &cli::Daemon, autostart: bool) -> Result<Dial, Failure> {
+fn target(args: &cli::Daemon, autostart: bool) -> Result<Target, Failure> {
     let addr = Addr::or_default(args.sock.as_deref()).map_err(|e: addr::Error| failure(e.exit(), e))?;
-    Ok(Dial { addr, trusted_uids: args.trust_uid.clone(), autostart })
+    Ok(Target { addr, trusted_uids: args.trust_uid.clone(), autostart })
 }
 
 fn key(text: impl AsRef<OsStr>) -> Result<Key, Failure> {
@@ -311,7 +311,7 @@ impl From<clap::Error> for Failure {
 /// A panic is a bug; it gets one line and its own exit code, like any other error.
 fn report_panics() {
     std::panic::set_hook(Box::new(|info| {
-        kmutex::say(format_args!("internal error: {}", info.to_string().replace('\n', ": ")));
+        kmutex::message::print(format_args!("internal error: {}", info.to_string().replace('\n', ": ")));
         std::process::exit(Exit::Internal.code().into());
     }));
 }

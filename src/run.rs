@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
+use crate::acquire::{Acquire, Acquired};
 use crate::addr::Reason;
-use crate::ask::{Acquired, Ask};
-use crate::client::{self, Hold, RELEASE_WAIT};
+use crate::client::{self, HeldLock, RELEASE_WAIT};
 use crate::exit::{self, Exit};
 use crate::proto::v2::LockRequest;
 use crate::proto::{Key, Outcome, Token};
@@ -25,7 +25,7 @@ pub use report::Report;
 #[derive(Clone, Debug)]
 pub struct Job {
     /// Which locks, and how to ask for each; at least one, and all of one daemon. See [`in_order`].
-    pub asks: Vec<Ask>,
+    pub locks: Vec<Acquire>,
     /// The program and its arguments; at least the program.
     pub argv: Vec<OsString>,
     /// What the command gets of the lock, and who waits for it.
@@ -34,7 +34,7 @@ pub struct Job {
     pub on_lost: OnLost,
     /// If the lock is held by the command that this is part of, run without taking it again.
     pub reentrant: bool,
-    /// Hold the lock until all that the command has started has ended.
+    /// HeldLock the lock until all that the command has started has ended.
     pub tree: bool,
 }
 
@@ -94,7 +94,7 @@ impl Job {
                 return other.map(|ended| ended.expect("it is not none"));
             }
         }
-        self.asks[0].say(|| format!("running {}", self.command_line()));
+        self.locks[0].say(|| format!("running {}", self.command_line()));
         let granted = Instant::now();
         let ended = self.run_locked(holds, report);
         report.held_ms = millis(granted);
@@ -104,18 +104,18 @@ impl Job {
     /// Takes all the locks, but for those that are held above. `Some`: one is not to be had.
     fn acquire(
         &self,
-        holds: &mut Vec<Hold>,
+        holds: &mut Vec<HeldLock>,
         asked: Instant,
         report: &mut Report,
     ) -> Result<Option<Ended>, Error> {
-        for ask in &self.asks {
-            match ask.acquire(&self.request(ask, holds), asked)? {
+        for lock in &self.locks {
+            match lock.acquire(&self.request(lock, holds), asked)? {
                 Acquired::Busy => return Ok(Some(Ended::Busy)),
                 Acquired::HeldAbove if self.reentrant => {}
                 Acquired::HeldAbove => {
                     return Err(client::Error::Deadlock(format!(
                         "the lock {:?} is held by the command that this is part of; see --reentrant",
-                        ask.key.as_str()
+                        lock.key.as_str()
                     ))
                     .into());
                 }
@@ -130,14 +130,14 @@ impl Job {
                         fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
                             .map_err(|e| Error::Os("pass the lock on", e.into()))?;
                     }
-                    holds.push(Hold::new(ask.dial.clone(), *request, session, token));
+                    holds.push(HeldLock::new(lock.target.clone(), *request, session, token));
                 }
             }
         }
         Ok(None)
     }
 
-    fn run_locked(&self, mut holds: Vec<Hold>, report: &mut Report) -> Result<Ended, Error> {
+    fn run_locked(&self, mut holds: Vec<HeldLock>, report: &mut Report) -> Result<Ended, Error> {
         let mut command = self.command(&holds)?;
         if self.child == Child::Exec {
             let error = command.exec();
@@ -159,7 +159,7 @@ impl Job {
                 Err(client::Error::Lost(_)) if lost => {}
                 Err(client::Error::Lost(why)) => {
                     let key = hold.key().as_str();
-                    crate::say(format_args!("lost the lock {key:?} while the command ran: {why}"));
+                    crate::message::print(format_args!("lost the lock {key:?} while the command ran: {why}"));
                     lost = true;
                 }
                 Err(_) if lost => {}
@@ -177,7 +177,7 @@ impl Job {
     }
 
     /// The command could not be started: those who wait are told with which status that ends.
-    fn not_started(&self, mut holds: Vec<Hold>, error: io::Error) -> Error {
+    fn not_started(&self, mut holds: Vec<HeldLock>, error: io::Error) -> Error {
         let error = Error::Command { program: self.argv[0].clone(), error };
         for hold in &mut holds {
             // If the daemon has gone meanwhile, the lock goes with this process.
@@ -188,23 +188,23 @@ impl Job {
 
     /// The request for one of the locks. Each but the first is asked for under the one before, so that the daemon sees
     /// that those wait for it.
-    fn request(&self, ask: &Ask, holds: &[Hold]) -> LockRequest {
-        let request = ask.request(self.command_line());
+    fn request(&self, lock: &Acquire, holds: &[HeldLock]) -> LockRequest {
+        let request = lock.request(self.command_line());
         LockRequest {
             exec: self.child == Child::Exec,
             inherits: self.child == Child::Inherits,
-            within: holds.last().map(Hold::token).or(request.within),
+            within: holds.last().map(HeldLock::token).or(request.within),
             ..request
         }
     }
 
-    fn command(&self, holds: &[Hold]) -> Result<Command, Error> {
+    fn command(&self, holds: &[HeldLock]) -> Result<Command, Error> {
         let mut command = Command::new(&self.argv[0]);
         command.args(&self.argv[1..]);
         // Where all is held above, what the command was told there is true here.
         let Some(hold) = holds.last() else { return Ok(command) };
         let sock =
-            self.asks[0].dial.addr.absolute().map_err(|e| Error::Os("tell the working directory", e))?;
+            self.locks[0].target.addr.absolute().map_err(|e| Error::Os("tell the working directory", e))?;
         command
             .env("KMUTEX_KEY", hold.key().as_str())
             .env(Token::VARIABLE, hold.token().to_string())
@@ -240,7 +240,7 @@ pub fn in_order(mut keys: Vec<Key>) -> Result<Vec<Key>, Key> {
 }
 
 /// What a shell command is run with: as flock(1) does, `$SHELL`, or else /bin/sh.
-pub fn shell(command: OsString) -> Vec<OsString> {
+pub fn shell_command(command: OsString) -> Vec<OsString> {
     let shell = std::env::var_os("SHELL").filter(|shell| !shell.is_empty());
     vec![shell.unwrap_or_else(|| "/bin/sh".into()), "-c".into(), command]
 }

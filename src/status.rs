@@ -5,7 +5,7 @@ use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
-use crate::client::{self, Dial, Session};
+use crate::client::{self, Session, Target};
 use crate::describe;
 use crate::exit::Exit;
 use crate::proto::Key;
@@ -37,13 +37,13 @@ pub enum Which {
 ///
 /// # Errors
 /// When there is no daemon, or the output cannot be written.
-pub fn print(dial: &Dial, which: &Which, format: Format, out: &mut impl Write) -> Result<(), Error> {
+pub fn print(target: &Target, which: &Which, format: Format, out: &mut impl Write) -> Result<(), Error> {
     let (key, cluster) = match which {
         Which::Key(key) => (Some(key.clone()), false),
         Which::All => (None, false),
         Which::Cluster => (None, true),
     };
-    let mut session = Session::connect(dial, None)?;
+    let mut session = Session::connect(target, None)?;
     session.send(&Request::Status { key, cluster })?;
     let mut table = Table::default();
     loop {
@@ -82,12 +82,12 @@ const PAUSE: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// When there is no daemon at the beginning, or the output cannot be written. It does not end otherwise.
-pub fn watch(dial: &Dial, which: &Which, out: &mut impl Write) -> Result<(), Error> {
+pub fn watch(target: &Target, which: &Which, out: &mut impl Write) -> Result<(), Error> {
     let is_terminal = io::stdout().is_terminal();
     let mut has_begun = false;
     loop {
         let mut table = Vec::new();
-        match print(dial, which, Format::People, &mut table) {
+        match print(target, which, Format::People, &mut table) {
             Err(Error::Client(error)) if has_begun => writeln!(table, "kmutex: {error}")?,
             other => other?,
         }

@@ -9,10 +9,10 @@ use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
 use nix::unistd::Uid;
 
 use super::lease::Lease;
-use super::{Dial, Error, Verdict, autostart};
+use super::{Error, LockReply, Target, autostart};
 use crate::addr::{self, Addr};
 use crate::clock;
-use crate::names;
+use crate::lookup;
 use crate::proto::Key;
 use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, Mode, PREAMBLE, Party, Request,
@@ -23,28 +23,28 @@ use crate::proto::v2::{
 const ANSWER_WAIT: Duration = Duration::from_secs(10);
 
 /// Somebody who wants to know what a lock is waited for.
-pub trait Watch {
+pub trait WaitObserver {
     /// After how long to look again who holds the lock; `None`: not at all.
     fn pause(&self) -> Option<Duration>;
 
     /// These hold it, and so many of the queue come before this one.
-    fn waits(&mut self, holders: &[Party], ahead: u32);
+    fn on_waiting(&mut self, holders: &[Party], ahead: u32);
 }
 
 /// Nobody wants to know.
 #[derive(Debug)]
-pub struct Unwatched;
+pub struct NoObserver;
 
-impl Watch for Unwatched {
+impl WaitObserver for NoObserver {
     fn pause(&self) -> Option<Duration> {
         None
     }
 
-    fn waits(&mut self, _holders: &[Party], _ahead: u32) {}
+    fn on_waiting(&mut self, _holders: &[Party], _ahead: u32) {}
 }
 
-fn next_look(watch: &dyn Watch) -> Option<Instant> {
-    Some(Instant::now() + watch.pause()?)
+fn next_look(observer: &dyn WaitObserver) -> Option<Instant> {
+    Some(Instant::now() + observer.pause()?)
 }
 
 /// How many of the queue come before this process, if it is among those that the daemon lists.
@@ -77,31 +77,31 @@ enum Stage {
 }
 
 impl Session {
-    /// Connects, and starts a daemon first if there is none and `dial` says so. Nothing is sent yet.
+    /// Connects, and starts a daemon first if there is none and `target` says so. Nothing is sent yet.
     ///
     /// # Errors
     /// When there is no daemon, or not one that can be trusted; [`Error::TimedOut`] at the deadline.
-    pub fn connect(dial: &Dial, deadline: Option<Instant>) -> Result<Session, Error> {
-        let fd = match (dial.addr.connect(deadline), &dial.addr) {
-            (Err(e), Addr::Unix(path)) if dial.autostart && is_nobody_there(&e) => {
+    pub fn connect(target: &Target, deadline: Option<Instant>) -> Result<Session, Error> {
+        let fd = match (target.addr.connect(deadline), &target.addr) {
+            (Err(e), Addr::Unix(path)) if target.autostart && is_nobody_there(&e) => {
                 autostart::start_and_connect(path, deadline)?
             }
             (other, _) => other?,
         };
-        check_trust(dial, &fd)?;
+        check_trust(target, &fd)?;
         Ok(Session { fd, input: Vec::new(), stage: Stage::Silent, place: None, lease: None })
     }
 
-    /// Asks for a lock and waits for the verdict, until `deadline` at the most.
+    /// Asks for a lock and waits for the reply, until `deadline` at the most.
     ///
     /// # Errors
-    /// [`Error::TimedOut`] at the deadline: the session is of no more use then, since the verdict may still come.
+    /// [`Error::TimedOut`] at the deadline: the session is of no more use then, since the reply may still come.
     pub fn lock(
         &mut self,
         request: &LockRequest,
         deadline: Option<Instant>,
-        watch: &mut dyn Watch,
-    ) -> Result<Verdict, Error> {
+        observer: &mut dyn WaitObserver,
+    ) -> Result<LockReply, Error> {
         self.send(&Request::Lock(Box::new(request.clone())))?;
         let limit = Instant::now() + ANSWER_WAIT;
         let mut ahead = 0;
@@ -118,7 +118,7 @@ impl Session {
             };
             return Ok(match answer {
                 Err(Error::TimedOut) if deadline.is_none_or(|deadline| Instant::now() < deadline) => {
-                    look_at = next_look(watch);
+                    look_at = next_look(observer);
                     self.send(&Request::Status { key: Some(request.key.clone()), cluster: false })?;
                     continue;
                 }
@@ -127,20 +127,20 @@ impl Session {
                     if lease.is_some() {
                         self.measure_lease()?;
                     }
-                    Verdict::Granted(token)
+                    LockReply::Granted(token)
                 }
-                Ok(Answer::Finished { outcome, token }) => Verdict::Finished(outcome, token),
-                Ok(Answer::Busy { holders }) => Verdict::Busy(holders),
+                Ok(Answer::Finished { outcome, token }) => LockReply::Finished(outcome, token),
+                Ok(Answer::Busy { holders }) => LockReply::Busy(holders),
                 Ok(Answer::Waiting { place, holders, ahead: before }) => {
                     self.place = Some(place);
                     ahead = before;
-                    watch.waits(&holders, ahead);
-                    look_at = next_look(watch);
+                    observer.on_waiting(&holders, ahead);
+                    look_at = next_look(observer);
                     continue;
                 }
                 Ok(Answer::Lock(status)) => {
                     ahead = ahead_of_me(&status, request).unwrap_or(ahead);
-                    watch.waits(&status.holders, ahead);
+                    observer.on_waiting(&status.holders, ahead);
                     continue;
                 }
                 Ok(Answer::End) => continue,
@@ -156,7 +156,7 @@ impl Session {
                 Ok(Answer::Error { code: ErrorCode::PerHost, message }) => {
                     return Err(Error::PerHost(message));
                 }
-                Ok(Answer::Error { code: ErrorCode::HeldAbove, .. }) => Verdict::HeldAbove,
+                Ok(Answer::Error { code: ErrorCode::HeldAbove, .. }) => LockReply::HeldAbove,
                 Ok(other) => return Err(Error::unexpected(other)),
             });
         }
@@ -380,13 +380,13 @@ pub(super) fn is_nobody_there(error: &addr::Error) -> bool {
 
 /// Whoever runs the daemon decides who gets a lock, so it must be somebody who could as well replace this program: its
 /// own user, root, or a uid that the user named. Of a TCP port nothing is known.
-fn check_trust(dial: &Dial, fd: &OwnedFd) -> Result<(), Error> {
-    let Addr::Unix(_) = dial.addr else { return Ok(()) };
+fn check_trust(target: &Target, fd: &OwnedFd) -> Result<(), Error> {
+    let Addr::Unix(_) = target.addr else { return Ok(()) };
     let uid = addr::peer(fd).map_err(|e| Error::Io("ask who serves the socket", e))?.uid;
-    if uid == 0 || uid == Uid::effective().as_raw() || dial.trusted_uids.contains(&uid) {
+    if uid == 0 || uid == Uid::effective().as_raw() || target.trusted_uids.contains(&uid) {
         return Ok(());
     }
-    Err(Error::Untrusted { addr: dial.addr.clone(), uid, user: names::user(uid) })
+    Err(Error::Untrusted { addr: target.addr.clone(), uid, user: lookup::user(uid) })
 }
 
 fn lost_or(doing: &'static str, error: nix::Error) -> Error {

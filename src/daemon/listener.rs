@@ -20,7 +20,7 @@ use nix::unistd::Gid;
 use super::Error;
 use super::claim::Claim;
 use crate::addr::{self, Addr};
-use crate::names;
+use crate::lookup;
 
 /// Who may connect to a Unix socket.
 #[derive(Clone, Debug)]
@@ -254,7 +254,7 @@ impl Listener {
 }
 
 fn group_id(name: &str) -> Result<Gid, Error> {
-    let gid = names::group(name).map_err(|e| Error::Group { name: name.into(), why: e.to_string() })?;
+    let gid = lookup::group(name).map_err(|e| Error::Group { name: name.into(), why: e.to_string() })?;
     Ok(Gid::from_raw(gid))
 }
 

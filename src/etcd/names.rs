@@ -1,4 +1,4 @@
-//! The addresses of the endpoints' hosts, for ureq. They are asked of [`crate::names`], since a static program cannot ask
+//! The addresses of the endpoints' hosts, for ureq. They are asked of [`crate::lookup`], since a static program cannot ask
 //! the C library; and remembered, since that takes a process each time and ureq asks before every request.
 
 use std::collections::HashMap;
@@ -13,7 +13,7 @@ use ureq::http::Uri;
 use ureq::unversioned::resolver::{ResolvedSocketAddrs, Resolver};
 use ureq::unversioned::transport::NextTimeout;
 
-use crate::names;
+use crate::lookup;
 
 /// After this long a name is looked up again. Its old addresses are used meanwhile, for as long as that takes or fails.
 const FRESH: Duration = Duration::from_secs(10);
@@ -65,7 +65,7 @@ impl Names {
         let shared = Arc::clone(&self.0);
         let name = name.to_string();
         let look_up = move || {
-            let found = names::host(&name);
+            let found = lookup::host(&name);
             let mut hosts = shared.hosts();
             let host = hosts.entry(name).or_default();
             match found {

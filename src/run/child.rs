@@ -20,7 +20,7 @@ use signal_hook::iterator::exfiltrator::WithOrigin;
 use signal_hook::low_level::siginfo::{Cause, Origin};
 
 use super::{OnLost, descendants};
-use crate::client::{self, Hold};
+use crate::client::{self, HeldLock};
 use crate::proto::Outcome;
 
 /// What reaches the command when it is sent to kmutex.
@@ -46,7 +46,7 @@ pub(super) struct Ended {
 /// its end is that of all that it has started.
 pub(super) fn run(
     command: &mut Command,
-    holds: &mut [Hold],
+    holds: &mut [HeldLock],
     inherits: bool,
     on_lost: OnLost,
     tree: bool,
@@ -59,7 +59,7 @@ pub(super) fn run(
     let pid = spawn(command).map_err(Error::Spawn)?;
     if inherits {
         for hold in &mut *holds {
-            hold.has_child(pid.as_raw() as u32);
+            hold.set_child(pid.as_raw() as u32);
         }
     }
     let mut child = Child { pid, job: Job::Running, tree, outcome: None };
@@ -77,9 +77,9 @@ pub(super) fn run(
         }
         if tended
             && lock == Lock::Held
-            && let Err(error) = holds.iter_mut().try_for_each(Hold::tend)
+            && let Err(error) = holds.iter_mut().try_for_each(HeldLock::poll)
         {
-            let limit = holds.iter().filter_map(Hold::stop_within).min();
+            let limit = holds.iter().filter_map(HeldLock::stop_within).min();
             lock = child.lost(&error, on_lost, limit);
         }
         if let Lock::KillAt(time) = lock
@@ -101,11 +101,11 @@ enum Lock {
     Lost,
 }
 
-/// Waits until there are signals, until there is something of the daemon's to tend to, or until it is time to kill.
-fn wait_for_event(signals: &Signals, holds: &[Hold], lock: Lock) -> nix::Result<(bool, bool)> {
+/// Waits until there are signals, until there is something of the daemon's to poll to, or until it is time to kill.
+fn wait_for_event(signals: &Signals, holds: &[HeldLock], lock: Lock) -> nix::Result<(bool, bool)> {
     let holds = if lock == Lock::Held { holds } else { &[] };
     let time = match lock {
-        Lock::Held => holds.iter().filter_map(Hold::tend_at).min(),
+        Lock::Held => holds.iter().filter_map(HeldLock::poll_at).min(),
         Lock::KillAt(time) => Some(time),
         Lock::Lost => None,
     };
@@ -115,7 +115,7 @@ fn wait_for_event(signals: &Signals, holds: &[Hold], lock: Lock) -> nix::Result<
         let millis = left.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
         PollTimeout::try_from(millis).expect("it is from 0 to i32::MAX")
     });
-    let daemons = holds.iter().filter_map(Hold::readable);
+    let daemons = holds.iter().filter_map(HeldLock::readable);
     let mut fds = vec![PollFd::new(signals.0.get_read().as_fd(), PollFlags::POLLIN)];
     fds.extend(daemons.map(|daemon| PollFd::new(daemon, PollFlags::POLLIN)));
     match poll(&mut fds, timeout) {
@@ -263,11 +263,11 @@ impl Child {
     fn lost(&self, error: &client::Error, on_lost: OnLost, limit: Option<Duration>) -> Lock {
         match on_lost {
             OnLost::Continue => {
-                crate::say(format_args!("{error}; the command goes on without it"));
+                crate::message::print(format_args!("{error}; the command goes on without it"));
                 Lock::Lost
             }
             OnLost::Kill(after) => {
-                crate::say(format_args!("{error}; stopping the command"));
+                crate::message::print(format_args!("{error}; stopping the command"));
                 self.signal_all(Signal::SIGTERM);
                 // Killed with some of that time to spare.
                 let after = limit.map_or(after, |limit| after.min(limit * 4 / 5));

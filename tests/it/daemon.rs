@@ -80,7 +80,7 @@ fn a_socket_is_for_its_owner_unless_asked_otherwise() {
 
     let shared = Daemon::with(&["--mode", "660", "--group", "daemon"]);
     assert_eq!(mode(&shared.sock()), 0o660);
-    let gid = kmutex::names::group("daemon").unwrap();
+    let gid = kmutex::lookup::group("daemon").unwrap();
     assert_eq!(fs::metadata(shared.sock()).unwrap().gid(), gid);
 }
 

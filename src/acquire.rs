@@ -6,7 +6,7 @@ mod waiting;
 use std::time::{Duration, Instant};
 
 use crate::addr::{self, Addr};
-use crate::client::{self, Dial, Session, Verdict};
+use crate::client::{self, LockReply, Session, Target};
 use crate::exit;
 use crate::proto::v2::{LockRequest, Mode, Who};
 use crate::proto::{Key, Outcome, Token};
@@ -14,9 +14,9 @@ use waiting::Display;
 
 /// Which lock, and how to ask for it.
 #[derive(Clone, Debug)]
-pub struct Ask {
+pub struct Acquire {
     /// Where the lock is.
-    pub dial: Dial,
+    pub target: Target,
     /// Which lock.
     pub key: Key,
     /// What to do when somebody else holds the lock.
@@ -51,7 +51,7 @@ pub enum Wait {
 pub enum OnPeerFailure {
     /// It is done all the same.
     Skip,
-    /// Ask for the lock again: one of those who waited runs next.
+    /// Acquire for the lock again: one of those who waited runs next.
     Retry,
     /// End as the holder did, also when it did not fail.
     Adopt,
@@ -84,7 +84,7 @@ pub enum Acquired {
     HeldAbove,
 }
 
-impl Ask {
+impl Acquire {
     /// The request, for a command as people are to read it.
     pub fn request(&self, command: String) -> LockRequest {
         let user = ["USER", "LOGNAME"].into_iter().find_map(|name| std::env::var(name).ok());
@@ -108,7 +108,7 @@ impl Ask {
     /// The token of the lock under which this process runs itself, if it is of the same daemon.
     fn within(&self) -> Option<Token> {
         let sock = std::env::var_os(addr::VARIABLE)?;
-        let here = self.dial.addr.absolute().ok()?;
+        let here = self.target.addr.absolute().ok()?;
         if Addr::parse(&sock).ok()?.absolute().ok()? != here {
             return None;
         }
@@ -127,16 +127,16 @@ impl Ask {
         loop {
             let request = LockRequest { nonce: Some(client::nonce()), ..request.clone() };
             let mut display = Display::new(self.key.as_str(), self.verbose);
-            let verdict = client::lock(&self.dial, &request, deadline, &mut display);
+            let reply = client::lock(&self.target, &request, deadline, &mut display);
             drop(display);
-            let (session, verdict) = match verdict {
+            let (session, reply) = match reply {
                 Err(client::Error::TimedOut) => return Ok(Acquired::Busy),
                 other => other?,
             };
-            match verdict {
-                Verdict::Busy(_) => return Ok(Acquired::Busy),
-                Verdict::HeldAbove => return Ok(Acquired::HeldAbove),
-                Verdict::Finished(outcome, token) => match (self.on_peer_failure, outcome) {
+            match reply {
+                LockReply::Busy(_) => return Ok(Acquired::Busy),
+                LockReply::HeldAbove => return Ok(Acquired::HeldAbove),
+                LockReply::Finished(outcome, token) => match (self.on_peer_failure, outcome) {
                     (OnPeerFailure::Retry, Outcome::Exit(1..) | Outcome::Signal(_)) => {
                         self.say(|| format!("the holder has failed ({outcome}); asking again"));
                     }
@@ -150,7 +150,7 @@ impl Ask {
                     }
                     _ => return Ok(Acquired::Finished { outcome, token, status: None }),
                 },
-                Verdict::Granted(token) => {
+                LockReply::Granted(token) => {
                     let waited = asked.elapsed().as_secs_f64();
                     self.say(|| format!("got the lock {:?} after {waited:.6} s", self.key.as_str()));
                     return Ok(Acquired::Granted { request: Box::new(request), session, token });
@@ -162,7 +162,7 @@ impl Ask {
     /// Says something on standard error, if that is wanted.
     pub fn say(&self, what: impl FnOnce() -> String) {
         if self.verbose {
-            crate::say(what());
+            crate::message::print(what());
         }
     }
 }

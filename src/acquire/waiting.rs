@@ -4,7 +4,7 @@
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
 
-use crate::client::Watch;
+use crate::client::WaitObserver;
 use crate::describe;
 use crate::proto::v2::Party;
 
@@ -42,14 +42,14 @@ impl Display<'_> {
     }
 }
 
-impl Watch for Display<'_> {
+impl WaitObserver for Display<'_> {
     fn pause(&self) -> Option<Duration> {
         self.is_terminal.then_some(PAUSE)
     }
 
-    fn waits(&mut self, holders: &[Party], ahead: u32) {
+    fn on_waiting(&mut self, holders: &[Party], ahead: u32) {
         if std::mem::take(&mut self.verbose) {
-            crate::say(self.text(holders, ahead));
+            crate::message::print(self.text(holders, ahead));
         }
         if !self.is_terminal || self.began.elapsed() < PAUSE {
             return;

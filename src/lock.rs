@@ -8,17 +8,17 @@ use std::time::Instant;
 
 use nix::unistd::{Uid, getppid};
 
+use crate::acquire::{Acquire, Acquired};
 use crate::addr::{Addr, Reason};
-use crate::ask::{Acquired, Ask};
-use crate::client::{self, Dial, Session};
+use crate::client::{self, Session, Target};
 use crate::exit::Exit;
-use crate::names;
+use crate::lookup;
 use crate::proto::v2::{Answer, ErrorCode, LockRequest, Request};
 use crate::proto::{Key, Outcome, Token};
 
 /// What became of a lock that was to be taken for a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Taken {
+pub enum LockResult {
     /// The process holds it, with this fencing token.
     Held(Token),
     /// Another holder was done first; the status to end with as well, if that was asked for.
@@ -31,8 +31,8 @@ pub enum Taken {
 ///
 /// # Errors
 /// When there is no such process, it is somebody else's, or the lock cannot be had.
-pub fn lock(ask: &Ask, pid: Option<u32>) -> Result<Taken, Error> {
-    let pid = holder(&ask.dial, pid)?;
+pub fn lock(ask: &Acquire, pid: Option<u32>) -> Result<LockResult, Error> {
+    let pid = holder(&ask.target, pid)?;
     let request = LockRequest {
         // Nobody says how the process ends, so its end is that of the work.
         exec: true,
@@ -43,10 +43,10 @@ pub fn lock(ask: &Ask, pid: Option<u32>) -> Result<Taken, Error> {
         Acquired::Granted { session, token, .. } => {
             // Whatever the shell asks of the daemon next, the lock is known to be its.
             session.leave()?;
-            Ok(Taken::Held(token))
+            Ok(LockResult::Held(token))
         }
-        Acquired::Finished { status, .. } => Ok(Taken::Finished(status)),
-        Acquired::Busy => Ok(Taken::Busy),
+        Acquired::Finished { status, .. } => Ok(LockResult::Finished(status)),
+        Acquired::Busy => Ok(LockResult::Busy),
         Acquired::HeldAbove => Err(client::Error::Deadlock(format!(
             "the lock {:?} is held by process {pid} already, or by what it runs under",
             ask.key.as_str()
@@ -59,9 +59,9 @@ pub fn lock(ask: &Ask, pid: Option<u32>) -> Result<Taken, Error> {
 ///
 /// # Errors
 /// When that process does not hold it, or there is no daemon.
-pub fn unlock(dial: &Dial, key: Key, pid: Option<u32>) -> Result<(), Error> {
-    let pid = holder(dial, pid)?;
-    let mut session = Session::connect(dial, None)?;
+pub fn unlock(target: &Target, key: Key, pid: Option<u32>) -> Result<(), Error> {
+    let pid = holder(target, pid)?;
+    let mut session = Session::connect(target, None)?;
     match session.call(&Request::Unlock { key: key.clone(), pid, outcome: Outcome::Unknown })? {
         Answer::Released => Ok(()),
         Answer::Error { code: ErrorCode::NotHeld, .. } => Err(Error::NotHeld(key, pid)),
@@ -70,9 +70,9 @@ pub fn unlock(dial: &Dial, key: Key, pid: Option<u32>) -> Result<(), Error> {
 }
 
 /// The process that is to hold: one of this user, on this machine.
-fn holder(dial: &Dial, pid: Option<u32>) -> Result<u32, Error> {
-    if !matches!(dial.addr, Addr::Unix(_)) {
-        return Err(Error::NotHere(dial.addr.clone()));
+fn holder(target: &Target, pid: Option<u32>) -> Result<u32, Error> {
+    if !matches!(target.addr, Addr::Unix(_)) {
+        return Err(Error::NotHere(target.addr.clone()));
     }
     let pid = pid.unwrap_or(getppid().as_raw() as u32);
     let owner = std::fs::metadata(format!("/proc/{pid}")).map_err(|e| match e.kind() {
@@ -137,7 +137,7 @@ impl fmt::Display for Error {
             }
             Error::NoProcess(pid) => write!(f, "--pid {pid}: there is no such process"),
             Error::NotYours(pid, uid) => {
-                let user = names::user(*uid).unwrap_or_else(|| "of no name".into());
+                let user = lookup::user(*uid).unwrap_or_else(|| "of no name".into());
                 write!(f, "--pid {pid}: the process is not yours, but that of uid {uid} ({user})")
             }
             Error::Process(pid, error) => {

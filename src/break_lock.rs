@@ -3,7 +3,7 @@
 use std::fmt;
 use std::io::{self, BufRead, IsTerminal, Write};
 
-use crate::client::{self, Dial, Session};
+use crate::client::{self, Session, Target};
 use crate::describe;
 use crate::exit::Exit;
 use crate::proto::Key;
@@ -11,7 +11,7 @@ use crate::proto::v2::{Answer, ErrorCode, LockStatus, Request};
 
 /// Whether to ask first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Consent {
+pub enum Confirm {
     /// It was given.
     Given,
     /// On the terminal that standard input and standard error are.
@@ -22,9 +22,9 @@ pub enum Consent {
 ///
 /// # Errors
 /// When nobody holds it, this user may not, the user says no, or there is no daemon or no terminal.
-pub fn break_lock(dial: &Dial, key: Key, consent: Consent) -> Result<(), Error> {
-    let mut session = Session::connect(dial, None)?;
-    if consent == Consent::Ask {
+pub fn break_lock(target: &Target, key: Key, confirm: Confirm) -> Result<(), Error> {
+    let mut session = Session::connect(target, None)?;
+    if confirm == Confirm::Ask {
         let status = session.status_of(&key)?.filter(|status| status.holding > 0);
         let status = status.ok_or_else(|| Error::NotHeld(key.clone()))?;
         ask(&key, &status)?;

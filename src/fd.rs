@@ -11,7 +11,7 @@ use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_op
 ///
 /// # Errors
 /// When it is not open.
-pub fn file(number: u32) -> io::Result<File> {
+pub fn dup(number: u32) -> io::Result<File> {
     let raw = i32::try_from(number).map_err(|_| io::Error::from(nix::Error::EBADF))?;
     // Asked of the kernel: to open it by its name fails for the pipe of a supervisor that is another user, and for a
     // socket.

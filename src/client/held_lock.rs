@@ -5,7 +5,7 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use super::lease::Lease;
-use super::{Dial, Error, PAUSE_MAX, PAUSE_MIN, Session};
+use super::{Error, PAUSE_MAX, PAUSE_MIN, Session, Target};
 use crate::clock;
 use crate::proto::v2::{Answer, LockRequest, Request};
 use crate::proto::{Key, Outcome, Token};
@@ -19,8 +19,8 @@ const CONNECT_WAIT: Duration = Duration::from_secs(1);
 
 /// A lock that is held. Dropping it closes the connection, and the lock goes with it.
 #[derive(Debug)]
-pub struct Hold {
-    dial: Dial,
+pub struct HeldLock {
+    target: Target,
     /// What resumes it.
     request: LockRequest,
     token: Token,
@@ -44,12 +44,12 @@ enum Link {
     },
 }
 
-impl Hold {
+impl HeldLock {
     /// A lock that was just granted to `request` with this token, on this session.
-    pub fn new(dial: Dial, request: LockRequest, mut session: Session, token: Token) -> Hold {
+    pub fn new(target: Target, request: LockRequest, mut session: Session, token: Token) -> HeldLock {
         let request = LockRequest { holds: Some(token), ..request };
         let lease = session.lease.take();
-        Hold { dial, request, token, link: Link::Up(session), name_child_at: None, lease }
+        HeldLock { target, request, token, link: Link::Up(session), name_child_at: None, lease }
     }
 
     /// Which lock.
@@ -62,7 +62,7 @@ impl Hold {
         self.token
     }
 
-    /// What becomes readable when [`Hold::tend`] should be called. `None`: while the daemon is away.
+    /// What becomes readable when [`HeldLock::poll`] should be called. `None`: while the daemon is away.
     pub fn readable(&self) -> Option<BorrowedFd<'_>> {
         match &self.link {
             Link::Up(session) | Link::Resuming(session) => Some(session.as_fd()),
@@ -70,8 +70,8 @@ impl Hold {
         }
     }
 
-    /// When [`Hold::tend`] should be called although nothing is readable.
-    pub fn tend_at(&self) -> Option<Instant> {
+    /// When [`HeldLock::poll`] should be called although nothing is readable.
+    pub fn poll_at(&self) -> Option<Instant> {
         let due = match self.link {
             Link::Down { retry_at, .. } => Some(retry_at),
             Link::Up(_) | Link::Resuming(_) => self.name_child_at,
@@ -86,11 +86,11 @@ impl Hold {
     }
 
     /// A process has inherited the lock, which therefore lasts as long as it lives too. The daemon is told with the next
-    /// resumption, or when [`Hold::tend`] is called after a moment.
+    /// resumption, or when [`HeldLock::poll`] is called after a moment.
     ///
     /// (Until then the process has the connection itself, which tells the daemon of its end. Were this client and the
     /// daemon both killed before it is told, the next daemon would have to look for the process.)
-    pub fn has_child(&mut self, pid: u32) {
+    pub fn set_child(&mut self, pid: u32) {
         self.request.child = Some(pid);
         self.name_child_at = Some(Instant::now() + NAME_CHILD_AFTER);
     }
@@ -109,9 +109,9 @@ impl Hold {
     ///
     /// # Errors
     /// [`Error::Lost`] when the lock was lost.
-    pub fn tend(&mut self) -> Result<(), Error> {
+    pub fn poll(&mut self) -> Result<(), Error> {
         self.name_child_if_due();
-        self.look_after_lease()?;
+        self.check_lease()?;
         loop {
             match std::mem::replace(&mut self.link, Link::down()) {
                 Link::Up(mut session) => match session.try_receive() {
@@ -151,7 +151,7 @@ impl Hold {
                     self.link = Link::Down { retry_at, pause };
                     return Ok(());
                 }
-                Link::Down { pause, .. } => match self.ask_again() {
+                Link::Down { pause, .. } => match self.resume() {
                     Ok(session) => {
                         self.name_child_at = None;
                         self.link = Link::Resuming(session);
@@ -187,12 +187,12 @@ impl Hold {
             if let Link::Up(_) = self.link {
                 self.link = Link::down();
             }
-            self.tend()?;
+            self.poll()?;
             self.wait(give_up)?;
         }
     }
 
-    /// Waits until there is something to tend to, or until `deadline`.
+    /// Waits until there is something to poll to, or until `deadline`.
     fn wait(&self, deadline: Instant) -> Result<(), Error> {
         match &self.link {
             Link::Up(_) => Ok(()),
@@ -208,7 +208,7 @@ impl Hold {
         }
     }
 
-    fn look_after_lease(&mut self) -> Result<(), Error> {
+    fn check_lease(&mut self) -> Result<(), Error> {
         let Some(lease) = &mut self.lease else { return Ok(()) };
         if lease.is_over() {
             let why = "the daemon has not said for too long that this host has it still";
@@ -222,8 +222,8 @@ impl Hold {
         Ok(())
     }
 
-    fn ask_again(&mut self) -> Result<Session, Error> {
-        let mut session = Session::connect(&self.dial, Some(Instant::now() + CONNECT_WAIT))?;
+    fn resume(&mut self) -> Result<Session, Error> {
+        let mut session = Session::connect(&self.target, Some(Instant::now() + CONNECT_WAIT))?;
         if let Some(lease) = &mut self.lease {
             lease.asked(clock::now());
         }
