@@ -6,7 +6,7 @@
 //! | `server.rs` | the loop, and who is told in which order |
 //! | `accept.rs` | taking connections, up to the limits |
 //! | `listener.rs` | the sockets that are listened on |
-//! | `claim.rs` | one daemon a socket |
+//! | `socket_lock.rs` | one daemon a socket |
 //! | `connection.rs` | one client's descriptor and buffers |
 //! | `v1.rs`, `v2.rs` | the protocols: bytes to the table, effects to bytes |
 //! | `recorder.rs` | the table's changes to the journal |
@@ -16,8 +16,7 @@
 //! | `log.rs` | what is logged |
 
 mod accept;
-mod claim;
-#[cfg_attr(not(feature = "etcd"), path = "daemon/alone.rs")]
+#[cfg_attr(not(feature = "etcd"), path = "daemon/cluster_disabled.rs")]
 mod cluster;
 mod connection;
 mod failpoint;
@@ -27,6 +26,7 @@ mod orphans;
 mod processes;
 mod recorder;
 mod server;
+mod socket_lock;
 mod v1;
 mod v2;
 
@@ -42,7 +42,6 @@ use crate::addr::{self, Addr, Reason};
 use crate::exit::Exit;
 use crate::fd;
 use crate::journal;
-use claim::Claim;
 #[cfg(feature = "etcd")]
 pub use cluster::Config as Sharing;
 pub use listener::Access;
@@ -50,6 +49,7 @@ use listener::Listener;
 pub use log::{Target as LogTarget, init as init_log};
 use recorder::Recorder;
 use server::Server;
+use socket_lock::SocketLock;
 
 /// What to serve, and how.
 #[derive(Clone, Debug)]
@@ -122,7 +122,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     #[cfg(feature = "etcd")]
     let etcd = etcd.transpose().map_err(Error::Etcd)?;
     if config.detach {
-        refuse_to_be_alone(config)?;
+        refuse_without_cluster(config)?;
     }
     let mut listeners = Listener::inherit()?;
     if listeners.is_empty() {
@@ -132,12 +132,12 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     let recorder = open_recorder(config, &listeners)?;
     if recorder.lease().is_some() {
         // Since it was looked at first.
-        refuse_to_be_alone(config)?;
+        refuse_without_cluster(config)?;
     }
     if config.detach {
         // Whoever started this waits for the process that ends here, and may connect from then on.
         nix::unistd::daemon(false, false).map_err(|e| Error::Os("detach", e.into()))?;
-        listeners.iter_mut().try_for_each(Listener::sign)?;
+        listeners.iter_mut().try_for_each(Listener::write_pid)?;
     }
     for listener in &listeners {
         info!("serving on {}", listener.name());
@@ -148,7 +148,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
         let sharing = cluster::share(config, client, server.recorder.lease())?;
         server.share(sharing).map_err(|e| Error::Os("share locks", e))?;
     }
-    tell_ready(ready).map_err(|e| Error::Os("tell that it serves", e))?;
+    notify_ready(ready).map_err(|e| Error::Os("tell that it serves", e))?;
     let reason = server.run().map_err(|e| Error::Os("wait for events", e))?;
     info!("stopping: {reason}");
     server.finish();
@@ -157,7 +157,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
 
 /// A client starts this because there is no daemon. Where there was one that has shared its locks with other hosts, this one
 /// would give locks that they hold. It is looked at before anything is taken that the daemon needs which is wanted there.
-fn refuse_to_be_alone(config: &Config) -> Result<(), Error> {
+fn refuse_without_cluster(config: &Config) -> Result<(), Error> {
     let unix = config.addrs.iter().find_map(|addr| match addr {
         Addr::Unix(path) => Some(path),
         Addr::Loopback(_) | Addr::Tcp { .. } => None,
@@ -184,8 +184,8 @@ fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Er
     }
     if let Some(path) = &config.state {
         let path = std::path::absolute(path).map_err(|error| Error::Journal { path: path.clone(), error })?;
-        let claim = Claim::take(&path)?;
-        return Recorder::open(&path, Some(claim), config);
+        let socket_lock = SocketLock::take(&path)?;
+        return Recorder::open(&path, Some(socket_lock), config);
     }
     let Some(socket) = listeners.iter().find_map(Listener::path) else {
         info!("no Unix socket and no --state: what is held will not survive this daemon");
@@ -205,7 +205,7 @@ fn take_ready_fd(number: u32) -> Result<File, Error> {
 }
 
 /// Tells whoever started this, if it asked: by a newline on a descriptor, or as systemd wants it (sd_notify(3)).
-fn tell_ready(descriptor: Option<File>) -> io::Result<()> {
+fn notify_ready(descriptor: Option<File>) -> io::Result<()> {
     if let Some(mut file) = descriptor {
         file.write_all(b"\n")?;
     }
@@ -238,7 +238,7 @@ pub enum Error {
         error: io::Error,
     },
     /// The lock file that goes with a socket cannot be had.
-    Claim {
+    LockFile {
         /// The lock file.
         path: PathBuf,
         /// Why.
@@ -293,7 +293,7 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Error::Addr(error) => error.exit(),
-            Error::Bind { .. } | Error::Claim { .. } | Error::Journal { .. } => Exit::CannotCreate,
+            Error::Bind { .. } | Error::LockFile { .. } | Error::Journal { .. } => Exit::CannotCreate,
             Error::Served { .. } => Exit::Busy,
             Error::Shared { .. } => Exit::Unavailable,
             Error::Group { .. } | Error::ReadyFd { .. } => Exit::Usage,
@@ -315,7 +315,7 @@ impl fmt::Display for Error {
         match self {
             Error::Addr(error) => error.fmt(f),
             Error::Bind { addr, error } => write!(f, "cannot serve on {addr}: {}", Reason(error)),
-            Error::Claim { path, error } => write!(f, "cannot lock {}: {}", path.display(), Reason(error)),
+            Error::LockFile { path, error } => write!(f, "cannot lock {}: {}", path.display(), Reason(error)),
             Error::Journal { path, error } => {
                 write!(f, "cannot use the journal {}: {}", path.display(), Reason(error))
             }

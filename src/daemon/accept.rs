@@ -137,9 +137,9 @@ impl Server {
                 return self.acceptor.pause(Accepting::Full, &self.epoll);
             }
             match self.acceptor.listeners[index].accept() {
-                Ok(fd) => self.welcome(index, fd, buffer),
+                Ok(fd) => self.register(index, fd, buffer),
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) if listener::concerns_one_client(&e) => debug!("accept: {}", Reason(&e)),
+                Err(e) if listener::is_per_connection_error(&e) => debug!("accept: {}", Reason(&e)),
                 Err(e) => {
                     if self.acceptor.warns_again(self.now) {
                         warn!("cannot accept: {}; trying again when there is room", Reason(&e));
@@ -152,7 +152,7 @@ impl Server {
         Ok(())
     }
 
-    fn welcome(&mut self, index: usize, fd: OwnedFd, buffer: &mut [u8]) {
+    fn register(&mut self, index: usize, fd: OwnedFd, buffer: &mut [u8]) {
         let is_unix = self.acceptor.listeners[index].is_unix();
         let peer = if is_unix { addr::peer(&fd).ok() } else { None };
         if !self.acceptor.admit(peer) {
@@ -169,7 +169,7 @@ impl Server {
         let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Connection(client, generation).pack());
         if let Err(e) = self.epoll.add(&self.connections[client.0 as usize], event) {
             warn!("cannot watch a connection: {e}");
-            return self.doom(client, "it cannot be watched");
+            return self.close_after_flush(client, "it cannot be watched");
         }
         debug!("connect: {} on {}", self.name(client), self.acceptor.listeners[index].name());
         // Most clients have sent their request by now, and need not wait for another turn.

@@ -386,7 +386,7 @@ impl Server {
     fn with_cluster(&mut self, event: impl FnOnce(&mut Sharing, &mut Table, Millis, &mut Effects)) {
         let Some(sharing) = &mut self.sharing else { return };
         event(sharing, &mut self.table, self.now, &mut self.effects);
-        self.carry_out();
+        self.dispatch_effects();
     }
 
     /// How long what a client holds may be relied on, if that has an end.

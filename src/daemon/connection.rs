@@ -28,7 +28,7 @@ pub(super) struct Connection {
     /// The kernel took only part of the output: the rest goes when the socket is writable.
     pub(super) blocked: bool,
     /// It has given up all it had, and is closed when what is in `output` was sent or cannot be.
-    pub(super) doomed: bool,
+    pub(super) closing: bool,
     /// On a Unix socket, so that it is known who it is. (The two are not an `Option`, which would take four bytes more, of
     /// each of very many connections. The same goes for `unfinished`.)
     has_peer: bool,
@@ -70,7 +70,7 @@ impl Connection {
             protocol: Protocol::V1,
             dirty: false,
             blocked: false,
-            doomed: false,
+            closing: false,
             has_peer: peer.is_some(),
             peer: peer.unwrap_or(Peer { pid: 0, uid: 0 }),
             child: 0,

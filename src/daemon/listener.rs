@@ -18,7 +18,7 @@ use nix::sys::stat::{Mode, umask};
 use nix::unistd::Gid;
 
 use super::Error;
-use super::claim::Claim;
+use super::socket_lock::SocketLock;
 use crate::addr::{self, Addr};
 use crate::lookup;
 
@@ -41,7 +41,7 @@ enum Socket {
     Unix {
         listener: UnixListener,
         path: PathBuf,
-        claim: Claim,
+        socket_lock: SocketLock,
         /// It was made here, and goes with this daemon.
         ours: bool,
     },
@@ -115,9 +115,9 @@ impl Listener {
     }
 
     /// Writes this process's id into the lock file, for whoever is refused because of it.
-    pub(super) fn sign(&mut self) -> Result<(), Error> {
+    pub(super) fn write_pid(&mut self) -> Result<(), Error> {
         match &mut self.socket {
-            Socket::Unix { claim, .. } => claim.sign(),
+            Socket::Unix { socket_lock, .. } => socket_lock.write_pid(),
             Socket::Tcp(_) => Ok(()),
         }
     }
@@ -135,7 +135,7 @@ impl AsFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Socket::Unix { path, ours: true, .. } = &self.socket {
-            // The claim is still held, so the name is surely ours. Whoever comes next replaces a socket that could not
+            // The lock is still held, so the name is surely ours. Whoever comes next replaces a socket that could not
             // be removed, so there is nothing to say of it.
             let _ = fs::remove_file(path);
         }
@@ -144,7 +144,7 @@ impl Drop for Listener {
 
 /// True for errors of accept(2) that say something of the connection at the head of the line, and nothing of those
 /// behind it (accept(2), "Error handling").
-pub(super) fn concerns_one_client(error: &io::Error) -> bool {
+pub(super) fn is_per_connection_error(error: &io::Error) -> bool {
     use nix::Error as E;
     matches!(
         error.raw_os_error().map(nix::Error::from_raw),
@@ -166,7 +166,7 @@ pub(super) fn concerns_one_client(error: &io::Error) -> bool {
 
 fn bind_unix(path: &Path, mode: u32, gid: Option<Gid>) -> Result<Listener, Error> {
     let error = |e| Error::bind(&Addr::Unix(path.into()), e);
-    let claim = Claim::take(path)?;
+    let socket_lock = SocketLock::take(path)?;
     remove_dead_socket(path)?;
     // The mask, because a socket is connectable from the moment that it has a name.
     let old = umask(Mode::from_bits_truncate(0o177));
@@ -176,7 +176,7 @@ fn bind_unix(path: &Path, mode: u32, gid: Option<Gid>) -> Result<Listener, Error
     listener.set_nonblocking(true).map_err(error)?;
     listen(&listener, Backlog::MAXCONN).map_err(|e| error(e.into()))?;
     let listener = Listener {
-        socket: Socket::Unix { listener, path: path.into(), claim, ours: true },
+        socket: Socket::Unix { listener, path: path.into(), socket_lock, ours: true },
         name: path.display().to_string(),
     };
     // The group first: a mode that lets the group in must not let the old group in.
@@ -192,9 +192,9 @@ fn inherit_unix(listener: UnixListener) -> Result<Listener, Error> {
     listener.set_nonblocking(true).map_err(error)?;
     let addr = listener.local_addr().map_err(error)?;
     let path = addr.as_pathname().ok_or_else(|| error(io::Error::other("it has no path")))?.to_owned();
-    let claim = Claim::take(&path)?;
+    let socket_lock = SocketLock::take(&path)?;
     let name = path.display().to_string();
-    Ok(Listener { socket: Socket::Unix { listener, path, claim, ours: false }, name })
+    Ok(Listener { socket: Socket::Unix { listener, path, socket_lock, ours: false }, name })
 }
 
 /// Makes room for a socket at a path that this process has claimed.
@@ -208,7 +208,7 @@ fn remove_dead_socket(path: &Path) -> Result<(), Error> {
         }
         Ok(_) => {}
     }
-    // A daemon of another make takes no claim, so the socket is asked as well.
+    // A daemon of another make takes no such lock, so the socket is asked as well.
     match addr::who_serves(path) {
         Ok(peer) => Err(Error::Served { path: path.into(), pid: Some(peer.pid) }),
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(error),

@@ -8,7 +8,7 @@ use std::os::fd::OwnedFd;
 use log::{debug, info, warn};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
-use super::processes::Watch;
+use super::processes::Liveness;
 use super::server::{Server, Source};
 use crate::addr::Reason;
 use crate::journal::Record;
@@ -31,7 +31,7 @@ struct Orphan {
 
 impl Orphan {
     /// It was taken for a process that is not its client (`kmutex lock`), which is not expected to come back.
-    fn is_left(&self) -> bool {
+    fn is_handed_over(&self) -> bool {
         self.record.held.terms.exec && self.record.child != 0 && (self.is_command || !self.is_restored)
     }
 }
@@ -50,13 +50,13 @@ impl Orphans {
     }
 
     /// True when its client should have come back since a restart of the daemon, and has not.
-    pub(super) fn is_missed(&self, token: Token) -> bool {
-        self.0.get(&token).is_some_and(|orphan| orphan.is_restored && !orphan.is_left())
+    pub(super) fn awaits_resume(&self, token: Token) -> bool {
+        self.0.get(&token).is_some_and(|orphan| orphan.is_restored && !orphan.is_handed_over())
     }
 
     /// True when it was taken for this process.
-    pub(super) fn is_left_to(&self, token: Token, pid: u32) -> bool {
-        self.0.get(&token).is_some_and(|orphan| orphan.is_left() && orphan.record.child == pid)
+    pub(super) fn is_held_by(&self, token: Token, pid: u32) -> bool {
+        self.0.get(&token).is_some_and(|orphan| orphan.is_handed_over() && orphan.record.child == pid)
     }
 
     /// It has come back, or has ended.
@@ -74,7 +74,7 @@ impl Server {
         for record in inherited {
             let token = record.held.token;
             if !self.restore(record)? {
-                self.recorder.strike(token);
+                self.recorder.hold_ended(token);
             }
         }
         match self.recorder.orphans.0.len() {
@@ -86,18 +86,18 @@ impl Server {
 
     /// False: the hold has ended.
     fn restore(&mut self, record: Record) -> io::Result<bool> {
-        let (process, is_command) = match Watch::process(record.pid, record.recorded)? {
-            Watch::Ended => (Watch::command(&record)?, true),
+        let (process, is_command) = match Liveness::of_process(record.pid, record.recorded)? {
+            Liveness::Exited => (Liveness::of_command(&record)?, true),
             other => (other, false),
         };
         let mut held = record.held;
         let grace = self.now.plus(self.grace);
         match &process {
-            Watch::Ended => return Ok(false),
+            Liveness::Exited => return Ok(false),
             // It will come back, or end.
-            Watch::Process(_) if held.terms.protocol == 2 => held.until = None,
+            Liveness::Alive(_) if held.terms.protocol == 2 => held.until = None,
             // It may live and not hold any more, and cannot be asked.
-            Watch::Process(_) | Watch::Nobody => {
+            Liveness::Alive(_) | Liveness::Unknown => {
                 held.until = Some(held.until.map_or(grace, |until| until.min(grace)))
             }
         }
@@ -109,7 +109,7 @@ impl Server {
             .orphans
             .0
             .insert(token, Orphan { record, process: None, is_command, is_restored: true });
-        if let Watch::Process(process) = process {
+        if let Liveness::Alive(process) = process {
             self.watch_orphan(token, process)?;
         }
         Ok(true)
@@ -117,7 +117,7 @@ impl Server {
 
     /// A client's stream has ended, perhaps while it held a lock that its command has inherited. If the command lives
     /// though nobody has this connection any more (it has closed it, or the lock was resumed since), the lock is its.
-    pub(super) fn leave_to_child(&mut self, client: ClientId) {
+    pub(super) fn hand_over_to_child(&mut self, client: ClientId) {
         let child = self.connections[client.0 as usize].child;
         if child == 0 {
             return;
@@ -126,7 +126,7 @@ impl Server {
         else {
             return;
         };
-        let Ok(Watch::Process(process)) = Watch::process(child, self.now) else { return };
+        let Ok(Liveness::Alive(process)) = Liveness::of_process(child, self.now) else { return };
         let token = record.held.token;
         self.table.detach(client);
         let orphan = Orphan { record, process: None, is_command: true, is_restored: false };
@@ -151,17 +151,17 @@ impl Server {
         let Some(orphan) = self.recorder.orphans.0.get_mut(&token) else { return };
         orphan.process = None;
         let next = match std::mem::replace(&mut orphan.is_command, true) {
-            true => Ok(Watch::Ended),
-            false => Watch::command(&orphan.record),
+            true => Ok(Liveness::Exited),
+            false => Liveness::of_command(&orphan.record),
         };
         let result = next.and_then(|next| match next {
-            Watch::Process(process) => self.watch_orphan(token, process),
-            Watch::Ended => {
+            Liveness::Alive(process) => self.watch_orphan(token, process),
+            Liveness::Exited => {
                 debug!("the process of token {token} has ended");
-                self.feed(|table, now, effects| table.orphan_ended(now, token, effects));
+                self.apply(|table, now, effects| table.orphan_ended(now, token, effects));
                 Ok(())
             }
-            Watch::Nobody => {
+            Liveness::Unknown => {
                 self.table.limit_orphan(token, self.now.plus(self.grace));
                 Ok(())
             }

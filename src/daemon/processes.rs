@@ -13,36 +13,36 @@ use crate::proto::Token;
 use crate::table::Millis;
 
 /// What can be watched of a holder.
-pub(super) enum Watch {
+pub(super) enum Liveness {
     /// A process of it lives. The descriptor is readable when it has ended (pidfd_open(2)).
-    Process(OwnedFd),
+    Alive(OwnedFd),
     /// Its processes have ended.
-    Ended,
+    Exited,
     /// No process of it is known here, or this kernel has no way to watch it.
-    Nobody,
+    Unknown,
 }
 
-impl Watch {
+impl Liveness {
     /// Watches the process with this number, if it lives and is the one that was meant when it was recorded, and not a
     /// later one that was given the same number. 0 is no process.
-    pub(super) fn process(pid: u32, recorded: Millis) -> io::Result<Watch> {
-        let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(Watch::Nobody) };
+    pub(super) fn of_process(pid: u32, recorded: Millis) -> io::Result<Liveness> {
+        let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(Liveness::Unknown) };
         match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(_) if started(pid).is_some_and(|start| start > recorded) => Ok(Watch::Ended),
+            Ok(_) if start_time(pid).is_some_and(|start| start > recorded) => Ok(Liveness::Exited),
             // Where it cannot be read when it started, it is taken for the right one, whose end is told.
-            Ok(process) => Ok(Watch::Process(process)),
-            Err(rustix::io::Errno::SRCH) => Ok(Watch::Ended),
-            Err(rustix::io::Errno::NOSYS) => Ok(Watch::Nobody),
+            Ok(process) => Ok(Liveness::Alive(process)),
+            Err(rustix::io::Errno::SRCH) => Ok(Liveness::Exited),
+            Err(rustix::io::Errno::NOSYS) => Ok(Liveness::Unknown),
             Err(e) => Err(e.into()),
         }
     }
 
     /// Watches the command that has inherited the lock from a process that has ended.
-    pub(super) fn command(record: &Record) -> io::Result<Watch> {
+    pub(super) fn of_command(record: &Record) -> io::Result<Liveness> {
         match (record.child, record.held.terms.inherits) {
-            (0, false) => Ok(Watch::Ended),
-            (0, true) => heir(record),
-            (child, _) => Watch::process(child, record.recorded),
+            (0, false) => Ok(Liveness::Exited),
+            (0, true) => find_command_by_token(record),
+            (child, _) => Liveness::of_process(child, record.recorded),
         }
     }
 }
@@ -52,7 +52,7 @@ impl Watch {
 ///
 /// Only root and the command's own user may read an environment (proc(5), /proc/PID/environ). What cannot be read may be
 /// the command, so if nothing is found the answer is that nobody knows, unless all was seen.
-fn heir(record: &Record) -> io::Result<Watch> {
+fn find_command_by_token(record: &Record) -> io::Result<Liveness> {
     let mine = Uid::effective().as_raw();
     let mut all_seen = record.held.uid == Some(mine);
     let mut found = Vec::new();
@@ -64,7 +64,7 @@ fn heir(record: &Record) -> io::Result<Watch> {
         if !entry.metadata().is_ok_and(|meta| is_holders(meta.uid())) {
             continue;
         }
-        let Some(start) = started(pid).filter(|start| start.plus(CLOCK_STEP) >= record.granted) else {
+        let Some(start) = start_time(pid).filter(|start| start.plus(CLOCK_STEP) >= record.granted) else {
             continue;
         };
         match fs::read(entry.path().join("environ")) {
@@ -78,9 +78,9 @@ fn heir(record: &Record) -> io::Result<Watch> {
         }
     }
     match found.into_iter().min_by_key(|&(start, pid)| (start, pid.as_raw_nonzero())) {
-        Some((start, pid)) => Watch::process(pid.as_raw_nonzero().get() as u32, start),
-        None if all_seen => Ok(Watch::Ended),
-        None => Ok(Watch::Nobody),
+        Some((start, pid)) => Liveness::of_process(pid.as_raw_nonzero().get() as u32, start),
+        None if all_seen => Ok(Liveness::Exited),
+        None => Ok(Liveness::Unknown),
     }
 }
 
@@ -99,7 +99,7 @@ fn has_token(environment: &[u8], token: Token) -> bool {
 const CLOCK_STEP: Millis = Millis(10);
 
 /// When a process was started, by the clock that counts from boot (proc(5), /proc/PID/stat, starttime).
-fn started(pid: Pid) -> Option<Millis> {
+fn start_time(pid: Pid) -> Option<Millis> {
     let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
     // The second field is a name in brackets, which may have anything in it.
     let (_, after_name) = stat.rsplit_once(')')?;
@@ -115,11 +115,14 @@ mod tests {
     #[test]
     fn a_process_that_started_later_is_another_with_the_same_number() {
         let me = std::process::id();
-        let start = started(Pid::from_raw(me as i32).unwrap()).unwrap();
-        assert!(matches!(Watch::process(me, start), Ok(Watch::Process(_))));
-        assert!(matches!(Watch::process(me, Millis(start.0 - 1)), Ok(Watch::Ended)));
-        assert!(matches!(Watch::process(0, start), Ok(Watch::Nobody)));
-        assert!(matches!(Watch::process(u32::MAX, start), Ok(Watch::Nobody)), "no process has such a number");
+        let start = start_time(Pid::from_raw(me as i32).unwrap()).unwrap();
+        assert!(matches!(Liveness::of_process(me, start), Ok(Liveness::Alive(_))));
+        assert!(matches!(Liveness::of_process(me, Millis(start.0 - 1)), Ok(Liveness::Exited)));
+        assert!(matches!(Liveness::of_process(0, start), Ok(Liveness::Unknown)));
+        assert!(
+            matches!(Liveness::of_process(u32::MAX, start), Ok(Liveness::Unknown)),
+            "no process has such a number"
+        );
     }
 
     #[test]

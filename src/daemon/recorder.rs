@@ -5,11 +5,11 @@ use std::path::Path;
 
 use log::{error, info, warn};
 
-use super::claim::Claim;
 use super::connection::Protocol;
 use super::failpoint;
 use super::orphans::Orphans;
 use super::server::Server;
+use super::socket_lock::SocketLock;
 use super::{Config, Error, v2};
 use crate::addr::Reason;
 use crate::journal::{self, BootId, Journal, Record};
@@ -20,7 +20,7 @@ use crate::table::{Change, ClientId, RequestView};
 pub(super) struct Recorder {
     journal: Option<Journal>,
     /// Beside a socket, the socket's claim covers the journal too.
-    _claim: Option<Claim>,
+    _socket_lock: Option<SocketLock>,
     /// Those to whom the changes that are not written yet gave a lock, and how much else they are to be sent before they
     /// hear of it.
     granted: Vec<(ClientId, usize)>,
@@ -37,7 +37,7 @@ impl Recorder {
     pub(super) fn none() -> Recorder {
         Recorder {
             journal: None,
-            _claim: None,
+            _socket_lock: None,
             granted: Vec::new(),
             inherited: Vec::new(),
             last_token: None,
@@ -47,7 +47,11 @@ impl Recorder {
     }
 
     /// Reads the journal at `path`, and goes on with it.
-    pub(super) fn open(path: &Path, claim: Option<Claim>, config: &Config) -> Result<Recorder, Error> {
+    pub(super) fn open(
+        path: &Path,
+        socket_lock: Option<SocketLock>,
+        config: &Config,
+    ) -> Result<Recorder, Error> {
         let error = |error| Error::Journal { path: path.into(), error };
         let boot = boot_id().map_err(error)?;
         let mut loaded = journal::load(path, &boot);
@@ -61,7 +65,7 @@ impl Recorder {
         let journal = Journal::create(path, boot, loaded.lease, &loaded.records).map_err(error)?;
         Ok(Recorder {
             journal: Some(journal),
-            _claim: claim,
+            _socket_lock: socket_lock,
             inherited: loaded.records,
             last_token: loaded.last_token,
             lease: loaded.lease,
@@ -107,7 +111,7 @@ impl Recorder {
     }
 
     /// A hold that was in the journal has ended before the table knew of it.
-    pub(super) fn strike(&mut self, token: Token) {
+    pub(super) fn hold_ended(&mut self, token: Token) {
         if let Some(journal) = &mut self.journal {
             journal.strike(token);
         }
@@ -142,7 +146,7 @@ impl Server {
             }
             Change::Ended(token) => {
                 self.recorder.orphans.forget(token);
-                self.recorder.strike(token);
+                self.recorder.hold_ended(token);
             }
         }
     }
@@ -208,14 +212,14 @@ impl Server {
     /// Takes back what a client was given in this turn, before it hears of it. `told`: how much else it is to be sent.
     fn refuse(&mut self, client: ClientId, told: usize) {
         let connection = &mut self.connections[client.0 as usize];
-        if connection.doomed {
+        if connection.closing {
             return;
         }
         connection.output().truncate(told);
         if let Protocol::V2 { .. } = connection.protocol {
             self.answer(client, &v2::cannot_record());
         }
-        self.doom(client, "its lock cannot be recorded");
+        self.close_after_flush(client, "its lock cannot be recorded");
     }
 
     /// Writes the journal anew, with nothing but what is held.

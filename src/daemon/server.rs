@@ -46,7 +46,7 @@ pub(super) struct Server {
     pub(super) sharing: Option<Box<Sharing>>,
     /// What has changed in the table that they may have to be asked or told.
     pub(super) stirred: Vec<Stir>,
-    /// Those with output, or doomed: they are seen to at the end of the turn.
+    /// Those with output, or closing: they are seen to at the end of the turn.
     dirty: Vec<ClientId>,
     /// When those are cut off that have sent part of a message.
     unfinished: BTreeSet<(Millis, ClientId)>,
@@ -175,10 +175,10 @@ impl Server {
                 && (turns_full == 0 || turns_full > self.connections.len() / EVENTS_MAX + 1)
             {
                 turns_full = 0;
-                self.feed(|table, now, effects| table.settle(now, mark, effects));
+                self.apply(|table, now, effects| table.settle(now, mark, effects));
             }
             self.expire();
-            self.deliver();
+            self.flush_turn();
             if self.acceptor.is_due(self.now) {
                 self.acceptor.resume(&self.epoll)?;
             }
@@ -226,12 +226,12 @@ impl Server {
     }
 
     fn expire(&mut self) {
-        self.feed(|table, now, effects| table.expire(now, effects));
+        self.apply(|table, now, effects| table.expire(now, effects));
         while let Some(&(deadline, client)) = self.unfinished.first()
             && deadline <= self.now
         {
             self.unfinished.pop_first();
-            self.doom(client, "it has not finished what it began to send");
+            self.close_after_flush(client, "it has not finished what it began to send");
         }
     }
 
@@ -258,17 +258,17 @@ impl Server {
 
     pub(super) fn read(&mut self, client: ClientId, buffer: &mut [u8]) {
         let connection = &mut self.connections[client.0 as usize];
-        if connection.doomed {
+        if connection.closing {
             return;
         }
         match connection.read(buffer) {
             Ok(0) => {
-                self.leave_to_child(client);
-                self.doom(client, "end of stream");
+                self.hand_over_to_child(client);
+                self.close_after_flush(client, "end of stream");
             }
             Ok(bytes) => self.received(client, &buffer[..bytes]),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
-            Err(e) => self.doom(client, e.desc()),
+            Err(e) => self.close_after_flush(client, e.desc()),
         }
     }
 
@@ -290,14 +290,14 @@ impl Server {
             joined = [&earlier, bytes].concat();
             rest = &joined;
         }
-        while !self.connections[client.0 as usize].doomed {
+        while !self.connections[client.0 as usize].closing {
             let taken = match self.connections[client.0 as usize].protocol {
                 Protocol::V1 => self.received_v1(client, &mut rest),
                 Protocol::V2 { .. } => self.received_v2(client, &mut rest),
             };
             if !taken {
                 // Of one message, its first piece says until when all must be there.
-                self.keep(client, rest, deadline);
+                self.buffer_partial(client, rest, deadline);
                 break;
             }
             deadline = Millis::NEVER;
@@ -305,9 +305,9 @@ impl Server {
     }
 
     /// Keeps the beginning of a message until the rest of it comes, which must not take for ever.
-    fn keep(&mut self, client: ClientId, rest: &[u8], deadline: Millis) {
+    fn buffer_partial(&mut self, client: ClientId, rest: &[u8], deadline: Millis) {
         let connection = &mut self.connections[client.0 as usize];
-        if rest.is_empty() || connection.doomed {
+        if rest.is_empty() || connection.closing {
             return;
         }
         connection.input.extend_from_slice(rest);
@@ -317,14 +317,14 @@ impl Server {
     }
 
     /// Lets the table handle something, and carries out what it says.
-    pub(super) fn feed<T>(&mut self, event: impl FnOnce(&mut Table, Millis, &mut Effects) -> T) -> T {
+    pub(super) fn apply<T>(&mut self, event: impl FnOnce(&mut Table, Millis, &mut Effects) -> T) -> T {
         let result = event(&mut self.table, self.now, &mut self.effects);
-        self.carry_out();
+        self.dispatch_effects();
         result
     }
 
     /// Records and tells what the table has said.
-    pub(super) fn carry_out(&mut self) {
+    pub(super) fn dispatch_effects(&mut self) {
         if !self.effects.stir.is_empty() {
             self.stirred.append(&mut self.effects.stir);
         }
@@ -337,12 +337,14 @@ impl Server {
         for effect in tell.drain(..) {
             self.log(effect);
             match self.connections[effect.client.0 as usize].protocol {
-                Protocol::V1 => self.tell_v1(effect),
-                Protocol::V2 { .. } => self.tell_v2(effect),
+                Protocol::V1 => self.notify_v1(effect),
+                Protocol::V2 { .. } => self.notify_v2(effect),
             }
             match effect.what {
-                What::Expired => self.doom(effect.client, "it held for too long"),
-                What::Superseded => self.doom(effect.client, "it has come again on another connection"),
+                What::Expired => self.close_after_flush(effect.client, "it held for too long"),
+                What::Superseded => {
+                    self.close_after_flush(effect.client, "it has come again on another connection")
+                }
                 _ => {}
             }
         }
@@ -351,15 +353,15 @@ impl Server {
 
     /// Takes everything from a client that is gone or must go. It is closed at the end of the turn, after what it is
     /// still to be told.
-    pub(super) fn doom(&mut self, client: ClientId, why: &str) {
+    pub(super) fn close_after_flush(&mut self, client: ClientId, why: &str) {
         let connection = &mut self.connections[client.0 as usize];
-        if connection.doomed {
+        if connection.closing {
             return;
         }
-        connection.doomed = true;
+        connection.closing = true;
         debug!("close: {}: {why}", self.name(client));
         self.mark_dirty(client);
-        self.feed(|table, now, effects| table.gone(now, client, effects));
+        self.apply(|table, now, effects| table.gone(now, client, effects));
     }
 
     pub(super) fn mark_dirty(&mut self, client: ClientId) {
@@ -370,7 +372,7 @@ impl Server {
     }
 
     /// Records what has changed, then tells who is to be told.
-    fn deliver(&mut self) {
+    fn flush_turn(&mut self) {
         loop {
             self.contend();
             self.commit();
@@ -380,12 +382,12 @@ impl Server {
             // Those who turn out to be gone give up what they had. That must be recorded before anybody hears of it, so
             // it is not done on the way.
             for (client, why) in self.flush() {
-                self.doom(client, why);
+                self.close_after_flush(client, why);
             }
         }
     }
 
-    /// Sends what there is to send, and closes those that are doomed. Returns those that can be sent nothing.
+    /// Sends what there is to send, and closes those that are closing. Returns those that can be sent nothing.
     fn flush(&mut self) -> Vec<(ClientId, &'static str)> {
         let mut gone = Vec::new();
         let mut dirty = std::mem::take(&mut self.dirty);
@@ -396,7 +398,7 @@ impl Server {
             failpoint::hit("before-send");
             let sent = connection.send();
             failpoint::hit("after-send");
-            if connection.doomed {
+            if connection.closing {
                 self.close(client);
                 continue;
             }

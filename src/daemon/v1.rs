@@ -17,18 +17,18 @@ impl Server {
                 self.answer(client, &v2::hello());
             }
             Request::Lock(lock) => {
-                self.feed(|table, now, effects| table.lock_v1(now, client, lock, effects));
+                self.apply(|table, now, effects| table.lock_v1(now, client, lock, effects));
             }
             Request::Release => {
                 self.log_release(client, Outcome::Unknown);
-                self.feed(|table, now, effects| table.release(now, client, Outcome::Unknown, effects));
+                self.apply(|table, now, effects| table.release(now, client, Outcome::Unknown, effects));
             }
-            Request::Violation => self.doom(client, "it sent what it may not"),
+            Request::Violation => self.close_after_flush(client, "it sent what it may not"),
         }
         true
     }
 
-    pub(super) fn tell_v1(&mut self, effect: Effect) {
+    pub(super) fn notify_v1(&mut self, effect: Effect) {
         let byte = match effect.what {
             What::Granted(_) => OWNER,
             What::Finished(..) => RELEASE,
@@ -40,7 +40,7 @@ impl Server {
             | What::Deadlock(_)
             | What::Expired
             | What::Superseded => return,
-            What::Lost(_) => return self.doom(effect.client, "its lock was broken"),
+            What::Lost(_) => return self.close_after_flush(effect.client, "its lock was broken"),
         };
         self.connections[effect.client.0 as usize].output().push(byte);
         self.mark_dirty(effect.client);

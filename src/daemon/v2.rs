@@ -33,7 +33,7 @@ impl Server {
             if input.len() >= FRAME_BYTES_MAX {
                 let message = format!("a line is longer than {FRAME_BYTES_MAX} bytes");
                 self.answer(client, &error(ErrorCode::BadFrame, message));
-                self.doom(client, "its line is too long");
+                self.close_after_flush(client, "its line is too long");
             }
             return false;
         };
@@ -44,7 +44,7 @@ impl Server {
             Err(answer) => {
                 self.answer(client, &answer);
                 if matches!(answer, Answer::Error { code: ErrorCode::BadFrame, .. }) {
-                    self.doom(client, "it does not speak the protocol");
+                    self.close_after_flush(client, "it does not speak the protocol");
                 }
             }
         }
@@ -69,7 +69,7 @@ impl Server {
             (Request::Break { key }, _) => self.break_lock(client, &key),
             (Request::Release { outcome }, State::Owner) => {
                 self.log_release(client, outcome);
-                self.feed(|table, now, effects| table.release(now, client, outcome, effects));
+                self.apply(|table, now, effects| table.release(now, client, outcome, effects));
                 self.answer(client, &Answer::Released);
             }
             (Request::Release { .. }, _) => {
@@ -102,7 +102,7 @@ impl Server {
         }
         if let Some(child) = asked.child
             && asked.holds.is_none()
-            && self.left_to(asked.key.id(), child).is_some()
+            && self.hold_of_process(asked.key.id(), child).is_some()
         {
             let message = format!("lock: process {child} holds this lock");
             return self.answer(client, &error(ErrorCode::HeldAbove, message));
@@ -111,7 +111,7 @@ impl Server {
             // Whoever waited for the daemon before has come by now, and nobody else goes before those who wait.
             asked.place = None;
         }
-        if self.feed(|table, now, effects| table.lock(now, client, uid, asked, effects)).is_err() {
+        if self.apply(|table, now, effects| table.lock(now, client, uid, asked, effects)).is_err() {
             let message = "lock: this nonce names another request";
             self.answer(client, &error(ErrorCode::NotPermitted, message));
         }
@@ -120,22 +120,23 @@ impl Server {
     /// Ends a hold that was left to a process.
     fn unlock(&mut self, client: ClientId, key: &Key, pid: u32, outcome: Outcome) {
         let by = self.connections[client.0 as usize].peer().map(|peer| peer.uid);
-        let held =
-            self.left_to(key.id(), pid).filter(|held| by == Some(0) || (by.is_some() && by == held.uid));
+        let held = self
+            .hold_of_process(key.id(), pid)
+            .filter(|held| by == Some(0) || (by.is_some() && by == held.uid));
         let Some(held) = held else {
             let message = format!("unlock: process {pid} does not hold this lock");
             return self.answer(client, &error(ErrorCode::NotHeld, message));
         };
-        self.feed(|table, now, effects| table.release_orphan(now, held.token, outcome, effects));
+        self.apply(|table, now, effects| table.release_orphan(now, held.token, outcome, effects));
         self.answer(client, &Answer::Released);
     }
 
     /// The hold of a lock that was left to this process, if there is one.
-    fn left_to(&self, lock: LockId, pid: u32) -> Option<Held> {
+    fn hold_of_process(&self, lock: LockId, pid: u32) -> Option<Held> {
         let lock = self.table.find(lock)?;
         let mut left =
             lock.holders().filter(|holder| holder.client.is_none()).filter_map(|holder| holder.held);
-        left.find(|held| self.recorder.orphans.is_left_to(held.token, pid))
+        left.find(|held| self.recorder.orphans.is_held_by(held.token, pid))
     }
 
     /// Root, the daemon's own user, and whoever holds the lock may break it.
@@ -161,7 +162,7 @@ impl Server {
             return self.answer(client, &error(ErrorCode::NotPermitted, message));
         }
         warn!("{} breaks the lock {:?}", self.name(client), key.as_str());
-        self.feed(|table, now, effects| table.break_lock(now, key.id(), effects));
+        self.apply(|table, now, effects| table.break_lock(now, key.id(), effects));
         self.answer(client, &Answer::Broken);
     }
 
@@ -177,7 +178,7 @@ impl Server {
         self.mark_dirty(client);
     }
 
-    pub(super) fn tell_v2(&mut self, effect: Effect) {
+    pub(super) fn notify_v2(&mut self, effect: Effect) {
         let holders = || self.table.find(effect.lock).map_or(Vec::new(), |lock| self.holders(&lock));
         let answer = match effect.what {
             What::Granted(token) => Answer::Granted { token, lease: self.lease_terms() },
@@ -197,7 +198,7 @@ impl Server {
                     format!("lock: {name} is held by the command that this is part of"),
                 )
             }
-            What::Deadlock(within) => error(ErrorCode::Deadlock, self.tell_cycle(within, effect.lock)),
+            What::Deadlock(within) => error(ErrorCode::Deadlock, self.describe_cycle(within, effect.lock)),
             What::Unavailable => error(
                 ErrorCode::Unavailable,
                 "etcd cannot be asked whether the lock is free; see the daemon's log",
@@ -209,7 +210,7 @@ impl Server {
     }
 
     /// Who waits for whom, for people.
-    fn tell_cycle(&self, within: Token, lock: LockId) -> String {
+    fn describe_cycle(&self, within: Token, lock: LockId) -> String {
         let cycle = self.table.cycle(within, lock).unwrap_or_default();
         let steps = cycle.iter().map(|(lock, token)| {
             let lock_id = *lock;
@@ -243,13 +244,13 @@ impl Server {
     /// Writes as much of a status as there is room for: a client that asks for all locks must not make the daemon keep
     /// all of them for it at once.
     pub(super) fn continue_status(&mut self, client: ClientId) {
-        if !self.connections[client.0 as usize].doomed {
+        if !self.connections[client.0 as usize].closing {
             self.continue_listing(client, |waiting| waiting < STATUS_BYTES_AHEAD);
         }
         loop {
             let connection = &mut self.connections[client.0 as usize];
             let Protocol::V2 { status: Some(cursor) } = connection.protocol else { return };
-            if connection.doomed || connection.output().len() >= STATUS_BYTES_AHEAD {
+            if connection.closing || connection.output().len() >= STATUS_BYTES_AHEAD {
                 return;
             }
             let (answer, status) = match self.table.next_lock(cursor as usize) {
@@ -302,7 +303,7 @@ impl Server {
             token: request.held.map(|held| held.token),
             mode: request.held.is_none().then_some(request.asked.map_or(Mode::Once, |asked| asked.mode)),
             shared: request.terms.shared,
-            orphan: orphan.is_some_and(|token| self.recorder.orphans.is_missed(token)),
+            orphan: orphan.is_some_and(|token| self.recorder.orphans.awaits_resume(token)),
         }
     }
 

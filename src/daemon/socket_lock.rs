@@ -12,17 +12,17 @@ use nix::unistd::Uid;
 use super::Error;
 
 /// The right to serve a path: a lock on the file beside it, which the kernel gives back when this process ends.
-pub(super) struct Claim {
+pub(super) struct SocketLock {
     file: Flock<File>,
     path: PathBuf,
 }
 
-impl Claim {
-    pub(super) fn take(socket: &Path) -> Result<Claim, Error> {
+impl SocketLock {
+    pub(super) fn take(socket: &Path) -> Result<SocketLock, Error> {
         let mut path = socket.as_os_str().to_owned();
         path.push(".lock");
         let path = PathBuf::from(path);
-        let error = |e| Error::Claim { path: path.clone(), error: e };
+        let error = |e| Error::LockFile { path: path.clone(), error: e };
         // The name may vanish between opening and locking, when the daemon that had it ends. Then it is not the file
         // that the next one will look at, and the lock is worth nothing.
         for _ in 0..100 {
@@ -33,15 +33,15 @@ impl Claim {
                 Err((_, e)) => return Err(error(e.into())),
             };
             if is_named(&file, &path).map_err(error)? {
-                let mut claim = Claim { file, path };
-                claim.sign()?;
-                return Ok(claim);
+                let mut socket_lock = SocketLock { file, path };
+                socket_lock.write_pid()?;
+                return Ok(socket_lock);
             }
         }
         Err(error(io::Error::other("daemons come and go too fast")))
     }
 
-    pub(super) fn sign(&mut self) -> Result<(), Error> {
+    pub(super) fn write_pid(&mut self) -> Result<(), Error> {
         let text = format!("{}\n", std::process::id());
         let file = &mut *self.file;
         let write = |file: &mut File| {
@@ -49,11 +49,11 @@ impl Claim {
             file.rewind()?;
             file.write_all(text.as_bytes())
         };
-        write(file).map_err(|error| Error::Claim { path: self.path.clone(), error })
+        write(file).map_err(|error| Error::LockFile { path: self.path.clone(), error })
     }
 }
 
-impl Drop for Claim {
+impl Drop for SocketLock {
     fn drop(&mut self) {
         // While the lock is still held, so that the name is surely ours. Whoever comes next takes over a file that
         // could not be removed, so there is nothing to say of it.
