@@ -5,6 +5,8 @@ mod waiting;
 
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
+
 use crate::addr::{self, Addr};
 use crate::client::{self, LockReply, Session, Target};
 use crate::exit;
@@ -46,14 +48,14 @@ pub enum Wait {
     For(Duration),
 }
 
-/// What to do when the holder that was waited for ended with a status other than 0, or died of a signal.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What to do when the holder that was waited for has failed: it ended with a status other than 0, or died of a signal.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnPeerFailure {
-    /// It is done all the same.
+    /// Exit with 79 all the same
     Skip,
-    /// Acquire for the lock again: one of those who waited runs next.
+    /// Ask for the lock again, so that one of those who waited runs the command next
     Retry,
-    /// End as the holder did, also when it did not fail.
+    /// Exit as that holder did, also when it did not fail
     Adopt,
 }
 

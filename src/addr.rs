@@ -224,20 +224,9 @@ pub struct Peer {
 ///
 /// # Errors
 /// When the socket is not a Unix socket, or the kernel does not tell.
-#[cfg(target_os = "linux")]
 pub fn peer(socket: impl AsFd) -> io::Result<Peer> {
     let cred = socket::getsockopt(&socket, sockopt::PeerCredentials)?;
     Ok(Peer { pid: u32::try_from(cred.pid()).unwrap_or(0), uid: cred.uid() })
-}
-
-/// Asks the kernel who is at the other end; these systems do not tell its process id.
-///
-/// # Errors
-/// When the socket is not a Unix socket, or the kernel does not tell.
-#[cfg(not(target_os = "linux"))]
-pub fn peer(socket: impl AsFd) -> io::Result<Peer> {
-    let (uid, _) = nix::unistd::getpeereid(socket)?;
-    Ok(Peer { pid: 0, uid: uid.as_raw() })
 }
 
 /// Connects to a Unix socket only to see whether somebody serves it.
@@ -249,9 +238,11 @@ pub fn who_serves(path: &Path) -> io::Result<Peer> {
 }
 
 /// What is wrong with an address.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// It cannot be read.
+    #[error("bad socket address {text:?}: {why}")]
     Bad {
         /// What was given.
         text: OsString,
@@ -259,17 +250,25 @@ pub enum Error {
         why: String,
     },
     /// It cannot be used.
+    #[error("cannot {doing} {addr}: {}", Reason(error))]
     Io {
         /// "connect to" or "resolve".
         doing: &'static str,
         /// Which one.
         addr: Addr,
         /// Why.
+        #[source]
         error: io::Error,
     },
 }
 
 impl Error {
+    /// True when no daemon listens there: the socket is missing, or it refuses connections.
+    pub fn is_absent(&self) -> bool {
+        use io::ErrorKind::{ConnectionRefused, NotFound};
+        matches!(self, Error::Io { error, .. } if matches!(error.kind(), NotFound | ConnectionRefused))
+    }
+
     /// The exit code for it.
     pub fn exit(&self) -> Exit {
         match self {
@@ -280,25 +279,16 @@ impl Error {
     }
 }
 
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Error::Bad { text, why } => write!(f, "bad socket address {text:?}: {why}"),
-            Error::Io { doing, addr, error } => write!(f, "cannot {doing} {addr}: {}", Reason(error)),
-        }
-    }
-}
-
-impl std::error::Error for Error {}
-
 /// An operating system's error in its own words, without the number that `io::Error` adds.
 pub struct Reason<'a>(pub &'a io::Error);
 
 impl fmt::Display for Reason<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let text = self.0.to_string();
         match self.0.raw_os_error() {
-            Some(number) => f.write_str(nix::Error::from_raw(number).desc()),
-            None => self.0.fmt(f),
+            // The C library's words (strerror(3)); `io::Error` appends the number.
+            Some(number) => f.write_str(text.trim_end_matches(&format!(" (os error {number})"))),
+            None => f.write_str(&text),
         }
     }
 }

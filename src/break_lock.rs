@@ -1,6 +1,5 @@
 //! `kmutex break`: a lock is taken from whoever holds it, by force.
 
-use std::fmt;
 use std::io::{self, BufRead, IsTerminal, Write};
 
 use crate::client::{self, Session, Target};
@@ -42,7 +41,7 @@ pub fn break_lock(target: &Target, key: Key, confirm: Confirm) -> Result<(), Err
 
 fn ask(key: &Key, status: &LockStatus) -> Result<(), Error> {
     if !(io::stdin().is_terminal() && io::stderr().is_terminal()) {
-        return Err(Error::NobodyToAsk);
+        return Err(Error::NoTerminal);
     }
     let mut question = format!("break the lock {:?}, held by", key.as_str());
     for holder in &status.holders {
@@ -63,20 +62,27 @@ fn ask(key: &Key, status: &LockStatus) -> Result<(), Error> {
 }
 
 /// Why a lock was not broken.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The daemon cannot be asked.
-    Client(client::Error),
+    #[error(transparent)]
+    Client(#[from] client::Error),
     /// Nobody holds it.
+    #[error("no client holds the lock {:?}", .0.as_str())]
     NotHeld(Key),
     /// It is not this user's to break.
+    #[error("not permitted to break the lock {:?}: only root, the daemon's user or the holder's may", .0.as_str())]
     NotPermitted(Key),
     /// The user says no.
+    #[error("not broken")]
     Refused,
     /// There is no terminal, and `--yes` was not given.
-    NobodyToAsk,
+    #[error("there is no terminal to ask on; --yes breaks the lock without asking")]
+    NoTerminal,
     /// The terminal cannot be read or written.
-    Terminal(io::Error),
+    #[error("cannot ask: {}", crate::addr::Reason(.0))]
+    Terminal(#[source] io::Error),
 }
 
 impl Error {
@@ -86,35 +92,8 @@ impl Error {
             Error::Client(error) => error.exit(),
             Error::NotHeld(_) => Exit::BadData,
             Error::NotPermitted(_) | Error::Refused => Exit::NotPermitted,
-            Error::NobodyToAsk => Exit::Usage,
+            Error::NoTerminal => Exit::Usage,
             Error::Terminal(_) => Exit::Os,
         }
     }
 }
-
-impl From<client::Error> for Error {
-    fn from(error: client::Error) -> Error {
-        Error::Client(error)
-    }
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Error::Client(error) => error.fmt(f),
-            Error::NotHeld(key) => write!(f, "nobody holds the lock {:?}", key.as_str()),
-            Error::NotPermitted(key) => write!(
-                f,
-                "not permitted to break the lock {:?}: only root, the daemon's user or the holder's may",
-                key.as_str()
-            ),
-            Error::Refused => f.write_str("not broken"),
-            Error::NobodyToAsk => {
-                f.write_str("there is no terminal to ask on; --yes breaks the lock without asking")
-            }
-            Error::Terminal(error) => write!(f, "cannot ask: {}", crate::addr::Reason(error)),
-        }
-    }
-}
-
-impl std::error::Error for Error {}

@@ -7,40 +7,73 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use clap::error::ErrorKind;
 use clap::{ArgAction, Args, FromArgMatches, Parser, Subcommand, ValueEnum, ValueHint};
+
+use crate::acquire::OnPeerFailure;
+use crate::run::OnLost;
+
+/// The version, and the features that this binary was built with.
+const VERSION: &str = if cfg!(feature = "etcd") {
+    concat!(env!("CARGO_PKG_VERSION"), " (etcd)")
+} else {
+    env!("CARGO_PKG_VERSION")
+};
 
 /// flock(1) for keys, with single-flight
 ///
 /// kmutex runs a command under a lock that is named by a key. While one holds the key, others wait; when the holder is
 /// done, those who waited do not run the command again, unless they ask for their turn with --queue.
 #[derive(Debug, Parser)]
-#[command(name = "kmutex", version, disable_help_subcommand = true)]
+#[command(name = "kmutex", version = VERSION, disable_help_subcommand = true)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
 
-impl Cli {
-    /// As [`Parser::try_parse_from`], but `run`, which is started often and briefly, does not pay for making the
-    /// definitions of all other commands, nor for taking its own apart afterwards.
-    ///
-    /// # Errors
-    /// The same: whatever is not plainly a good `run` is parsed with the whole definition.
-    pub fn parse_quickly(args: Vec<OsString>) -> Result<Cli, clap::Error> {
-        if args.get(1).is_some_and(|name| name == "run") {
-            let mut run = Run::augment_args(clap::Command::new("run"));
-            let matches = run.try_get_matches_from_mut(&args[1..]);
-            std::mem::forget(run);
-            if let Ok(mut matches) = matches
-                && let Ok(run) = Run::from_arg_matches_mut(&mut matches)
-            {
-                std::mem::forget(matches);
-                return Ok(Cli { command: Command::Run(run) });
-            }
-        }
-        Cli::try_parse_from(args)
+/// Reads the command line of `kmutex`, the program's name included.
+///
+/// # Errors
+/// Clap's, whose text [`requested_text`] and [`error_text`] make fit for one line.
+pub fn parse(args: Vec<OsString>) -> Result<Command, clap::Error> {
+    match parse_run(&args) {
+        Some(run) => Ok(Command::Run(run)),
+        None => Cli::try_parse_from(args).map(|cli| cli.command),
     }
+}
+
+/// `run` is started often and briefly: it does not pay for making the definitions of all other commands, nor for dropping
+/// its own afterwards. `None`: this is not plainly a good `run`, and the whole definition says what it is.
+fn parse_run(args: &[OsString]) -> Option<Run> {
+    if args.get(1)? != "run" {
+        return None;
+    }
+    let mut command = Run::augment_args(clap::Command::new("run"));
+    let matches = command.try_get_matches_from_mut(&args[1..]);
+    std::mem::forget(command);
+    let mut matches = matches.ok()?;
+    let run = Run::from_arg_matches_mut(&mut matches).ok()?;
+    std::mem::forget(matches);
+    Some(run)
+}
+
+/// The text of `--help` or `--version`, if that is what the command line asked for.
+pub fn requested_text(error: &clap::Error) -> Option<String> {
+    matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion)
+        .then(|| error.render().to_string())
+}
+
+/// What is wrong with a command line, as one line. Clap explains an error over several lines; its first paragraph says what
+/// is wrong.
+pub fn error_text(error: &clap::Error) -> String {
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        return "what to do is missing".into();
+    }
+    let text = error.render().to_string();
+    let first = text.lines().take_while(|line| !line.is_empty());
+    let joined = first.map(str::trim).collect::<Vec<_>>().join(" ");
+    joined.trim_start_matches("error: ").into()
 }
 
 /// The subcommands.
@@ -241,26 +274,6 @@ pub struct Unlock {
     pub daemon: Daemon,
 }
 
-/// What to do when the holder that was waited for has failed.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum OnPeerFailure {
-    /// Exit with 79 all the same
-    Skip,
-    /// Ask for the lock again, so that one of those who waited runs the command next
-    Retry,
-    /// Exit as that holder did, also when it did not fail
-    Adopt,
-}
-
-/// What to do when a lock is lost.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-pub enum OnLost {
-    /// Stop the command and its descendants: SIGTERM, then SIGKILL; exit with 74
-    Kill,
-    /// Say so on standard error and let it run; exit with 74 when it has ended
-    Continue,
-}
-
 /// What `kmutex status` takes.
 #[derive(Args, Debug)]
 pub struct Status {
@@ -451,23 +464,11 @@ pub enum LogLevel {
     Debug,
 }
 
-impl From<LogLevel> for log::LevelFilter {
-    fn from(level: LogLevel) -> log::LevelFilter {
-        match level {
-            LogLevel::Off => log::LevelFilter::Off,
-            LogLevel::Error => log::LevelFilter::Error,
-            LogLevel::Warn => log::LevelFilter::Warn,
-            LogLevel::Info => log::LevelFilter::Info,
-            LogLevel::Debug => log::LevelFilter::Debug,
-        }
-    }
-}
-
 /// The options of KeyedMutex's daemon, with its defaults: what the binary takes when it is called `keyedmutexd`.
 ///
 /// The lock daemon of KeyedMutex, as kmutex serves it
 #[derive(Debug, Parser)]
-#[command(name = "keyedmutexd", version, disable_version_flag = true)]
+#[command(name = "keyedmutexd", version = VERSION, disable_version_flag = true)]
 pub struct Keyedmutexd {
     /// Remove an old socket file
     #[arg(short, long)]

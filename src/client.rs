@@ -34,21 +34,21 @@
 //! ```
 
 mod autostart;
+mod error;
 mod held_lock;
 mod lease;
+mod retry;
 mod session;
 
-use std::fmt;
 use std::hash::{BuildHasher, RandomState};
-use std::io;
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use crate::addr::{self, Addr};
-use crate::exit::Exit;
-use crate::proto::v2::{Answer, LockRequest, Mode, Party};
-use crate::proto::{Key, KeyError, Nonce, Outcome, Token};
+use crate::addr::Addr;
+use crate::proto::v2::{LockRequest, Mode, Party};
+use crate::proto::{Key, Nonce, Outcome, Token};
+pub use error::Error;
 pub use held_lock::{HeldLock, RELEASE_WAIT};
+pub use retry::lock;
 pub use session::{NoObserver, Session, WaitObserver};
 
 /// Which daemon to connect to, and on what terms.
@@ -81,99 +81,6 @@ pub enum LockReply {
     /// It is held by the one under whose lock the request was made ([`LockRequest::within`]).
     HeldAbove,
 }
-
-/// Asks for a lock and waits for the reply, until `deadline` at the most. The session holds the lock if it was
-/// granted.
-///
-/// A daemon that ends before it has answered has given nothing: the request is put to the next one, and whoever waited
-/// has the same place in the queue there.
-///
-/// # Errors
-/// [`Error::TimedOut`] at the deadline; others when no daemon can be reached or trusted, or it does not speak the
-/// protocol.
-pub fn lock(
-    target: &Target,
-    request: &LockRequest,
-    deadline: Option<Instant>,
-    observer: &mut dyn WaitObserver,
-) -> Result<(Session, LockReply), Error> {
-    let mut request = request.clone();
-    let mut retry = Retry::new(None);
-    loop {
-        let mut session = match Session::connect(target, deadline) {
-            Err(e) if retry.is_worth(&e) => {
-                retry.pause(deadline)?;
-                continue;
-            }
-            other => other?,
-        };
-        match session.lock(&request, deadline, observer) {
-            Err(Error::Closed) => {
-                // One that let us wait has been a good daemon.
-                if let Some(place) = session.place() {
-                    request.place = Some(place);
-                    retry = Retry::new(None);
-                }
-                if !request.nowait {
-                    retry.away_until = Some(Instant::now() + SUCCESSOR_WAIT);
-                }
-                retry.count()?;
-                retry.pause(deadline)?;
-            }
-            reply => return reply.map(|reply| (session, reply)),
-        }
-    }
-}
-
-/// How long those who were connected to a daemon when it ended wait for the next one.
-const SUCCESSOR_WAIT: Duration = Duration::from_secs(30);
-/// How many daemons may close the connection without a word before one gives up.
-const SILENT_MAX: u32 = 10;
-
-/// When to try again to reach a daemon.
-struct Retry {
-    /// Until when it may be away altogether. `None`: not at all.
-    away_until: Option<Instant>,
-    pause: Duration,
-    closed: u32,
-}
-
-impl Retry {
-    fn new(away_until: Option<Instant>) -> Retry {
-        Retry { away_until, pause: PAUSE_MIN, closed: 0 }
-    }
-
-    fn is_worth(&self, error: &Error) -> bool {
-        let is_away = match error {
-            Error::Addr(error) => session::is_nobody_there(error),
-            // There was one that is not for us to start.
-            Error::Autostart { exit, .. } => *exit == Exit::Unavailable,
-            _ => false,
-        };
-        is_away && self.away_until.is_some_and(|until| Instant::now() < until)
-    }
-
-    fn count(&mut self) -> Result<(), Error> {
-        self.closed += 1;
-        if self.closed > SILENT_MAX { Err(Error::Closed) } else { Ok(()) }
-    }
-
-    /// There is no event that tells when a daemon is back, so this sleeps; longer from time to time.
-    fn pause(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
-        let left =
-            deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));
-        if left.is_zero() {
-            return Err(Error::TimedOut);
-        }
-        std::thread::sleep(self.pause.min(left));
-        self.pause = (self.pause * 2).min(PAUSE_MAX);
-        Ok(())
-    }
-}
-
-/// The first pause before trying again, and the longest.
-const PAUSE_MIN: Duration = Duration::from_millis(5);
-const PAUSE_MAX: Duration = Duration::from_secs(1);
 
 /// A number that nobody else has chosen, nor can guess: from the keys that the standard library draws from the system.
 pub fn nonce() -> Nonce {
@@ -354,125 +261,3 @@ impl Drop for Guard<'_> {
         let _ = self.client.release();
     }
 }
-
-/// Why a client cannot go on.
-#[derive(Debug)]
-pub enum Error {
-    /// The daemon's address is wrong, or it cannot be reached.
-    Addr(addr::Error),
-    /// No daemon can be started.
-    Autostart {
-        /// Where.
-        path: PathBuf,
-        /// What the daemon or the operating system said.
-        why: String,
-        /// The exit code that fits.
-        exit: Exit,
-    },
-    /// The daemon belongs to somebody who is not trusted.
-    Untrusted {
-        /// Where.
-        addr: Addr,
-        /// Whose it is.
-        uid: u32,
-        /// The same, for people, if it is known.
-        user: Option<String>,
-    },
-    /// The daemon closed the connection.
-    Closed,
-    /// The lock was lost while it was held.
-    Lost(String),
-    /// The deadline came first.
-    TimedOut,
-    /// The daemon does not answer a question that needs no waiting.
-    Silent,
-    /// The daemon says what no daemon may.
-    Protocol(String),
-    /// The daemon gives no lock at the moment, because it cannot record it.
-    Unrecorded(String),
-    /// Whether the lock is free cannot be told, because the other hosts cannot be asked.
-    Unavailable(String),
-    /// The daemon shares its locks with other hosts, and has not this kind.
-    PerHost(String),
-    /// To wait for this lock would be to wait for ever: the daemon says who waits for whom.
-    Deadlock(String),
-    /// The daemon refused the request.
-    Refused(String),
-    /// The kernel refused something.
-    Io(&'static str, io::Error),
-    /// The key is none.
-    Key(KeyError),
-    /// This client holds a lock already, and can hold only one.
-    AlreadyHolding,
-}
-
-impl Error {
-    fn not_version_2() -> Error {
-        Error::Protocol("it answers like a daemon of protocol 1".into())
-    }
-
-    pub(crate) fn unexpected(answer: Answer) -> Error {
-        match answer {
-            Answer::Error { message, .. } => Error::Refused(message),
-            other => Error::Protocol(format!("unexpected answer {other:?}")),
-        }
-    }
-
-    /// The exit code for it.
-    pub fn exit(&self) -> Exit {
-        match self {
-            Error::Addr(error) => error.exit(),
-            Error::Autostart { exit, .. } => *exit,
-            Error::Untrusted { .. } => Exit::NotPermitted,
-            Error::Closed | Error::Silent | Error::Unrecorded(_) | Error::Unavailable(_) => Exit::Unavailable,
-            Error::PerHost(_) => Exit::Usage,
-            Error::Lost(_) => Exit::Lost,
-            Error::TimedOut | Error::Deadlock(_) => Exit::Busy,
-            Error::Protocol(_) | Error::Refused(_) => Exit::Protocol,
-            Error::Io(..) => Exit::Os,
-            Error::Key(_) => Exit::BadData,
-            Error::AlreadyHolding => Exit::Internal,
-        }
-    }
-}
-
-impl From<addr::Error> for Error {
-    fn from(error: addr::Error) -> Error {
-        match error {
-            addr::Error::Io { error, .. } if error.kind() == io::ErrorKind::TimedOut => Error::TimedOut,
-            other => Error::Addr(other),
-        }
-    }
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Error::Addr(error) => error.fmt(f),
-            Error::Autostart { path, why, .. } => {
-                write!(f, "cannot start a daemon on {}: {why}", path.display())
-            }
-            Error::Untrusted { addr, uid, user } => {
-                let user = user.as_deref().unwrap_or("of no name");
-                write!(
-                    f,
-                    "not trusting the daemon on {addr}: it belongs to uid {uid} ({user}); see --trust-uid"
-                )
-            }
-            Error::Closed => f.write_str("the daemon closed the connection"),
-            Error::Lost(why) => write!(f, "the lock was lost: {why}"),
-            Error::TimedOut => f.write_str("timed out"),
-            Error::Silent => f.write_str("the daemon does not answer"),
-            Error::Protocol(what) => write!(f, "the daemon does not speak protocol 2: {what}"),
-            Error::Unrecorded(message) => write!(f, "the daemon cannot record the lock: {message}"),
-            Error::Unavailable(message) | Error::PerHost(message) => f.write_str(message),
-            Error::Deadlock(cycle) => write!(f, "it would wait for ever: {cycle}"),
-            Error::Refused(message) => write!(f, "the daemon refused: {message}"),
-            Error::Io(doing, error) => write!(f, "cannot {doing}: {}", addr::Reason(error)),
-            Error::Key(error) => error.fmt(f),
-            Error::AlreadyHolding => f.write_str("this client holds a lock already"),
-        }
-    }
-}
-
-impl std::error::Error for Error {}

@@ -30,7 +30,6 @@ mod socket_lock;
 mod v1;
 mod v2;
 
-use std::fmt;
 use std::fs::File;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
@@ -46,7 +45,6 @@ use crate::journal;
 pub use cluster::Config as Sharing;
 pub use listener::Access;
 use listener::Listener;
-pub use log::{Target as LogTarget, init as init_log};
 use recorder::Recorder;
 use server::Server;
 use socket_lock::SocketLock;
@@ -178,10 +176,6 @@ fn journal_of(socket: &Path) -> PathBuf {
 }
 
 fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Error> {
-    // Elsewhere there is no way to tell one boot from another, nor one process from the next with its number.
-    if !cfg!(target_os = "linux") {
-        return Ok(Recorder::none());
-    }
     if let Some(path) = &config.state {
         let path = std::path::absolute(path).map_err(|error| Error::Journal { path: path.clone(), error })?;
         let socket_lock = SocketLock::take(&path)?;
@@ -226,32 +220,41 @@ fn close_inherited() -> io::Result<()> {
 }
 
 /// Why the daemon cannot serve.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// An address is wrong or cannot be resolved.
-    Addr(addr::Error),
+    #[error(transparent)]
+    Addr(#[from] addr::Error),
     /// A socket cannot be made.
+    #[error("cannot serve on {addr}: {}", Reason(error))]
     Bind {
         /// Where.
         addr: Addr,
         /// Why.
+        #[source]
         error: io::Error,
     },
     /// The lock file that goes with a socket cannot be had.
+    #[error("cannot lock {}: {}", path.display(), Reason(error))]
     LockFile {
         /// The lock file.
         path: PathBuf,
         /// Why.
+        #[source]
         error: io::Error,
     },
     /// The journal cannot be written.
+    #[error("cannot use the journal {}: {}", path.display(), Reason(error))]
     Journal {
         /// Where.
         path: PathBuf,
         /// Why.
+        #[source]
         error: io::Error,
     },
     /// Another daemon serves this socket.
+    #[error("cannot serve on {}: {}", path.display(), other_daemon(*pid))]
     Served {
         /// The socket.
         path: PathBuf,
@@ -259,18 +262,22 @@ pub enum Error {
         pid: Option<u32>,
     },
     /// The locks of this socket are shared with other hosts, and nobody has said how.
+    #[error("the locks of {} are shared with other hosts: start its daemon with --etcd", path.display())]
     Shared {
         /// The socket.
         path: PathBuf,
     },
     /// The descriptor to tell readiness on cannot be used.
+    #[error("bad --ready-fd {number}: {}", Reason(error))]
     ReadyFd {
         /// Its number.
         number: u32,
         /// Why.
+        #[source]
         error: io::Error,
     },
     /// The group for the sockets is not known.
+    #[error("bad --group {name:?}: {why}")]
     Group {
         /// What was given.
         name: String,
@@ -278,10 +285,12 @@ pub enum Error {
         why: String,
     },
     /// Etcd cannot be used as it was asked for.
+    #[error(transparent)]
     #[cfg(feature = "etcd")]
     Etcd(crate::etcd::ConfigError),
     /// The kernel refused something.
-    Os(&'static str, io::Error),
+    #[error("cannot {}: {}", .0, Reason(.1))]
+    Os(&'static str, #[source] io::Error),
 }
 
 impl Error {
@@ -304,38 +313,9 @@ impl Error {
     }
 }
 
-impl From<addr::Error> for Error {
-    fn from(error: addr::Error) -> Error {
-        Error::Addr(error)
+fn other_daemon(pid: Option<u32>) -> String {
+    match pid {
+        Some(pid) => format!("the daemon with pid {pid} does"),
+        None => "another daemon does".into(),
     }
 }
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Error::Addr(error) => error.fmt(f),
-            Error::Bind { addr, error } => write!(f, "cannot serve on {addr}: {}", Reason(error)),
-            Error::LockFile { path, error } => write!(f, "cannot lock {}: {}", path.display(), Reason(error)),
-            Error::Journal { path, error } => {
-                write!(f, "cannot use the journal {}: {}", path.display(), Reason(error))
-            }
-            Error::Served { path, pid: Some(pid) } => {
-                write!(f, "cannot serve on {}: the daemon with pid {pid} does", path.display())
-            }
-            Error::Served { path, pid: None } => {
-                write!(f, "cannot serve on {}: another daemon does", path.display())
-            }
-            Error::Shared { path } => {
-                let path = path.display();
-                write!(f, "the locks of {path} are shared with other hosts: start its daemon with --etcd")
-            }
-            Error::ReadyFd { number, error } => write!(f, "bad --ready-fd {number}: {}", Reason(error)),
-            Error::Group { name, why } => write!(f, "bad --group {name:?}: {why}"),
-            #[cfg(feature = "etcd")]
-            Error::Etcd(error) => error.fmt(f),
-            Error::Os(doing, error) => write!(f, "cannot {doing}: {}", Reason(error)),
-        }
-    }
-}
-
-impl std::error::Error for Error {}

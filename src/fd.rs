@@ -4,7 +4,6 @@ use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
 
-#[cfg(target_os = "linux")]
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
 /// A second descriptor of an open file whose number came from outside, which there is no safe way to use as it is.
@@ -15,7 +14,6 @@ pub fn dup(number: u32) -> io::Result<File> {
     let raw = i32::try_from(number).map_err(|_| io::Error::from(nix::Error::EBADF))?;
     // Asked of the kernel: to open it by its name fails for the pipe of a supervisor that is another user, and for a
     // socket.
-    #[cfg(target_os = "linux")]
     if let Ok(process) = pidfd_open(getpid(), PidfdFlags::empty()) {
         if process.as_raw_fd() == raw {
             // That number was free until now.

@@ -1,56 +1,100 @@
 //! kmutex: flock(1) for keys, with single-flight.
 //!
-//! [`Client`] takes locks in a program of your own; `kmutex run` does it for any command. The house, from top to bottom;
-//! imports point down only:
+//! [`Client`] takes locks in a program of your own; `kmutex run` does it for any command. The architecture, from top to
+//! bottom; imports point down only:
 //!
-//! | module | what it owns |
-//! | --- | --- |
-//! | `main.rs` | parse, dispatch, report the error, the one exit |
-//! | [`cli`] | the command line's definition |
-//! | [`daemon`] | the epoll loop: sockets to the table and back |
-//! | [`run`] | a command under a lock: the child, its signals, its status |
-//! | [`lock`] | a lock that a shell holds |
-//! | [`acquire`] | asking for a lock at a command line |
-//! | [`status`] | what is held, for people and for programs |
-//! | [`break_lock`] | breaking a lock |
-//! | [`client`] | the blocking client |
-//! | `etcd` | the blocking client of etcd (the feature `etcd`) |
-//! | [`addr`] | where a daemon is |
-//! | [`describe`] | holders and times in words |
-//! | [`fd`] | descriptors from whoever started this process |
-//! | [`lookup`] | names of users, groups and hosts |
-//! | [`exit`] | the exit codes |
-//! | [`message`] | one line on standard error |
-//! | `cluster` | how this host stands among those that share their locks: events in, questions out, nothing else (the feature `etcd`) |
-//! | [`journal`] | which locks are held, on disk, to survive a crash of the daemon |
-//! | [`table`] | the lock table: events in, effects out, nothing else |
-//! | [`proto`] | both wire protocols: bytes to messages and back, nothing else |
+//! | module | what it owns | feature |
+//! | --- | --- | --- |
+//! | `app` | the program: dispatch, the one line of an error, the one exit | `cli` |
+//! | `cli` | the definition of the command line | `cli` |
+//! | `daemon` | the epoll loop: sockets to the table and back | `daemon` |
+//! | `run` | a command under a lock: the child, its signals, its status | `cli` |
+//! | `lock` | a lock that a shell holds | `cli` |
+//! | `acquire` | asking for a lock at a command line | `cli` |
+//! | `status` | which locks are held, as a table and as JSON | `cli` |
+//! | `break_lock` | breaking a lock | `cli` |
+//! | [`client`] | the blocking client | |
+//! | `etcd` | the blocking client of etcd | `etcd` |
+//! | [`addr`] | where a daemon is | |
+//! | `describe` | holders and times in words | `cli` |
+//! | `fd` | descriptors that this process was started with | `daemon` |
+//! | `lookup` | names of users, groups and hosts | |
+//! | [`exit`] | the exit codes | |
+//! | `message` | one line on standard error | `cli` |
+//! | `cluster` | this host's part in the locks of several hosts: events in, requests to etcd out, nothing else | `etcd` |
+//! | `journal` | which locks are held, on disk, to survive a crash of the daemon | `daemon` |
+//! | `table` | the lock table: events in, effects out, nothing else | |
+//! | [`proto`] | both wire protocols: bytes to messages and back, nothing else | |
 //!
-//! The daemon never imports the client. The last two, and `cluster`, touch no socket, file, process or clock, and a test
-//! keeps it so.
+//! The daemon never imports the client. `proto`, `table` and `cluster` touch no socket, file, process or clock, and a test
+//! keeps it so. docs/architecture.md follows one request through all of it.
+//!
+//! # Features
+//!
+//! All are on by default. A program that only takes locks uses `default-features = false`.
+//!
+//! - `cli`: the program `kmutex`; with it come clap and env_logger.
+//! - `daemon`: the lock daemon.
+//! - `etcd`: locks that several hosts have in common, through etcd; with it come rustls and ureq.
 #![forbid(unsafe_code)]
 
-pub mod acquire;
+#[cfg(not(target_os = "linux"))]
+compile_error!("kmutex runs on Linux only: it needs epoll, pidfds, waitid and timerfd");
+
 pub mod addr;
-pub mod break_lock;
-pub mod cli;
 pub mod client;
-mod clock;
+pub mod exit;
+pub mod proto;
+
+// What follows is public for the program, the tests, the benchmarks and the fuzz targets alone: it changes without notice,
+// and so the documentation of the library does not show it.
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod acquire;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod app;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod break_lock;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
+pub mod cli;
 #[cfg(feature = "etcd")]
+#[doc(hidden)]
 pub mod cluster;
+#[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub mod daemon;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
 pub mod describe;
 #[cfg(feature = "etcd")]
+#[doc(hidden)]
 pub mod etcd;
-pub mod exit;
+#[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub mod fd;
+#[cfg(feature = "daemon")]
+#[doc(hidden)]
 pub mod journal;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
 pub mod lock;
+#[doc(hidden)]
 pub mod lookup;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
 pub mod message;
-pub mod proto;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
 pub mod run;
+#[cfg(feature = "cli")]
+#[doc(hidden)]
 pub mod status;
+#[doc(hidden)]
 pub mod table;
+
+mod clock;
 
 pub use client::Client;

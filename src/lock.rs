@@ -1,7 +1,6 @@
 //! `kmutex lock` and `kmutex unlock`: a lock that a shell holds, or any process that is not kmutex. The daemon watches
 //! that process, and the lock ends with it at the latest.
 
-use std::fmt;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
@@ -31,15 +30,15 @@ pub enum LockResult {
 ///
 /// # Errors
 /// When there is no such process, it is somebody else's, or the lock cannot be had.
-pub fn lock(ask: &Acquire, pid: Option<u32>) -> Result<LockResult, Error> {
-    let pid = holder(&ask.target, pid)?;
-    let request = LockRequest {
+pub fn lock(request: &Acquire, pid: Option<u32>) -> Result<LockResult, Error> {
+    let pid = holder(&request.target, pid)?;
+    let wire = LockRequest {
         // Nobody says how the process ends, so its end is that of the work.
         exec: true,
         child: Some(pid),
-        ..ask.request(command_of(pid))
+        ..request.request(command_of(pid))
     };
-    match ask.acquire(&request, Instant::now())? {
+    match request.acquire(&wire, Instant::now())? {
         Acquired::Granted { session, token, .. } => {
             // Whatever the shell asks of the daemon next, the lock is known to be its.
             session.leave()?;
@@ -49,7 +48,7 @@ pub fn lock(ask: &Acquire, pid: Option<u32>) -> Result<LockResult, Error> {
         Acquired::Busy => Ok(LockResult::Busy),
         Acquired::HeldAbove => Err(client::Error::Deadlock(format!(
             "the lock {:?} is held by process {pid} already, or by what it runs under",
-            ask.key.as_str()
+            request.key.as_str()
         ))
         .into()),
     }
@@ -93,19 +92,26 @@ fn command_of(pid: u32) -> String {
 }
 
 /// Why a process has no lock, or keeps it.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The lock cannot be had.
-    Client(client::Error),
+    #[error(transparent)]
+    Client(#[from] client::Error),
     /// The daemon is on another machine, perhaps, and can watch no process here.
+    #[error("a process can hold locks of a daemon on a Unix socket only, and {0} is none")]
     NotHere(Addr),
     /// There is no such process.
+    #[error("--pid {0}: there is no such process")]
     NoProcess(u32),
     /// The process is this user's.
+    #[error("--pid {}: the process is not yours, but that of uid {} ({})", .0, .1, user_name(*.1))]
     NotYours(u32, u32),
     /// Nothing can be told of the process.
-    Process(u32, io::Error),
+    #[error("--pid {}: cannot look at the process: {}", .0, Reason(.1))]
+    Process(u32, #[source] io::Error),
     /// The process does not hold the lock.
+    #[error("process {} does not hold the lock {:?}", .1, .0.as_str())]
     NotHeld(Key, u32),
 }
 
@@ -122,30 +128,6 @@ impl Error {
     }
 }
 
-impl From<client::Error> for Error {
-    fn from(error: client::Error) -> Error {
-        Error::Client(error)
-    }
+fn user_name(uid: u32) -> String {
+    lookup::user(uid).unwrap_or_else(|| "of no name".into())
 }
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Error::Client(error) => error.fmt(f),
-            Error::NotHere(addr) => {
-                write!(f, "a process can hold locks of a daemon on a Unix socket only, and {addr} is none")
-            }
-            Error::NoProcess(pid) => write!(f, "--pid {pid}: there is no such process"),
-            Error::NotYours(pid, uid) => {
-                let user = lookup::user(*uid).unwrap_or_else(|| "of no name".into());
-                write!(f, "--pid {pid}: the process is not yours, but that of uid {uid} ({user})")
-            }
-            Error::Process(pid, error) => {
-                write!(f, "--pid {pid}: cannot look at the process: {}", Reason(error))
-            }
-            Error::NotHeld(key, pid) => write!(f, "process {pid} does not hold the lock {:?}", key.as_str()),
-        }
-    }
-}
-
-impl std::error::Error for Error {}

@@ -5,12 +5,12 @@ mod descendants;
 mod report;
 
 use std::ffi::{OsStr, OsString};
-use std::fmt;
 use std::io;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
+use clap::ValueEnum;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use crate::acquire::{Acquire, Acquired};
@@ -19,7 +19,7 @@ use crate::client::{self, HeldLock, RELEASE_WAIT};
 use crate::exit::{self, Exit};
 use crate::proto::v2::LockRequest;
 use crate::proto::{Key, Outcome, Token};
-pub use report::Report;
+pub use report::{Report, Sink};
 
 /// What to run, under which lock, and how.
 #[derive(Clone, Debug)]
@@ -32,6 +32,8 @@ pub struct Job {
     pub child: Child,
     /// What to do when the lock is lost while the command runs.
     pub on_lost: OnLost,
+    /// For [`OnLost::Kill`]: how long after SIGTERM the processes that are left get SIGKILL.
+    pub kill_after: Duration,
     /// If the lock is held by the command that this is part of, run without taking it again.
     pub reentrant: bool,
     /// HeldLock the lock until all that the command has started has ended.
@@ -50,11 +52,11 @@ pub enum Child {
 }
 
 /// What to do when the lock is lost while the command runs.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnLost {
-    /// SIGTERM to the command and its descendants, and SIGKILL to those that are left after so long.
-    Kill(Duration),
-    /// Say so, and let it run.
+    /// Stop the command and its descendants: SIGTERM, then SIGKILL; exit with 74
+    Kill,
+    /// Say so on standard error and let it run; exit with 74 when it has ended
     Continue,
 }
 
@@ -144,7 +146,8 @@ impl Job {
             return Err(self.not_started(holds, error));
         }
         let inherits = self.child == Child::Inherits;
-        let ended = match child::run(&mut command, &mut holds, inherits, self.on_lost, self.tree) {
+        let kill_after = (self.on_lost == OnLost::Kill).then_some(self.kill_after);
+        let ended = match child::run(&mut command, &mut holds, inherits, kill_after, self.tree) {
             Err(child::Error::Spawn(error)) => return Err(self.not_started(holds, error)),
             Err(child::Error::Os(doing, error)) => return Err(Error::Os(doing, error)),
             Ok(ended) => ended,
@@ -246,19 +249,51 @@ pub fn shell_command(command: OsString) -> Vec<OsString> {
 }
 
 /// Why a job could not be done.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The lock cannot be had.
-    Client(client::Error),
+    #[error(transparent)]
+    Client(#[from] client::Error),
     /// The command cannot be started.
+    #[error("cannot run {}: {}", program.to_string_lossy(), Reason(error))]
     Command {
         /// As it was given.
         program: OsString,
         /// Why.
+        #[source]
+        error: io::Error,
+    },
+    /// The descriptor for the report cannot be used.
+    #[error("{name}: {}; see kmutex --help", Reason(error))]
+    SinkDescriptor {
+        /// The option that named it.
+        name: String,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
+    /// The file for the report cannot be created.
+    #[error("{name}: {}", Reason(error))]
+    Sink {
+        /// The option that named it.
+        name: String,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
+    /// The report cannot be written.
+    #[error("{name}: {}", Reason(error))]
+    Report {
+        /// The option that said where to.
+        name: String,
+        /// Why.
+        #[source]
         error: io::Error,
     },
     /// The kernel refused something.
-    Os(&'static str, io::Error),
+    #[error("cannot {}: {}", .0, Reason(.1))]
+    Os(&'static str, #[source] io::Error),
 }
 
 impl Error {
@@ -268,27 +303,9 @@ impl Error {
             Error::Client(error) => error.exit(),
             Error::Command { error, .. } if error.kind() == io::ErrorKind::NotFound => Exit::NotFound,
             Error::Command { .. } => Exit::CannotExecute,
-            Error::Os(..) => Exit::Os,
+            Error::SinkDescriptor { .. } => Exit::Usage,
+            Error::Sink { .. } => Exit::CannotCreate,
+            Error::Report { .. } | Error::Os(..) => Exit::Os,
         }
     }
 }
-
-impl From<client::Error> for Error {
-    fn from(error: client::Error) -> Error {
-        Error::Client(error)
-    }
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Error::Client(error) => error.fmt(f),
-            Error::Command { program, error } => {
-                write!(f, "cannot run {}: {}", program.to_string_lossy(), Reason(error))
-            }
-            Error::Os(doing, error) => write!(f, "cannot {doing}: {}", Reason(error)),
-        }
-    }
-}
-
-impl std::error::Error for Error {}

@@ -1,7 +1,6 @@
 //! `kmutex status`: what is held, and who waits; a table for people, JSON for programs.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::io::{self, IsTerminal, Write};
 use std::time::Duration;
 
@@ -193,12 +192,15 @@ impl Table {
 }
 
 /// Why there is no status.
-#[derive(Debug)]
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum Error {
     /// The daemon cannot be asked.
-    Client(client::Error),
+    #[error(transparent)]
+    Client(#[from] client::Error),
     /// The answer cannot be printed.
-    Output(io::Error),
+    #[error("cannot write the status: {}", crate::addr::Reason(.0))]
+    Output(#[from] io::Error),
 }
 
 impl Error {
@@ -210,29 +212,6 @@ impl Error {
         }
     }
 }
-
-impl From<client::Error> for Error {
-    fn from(error: client::Error) -> Error {
-        Error::Client(error)
-    }
-}
-
-impl From<io::Error> for Error {
-    fn from(error: io::Error) -> Error {
-        Error::Output(error)
-    }
-}
-
-impl fmt::Display for Error {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Error::Client(error) => error.fmt(f),
-            Error::Output(error) => write!(f, "cannot write the status: {}", crate::addr::Reason(error)),
-        }
-    }
-}
-
-impl std::error::Error for Error {}
 
 #[cfg(test)]
 mod tests {

@@ -10,7 +10,6 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use super::Error;
-use super::session::is_nobody_there;
 use crate::addr::{Addr, Reason};
 use crate::exit::Exit;
 
@@ -27,7 +26,7 @@ pub(super) fn start_and_connect(path: &Path, deadline: Option<Instant>) -> Resul
     loop {
         let started = start(path)?;
         match addr.connect(deadline) {
-            Err(e) if is_nobody_there(&e) && Instant::now() < give_up => {}
+            Err(e) if e.is_absent() && Instant::now() < give_up => {}
             other => return Ok(other?),
         }
         if deadline.is_some_and(|deadline| deadline <= Instant::now()) {

@@ -5,7 +5,8 @@ use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use super::lease::Lease;
-use super::{Error, PAUSE_MAX, PAUSE_MIN, Session, Target};
+use super::retry::{PAUSE_MAX, PAUSE_MIN};
+use super::{Error, Session, Target};
 use crate::clock;
 use crate::proto::v2::{Answer, LockRequest, Request};
 use crate::proto::{Key, Outcome, Token};
@@ -215,7 +216,8 @@ impl HeldLock {
             return Err(Error::Lost(why.into()));
         }
         if let Link::Up(session) = &mut self.link
-            && lease.ask_if_due(session).is_err()
+            && lease.ping_due()
+            && session.send(&Request::Ping).is_err()
         {
             self.link = Link::down();
         }

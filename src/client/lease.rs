@@ -4,9 +4,8 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Error, Session};
 use crate::clock;
-use crate::proto::v2::{LeaseTerms, Request};
+use crate::proto::v2::LeaseTerms;
 use crate::table::Millis;
 
 /// What is known of the daemon's lease.
@@ -47,17 +46,17 @@ impl Lease {
         self.margin
     }
 
-    /// Asks, if it is time. One question at a time.
-    pub(super) fn ask_if_due(&mut self, session: &mut Session) -> Result<(), Error> {
+    /// True when it is time to ask the daemon, which the caller does at once. One question at a time.
+    pub(super) fn ping_due(&mut self) -> bool {
         if self.ask_at > Instant::now() {
-            return Ok(());
+            return false;
         }
         self.ask_at = Instant::now() + self.margin;
-        if self.asked.is_none() {
+        let is_due = self.asked.is_none();
+        if is_due {
             self.asked = Some(clock::now());
-            session.send(&Request::Ping)?;
         }
-        Ok(())
+        is_due
     }
 
     /// A question was sent with the request to resume the lock.

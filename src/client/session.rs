@@ -1,6 +1,5 @@
 //! One connection of protocol 2.
 
-use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -83,7 +82,7 @@ impl Session {
     /// When there is no daemon, or not one that can be trusted; [`Error::TimedOut`] at the deadline.
     pub fn connect(target: &Target, deadline: Option<Instant>) -> Result<Session, Error> {
         let fd = match (target.addr.connect(deadline), &target.addr) {
-            (Err(e), Addr::Unix(path)) if target.autostart && is_nobody_there(&e) => {
+            (Err(e), Addr::Unix(path)) if target.autostart && e.is_absent() => {
                 autostart::start_and_connect(path, deadline)?
             }
             (other, _) => other?,
@@ -370,12 +369,6 @@ impl AsFd for Session {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
-}
-
-/// True when an address is free for a daemon to serve.
-pub(super) fn is_nobody_there(error: &addr::Error) -> bool {
-    use io::ErrorKind::{ConnectionRefused, NotFound};
-    matches!(error, addr::Error::Io { error, .. } if matches!(error.kind(), NotFound | ConnectionRefused))
 }
 
 /// Whoever runs the daemon decides who gets a lock, so it must be somebody who could as well replace this program: its

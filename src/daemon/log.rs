@@ -1,36 +1,10 @@
-//! What the daemon logs, and how. Start and stop are `info`; what concerns one client is `debug`.
+//! What the daemon logs. Start and stop are `info`; what concerns one client is `debug`.
 
-use log::{LevelFilter, debug, log_enabled};
+use log::{debug, log_enabled};
 
 use super::server::Server;
 use crate::proto::Outcome;
 use crate::table::{ClientId, Effect, What};
-
-/// Where the log goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Target {
-    /// Standard error, as daemons do.
-    Stderr,
-    /// Standard output, as KeyedMutex's daemon did.
-    Stdout,
-}
-
-/// Starts the log, once. `level` is what to log; `None` leaves it to `$RUST_LOG`, and without that it is `info`.
-pub fn init(level: Option<LevelFilter>, target: Target) {
-    let mut builder = env_logger::Builder::new();
-    match (level, std::env::var("RUST_LOG")) {
-        (Some(level), _) => builder.filter_level(level),
-        (None, Ok(filters)) => builder.parse_filters(&filters),
-        (None, Err(_)) => builder.filter_level(LevelFilter::Info),
-    };
-    // What the libraries under etcd have to say of each request is not about locks.
-    builder.filter_module("ureq", LevelFilter::Off).filter_module("rustls", LevelFilter::Off);
-    builder.format_target(false).target(match target {
-        Target::Stderr => env_logger::Target::Stderr,
-        Target::Stdout => env_logger::Target::Stdout,
-    });
-    builder.init();
-}
 
 impl Server {
     pub(super) fn log(&self, effect: Effect) {

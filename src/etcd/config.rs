@@ -19,6 +19,7 @@ use crate::addr::Reason;
 const CA: &str = "--etcd-ca";
 const CERT: &str = "--etcd-cert";
 const KEY: &str = "--etcd-key";
+const PASSWORD_FILE: &str = "--etcd-password-file";
 
 /// Where etcd is, and how one makes oneself known there.
 #[derive(Clone, Debug)]
@@ -42,6 +43,21 @@ pub struct User {
     pub name: String,
     /// The password.
     pub password: String,
+}
+
+impl User {
+    /// The user `name`, whose password is the first line of a file.
+    ///
+    /// # Errors
+    /// [`ConfigError::Unreadable`].
+    pub fn with_password_file(name: String, path: &Path) -> Result<User, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|error| ConfigError::Unreadable {
+            option: PASSWORD_FILE,
+            path: path.into(),
+            error,
+        })?;
+        Ok(User { name, password: text.lines().next().unwrap_or_default().into() })
+    }
 }
 
 impl fmt::Debug for User {

@@ -19,7 +19,7 @@ use signal_hook::iterator::backend::SignalDelivery;
 use signal_hook::iterator::exfiltrator::WithOrigin;
 use signal_hook::low_level::siginfo::{Cause, Origin};
 
-use super::{OnLost, descendants};
+use super::descendants;
 use crate::client::{self, HeldLock};
 use crate::proto::Outcome;
 
@@ -43,12 +43,13 @@ pub(super) struct Ended {
 }
 
 /// Runs a command to its end, and keeps up the locks meanwhile. `inherits`: the command has the locks' descriptors. `tree`:
-/// its end is that of all that it has started.
+/// its end is that of all that it has started. `kill_after`: when the lock is lost, SIGTERM, and SIGKILL after so long; `None`:
+/// the command goes on.
 pub(super) fn run(
     command: &mut Command,
     holds: &mut [HeldLock],
     inherits: bool,
-    on_lost: OnLost,
+    kill_after: Option<Duration>,
     tree: bool,
 ) -> Result<Ended, Error> {
     if tree {
@@ -80,7 +81,7 @@ pub(super) fn run(
             && let Err(error) = holds.iter_mut().try_for_each(HeldLock::poll)
         {
             let limit = holds.iter().filter_map(HeldLock::stop_within).min();
-            lock = child.lost(&error, on_lost, limit);
+            lock = child.lost(&error, kill_after, limit);
         }
         if let Lock::KillAt(time) = lock
             && time <= Instant::now()
@@ -260,13 +261,13 @@ impl Child {
     }
 
     /// The lock was lost: does what was asked for that case. `limit`: how long until another host may have it.
-    fn lost(&self, error: &client::Error, on_lost: OnLost, limit: Option<Duration>) -> Lock {
-        match on_lost {
-            OnLost::Continue => {
+    fn lost(&self, error: &client::Error, kill_after: Option<Duration>, limit: Option<Duration>) -> Lock {
+        match kill_after {
+            None => {
                 crate::message::print(format_args!("{error}; the command goes on without it"));
                 Lock::Lost
             }
-            OnLost::Kill(after) => {
+            Some(after) => {
                 crate::message::print(format_args!("{error}; stopping the command"));
                 self.signal_all(Signal::SIGTERM);
                 // Killed with some of that time to spare.
@@ -279,10 +280,7 @@ impl Child {
 
 /// Makes this process the parent of all whose parents end below it (prctl(2), PR_SET_CHILD_SUBREAPER).
 fn adopt_orphans() -> io::Result<()> {
-    #[cfg(target_os = "linux")]
-    return Ok(nix::sys::prctl::set_child_subreaper(true)?);
-    #[cfg(not(target_os = "linux"))]
-    Err(io::ErrorKind::Unsupported.into())
+    Ok(nix::sys::prctl::set_child_subreaper(true)?)
 }
 
 /// True for the signals by which a terminal stops a job.

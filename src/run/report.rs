@@ -1,8 +1,13 @@
 //! What became of a job, for programs: one JSON object (`--status-fd`, `--status-file`).
 
+use std::fs::File;
+use std::io::Write;
+use std::path::PathBuf;
+
 use serde::Serialize;
 
 use super::{Ended, Error};
+use crate::fd;
 use crate::proto::{Outcome, Token};
 
 /// What became of a job, as far as it is known.
@@ -51,5 +56,41 @@ impl Report {
             }
         };
         serde_json::to_string(self).expect("a report has no part that JSON lacks") + "\n"
+    }
+}
+
+/// Where the report goes.
+pub struct Sink {
+    file: File,
+    /// The option that named it, for messages.
+    name: String,
+}
+
+impl Sink {
+    /// Opens the descriptor, or else the file, that the report goes to; `None` when there is neither. This comes before
+    /// the job: a caller that wants a report learns at once that there can be none.
+    ///
+    /// # Errors
+    /// [`Error::Sink`].
+    pub fn open(fd: Option<u32>, path: Option<PathBuf>) -> Result<Option<Sink>, Error> {
+        let (file, name) = match (fd, path) {
+            (None, None) => return Ok(None),
+            (Some(number), _) => (fd::dup(number), format!("--status-fd {number}")),
+            (None, Some(path)) => (File::create(&path), format!("--status-file {}", path.display())),
+        };
+        match file {
+            Ok(file) => Ok(Some(Sink { file, name })),
+            Err(error) if fd.is_some() => Err(Error::SinkDescriptor { name, error }),
+            Err(error) => Err(Error::Sink { name, error }),
+        }
+    }
+
+    /// Writes the report.
+    ///
+    /// # Errors
+    /// [`Error::Report`].
+    pub fn write(mut self, line: &str) -> Result<(), Error> {
+        let written = self.file.write_all(line.as_bytes());
+        written.map_err(|error| Error::Report { name: self.name, error })
     }
 }

@@ -1,0 +1,62 @@
+//! `kmutex lock` and `kmutex unlock`, and what every command that names a lock has in common: its key, its daemon, and how
+//! to ask for it.
+
+use std::ffi::OsStr;
+use std::time::Duration;
+
+use super::{Failure, failure};
+use crate::acquire::{Acquire, Wait};
+use crate::addr::Addr;
+use crate::cli;
+use crate::client::Target;
+use crate::exit::Exit;
+use crate::lock::{self, LockResult};
+use crate::proto::{Key, v2::Mode};
+
+pub(super) fn lock(args: cli::Lock) -> Result<u8, Failure> {
+    let request = acquire(&args.lock, key(args.key)?)?;
+    Ok(match lock::lock(&request, args.pid)? {
+        LockResult::Held(_) => 0,
+        LockResult::Finished(status) => status.unwrap_or(args.lock.finished_exit_code),
+        LockResult::Busy => args.lock.conflict_exit_code,
+    })
+}
+
+pub(super) fn unlock(args: cli::Unlock) -> Result<u8, Failure> {
+    lock::unlock(&target(&args.daemon, false)?, key(args.key)?, args.pid)?;
+    Ok(0)
+}
+
+/// Which lock the arguments ask for, and how.
+pub(super) fn acquire(args: &cli::LockArgs, key: Key) -> Result<Acquire, Failure> {
+    Ok(Acquire {
+        target: target(&args.daemon, !args.no_autostart)?,
+        key,
+        mode: if args.queue { Mode::Queue } else { Mode::Once },
+        shared: args.shared,
+        slots: args.slots,
+        wait: match args.wait {
+            _ if args.nonblock => Wait::Never,
+            None => Wait::Forever,
+            Some(Duration::ZERO) => Wait::Never,
+            Some(limit) => Wait::For(limit),
+        },
+        on_peer_failure: args.on_peer_failure,
+        note: args.note.to_string_lossy().into_owned(),
+        verbose: args.verbose,
+    })
+}
+
+/// Which daemon the arguments name.
+pub(super) fn target(args: &cli::Daemon, autostart: bool) -> Result<Target, Failure> {
+    let addr = Addr::or_default(args.sock.as_deref())?;
+    Ok(Target { addr, trusted_uids: args.trust_uid.clone(), autostart })
+}
+
+/// A key as it stands on the command line.
+pub(super) fn key(text: impl AsRef<OsStr>) -> Result<Key, Failure> {
+    let Some(text) = text.as_ref().to_str() else {
+        return Err(failure(Exit::BadData, "the key is not UTF-8"));
+    };
+    Key::new(text).map_err(|e| failure(Exit::BadData, e))
+}

@@ -1,0 +1,74 @@
+//! `kmutex run`: from its arguments to a [`Job`], and from how the job ended to the exit status.
+
+use std::ffi::OsString;
+
+use super::{Failure, lock, usage};
+use crate::cli;
+use crate::exit::Exit;
+use crate::proto::{Key, Token};
+use crate::run::{self, Child, Ended, Job, Report, Sink};
+
+pub(super) fn run(args: cli::Run) -> Result<u8, Failure> {
+    let (finished, conflict) = (args.lock.finished_exit_code, args.lock.conflict_exit_code);
+    let (status_fd, status_file) = (args.status_fd, args.status_file.clone());
+    let job = Job::try_from(args)?;
+    let sink = Sink::open(status_fd, status_file)?;
+    let mut report = Report::new(job.locks.iter().map(|lock| lock.key.as_str()));
+    let result = job.run(&mut report);
+    if let Some(sink) = sink {
+        sink.write(&report.line(&result))?;
+    }
+    Ok(match result? {
+        Ended::Ran(status) | Ended::Adopted(status) => status,
+        Ended::Finished(_) => finished,
+        Ended::Busy => conflict,
+        Ended::Lost => Exit::Lost.code(),
+    })
+}
+
+impl TryFrom<cli::Run> for Job {
+    type Error = Failure;
+
+    fn try_from(mut args: cli::Run) -> Result<Job, Failure> {
+        let (keys, argv) = keys_and_command(&mut args)?;
+        let keys = keys.into_iter().map(lock::key).collect::<Result<Vec<Key>, Failure>>()?;
+        let keys =
+            run::in_order(keys).map_err(|key| usage(&format!("-k {:?} is given twice", key.as_str())))?;
+        if args.reentrant && std::env::var_os(Token::VARIABLE).is_none() {
+            return Err(usage("--reentrant: this does not run under a lock"));
+        }
+        Ok(Job {
+            locks: keys.into_iter().map(|key| lock::acquire(&args.lock, key)).collect::<Result<_, _>>()?,
+            argv,
+            child: match (args.no_fork, args.close) {
+                (true, _) => Child::Exec,
+                (false, true) => Child::Closed,
+                (false, false) => Child::Inherits,
+            },
+            on_lost: args.on_lost,
+            kill_after: args.kill_after,
+            reentrant: args.reentrant,
+            tree: args.tree,
+        })
+    }
+}
+
+/// The keys, and the command's argument vector. With `-k` there is no KEY: the first positional argument is the command.
+fn keys_and_command(args: &mut cli::Run) -> Result<(Vec<OsString>, Vec<OsString>), Failure> {
+    let (keys, first) = match args.keys.is_empty() {
+        true => (args.key.take().into_iter().collect(), None),
+        false => (std::mem::take(&mut args.keys), args.key.take()),
+    };
+    let command: Vec<OsString> = first.into_iter().chain(std::mem::take(&mut args.command)).collect();
+    let argv = match args.shell_command.take() {
+        Some(_) if !command.is_empty() => {
+            return Err(usage("there is a COMMAND as well as -c SHELL_COMMAND"));
+        }
+        Some(command) => run::shell_command(command),
+        None if command.is_empty() => {
+            return Err(usage("nothing to run: give a COMMAND, or -c SHELL_COMMAND"));
+        }
+        None => command,
+    };
+    Ok((keys, argv))
+}

@@ -1,0 +1,81 @@
+//! `kmutex serve`, and the same daemon under the name of KeyedMutex's, `keyedmutexd`: from the arguments to the daemon's
+//! configuration.
+
+use std::time::Duration;
+
+use env_logger::Target;
+
+use super::{Failure, log};
+#[cfg(feature = "etcd")]
+use super::{failure, usage};
+use crate::addr::Addr;
+use crate::cli::{self, Keyedmutexd, LogLevel};
+use crate::daemon;
+#[cfg(feature = "etcd")]
+use crate::{etcd, exit::Exit};
+
+pub(super) fn serve(args: cli::Serve) -> Result<u8, Failure> {
+    let level = if args.no_log { Some(LogLevel::Off) } else { args.log_level };
+    log::init(level, Target::Stderr);
+    daemon::serve(&daemon::Config::try_from(args)?)?;
+    Ok(0)
+}
+
+impl TryFrom<cli::Serve> for daemon::Config {
+    type Error = Failure;
+
+    fn try_from(args: cli::Serve) -> Result<daemon::Config, Failure> {
+        let addrs = match &args.sock[..] {
+            [] => vec![Addr::or_default(None)?],
+            given => given.iter().map(|text| Addr::parse(text)).collect::<Result<_, _>>()?,
+        };
+        Ok(daemon::Config {
+            access: daemon::Access { mode: args.mode, group: args.group },
+            connections_max: args.maxconn,
+            hold_limit: (args.timeout > Duration::ZERO).then_some(args.timeout),
+            per_uid_max: args.max_per_uid,
+            grace: args.grace,
+            state: args.state,
+            ready_fd: args.ready_fd,
+            idle_exit: args.idle_exit,
+            #[cfg(feature = "etcd")]
+            sharing: sharing(args.etcd)?,
+            detach: args.detach,
+            ..daemon::Config::new(addrs)
+        })
+    }
+}
+
+/// The etcd that the locks go through. `None`: the locks are this host's alone.
+#[cfg(feature = "etcd")]
+fn sharing(args: cli::Etcd) -> Result<Option<daemon::Sharing>, Failure> {
+    if args.endpoints.is_empty() {
+        return Ok(None);
+    }
+    let endpoints = args.endpoints.iter().map(|text| text.parse::<etcd::Endpoint>());
+    let endpoints =
+        endpoints.collect::<Result<_, _>>().map_err(|e| failure(Exit::Usage, format_args!("--etcd: {e}")))?;
+    let user = match (args.user, args.password_file) {
+        (Some(name), Some(path)) => {
+            Some(etcd::User::with_password_file(name, &path).map_err(|e| failure(Exit::Usage, e))?)
+        }
+        _ => None,
+    };
+    if args.prefix.trim_matches('/').is_empty() {
+        return Err(usage("--etcd-prefix is empty"));
+    }
+    let etcd = etcd::Config { endpoints, ca: args.ca, cert: args.cert, key: args.key, user };
+    Ok(Some(daemon::Sharing { etcd, prefix: args.prefix, ttl_secs: args.ttl }))
+}
+
+pub(super) fn keyedmutexd(args: Keyedmutexd) -> Result<u8, Failure> {
+    // KeyedMutex's daemon wrote a line on standard output for every event.
+    let level = if args.no_log { LogLevel::Off } else { LogLevel::Debug };
+    log::init(Some(level), Target::Stdout);
+    daemon::serve(&daemon::Config {
+        connections_max: Some(args.maxconn),
+        hold_limit: (args.timeout > Duration::ZERO).then_some(args.timeout),
+        ..daemon::Config::new(vec![Addr::parse(&args.socket)?])
+    })?;
+    Ok(0)
+}
