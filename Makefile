@@ -24,7 +24,7 @@ build:
 	$(CARGO) build --release --locked
 
 build-slim:
-	$(CARGO) build --release --locked --no-default-features --target-dir $(SLIM)
+	$(CARGO) build --release --locked --no-default-features --features cli --target-dir $(SLIM)
 
 # Everything, with the tools that the tests use; a tool that is missing and cannot be installed is an error.
 test: test-tools
@@ -38,7 +38,9 @@ lint:
 	cd fuzz && $(CARGO) fmt --check
 	cd benches && $(CARGO) fmt --check
 	$(CARGO) clippy --locked --all-targets --features failpoints -- --deny warnings
-	$(CARGO) clippy --locked --all-targets --no-default-features -- --deny warnings
+	$(CARGO) clippy --locked --all-targets --no-default-features --features cli -- --deny warnings
+	$(CARGO) clippy --locked --lib --no-default-features --features daemon -- --deny warnings
+	$(CARGO) clippy --locked --lib --no-default-features -- --deny warnings
 	cd benches && $(CARGO) clippy --locked --all-targets -- --deny warnings
 	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --no-deps --document-private-items
 

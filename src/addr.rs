@@ -331,6 +331,14 @@ mod tests {
     }
 
     #[test]
+    fn a_reason_is_the_operating_systems_own_words() {
+        let reason = |number| Reason(&io::Error::from_raw_os_error(number)).to_string();
+        assert_eq!(reason(nix::Error::EBADF as i32), "Bad file descriptor");
+        assert_eq!(reason(nix::Error::ELOOP as i32), "Too many levels of symbolic links");
+        assert_eq!(Reason(&io::Error::other("no (os error 9) here")).to_string(), "no (os error 9) here");
+    }
+
+    #[test]
     fn an_address_survives_being_written_out() {
         for text in ["/run/k.sock", "k.sock", "7000", "db.example:7000", "[::1]:7000"] {
             let addr = parse(text).unwrap();

@@ -114,3 +114,22 @@ impl From<addr::Error> for Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::error::Error as _;
+
+    use super::*;
+
+    #[test]
+    fn an_error_names_its_source_for_programs() {
+        let refused = || io::Error::from(io::ErrorKind::ConnectionRefused);
+        let addr = Addr::Unix("/run/k.sock".into());
+        let error = Error::Addr(addr::Error::Io { doing: "connect to", addr, error: refused() });
+        let source = error.source().and_then(|source| source.downcast_ref::<io::Error>());
+        assert_eq!(source.map(io::Error::kind), Some(io::ErrorKind::ConnectionRefused));
+        let error = Error::Io("write to the daemon", refused());
+        assert!(error.source().is_some_and(|source| source.is::<io::Error>()));
+        assert!(Error::Closed.source().is_none());
+    }
+}

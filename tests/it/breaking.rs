@@ -35,7 +35,7 @@ fn a_holder_of_protocol_1_is_closed() {
 #[test]
 fn what_nobody_holds_cannot_be_broken() {
     let daemon = Daemon::start();
-    finish(&mut daemon.kmutex(&["break", "--yes", "k"])).complaining(65, &["nobody holds", "\"k\""]);
+    finish(&mut daemon.kmutex(&["break", "--yes", "k"])).complaining(65, &["no client holds", "\"k\""]);
     finish(&mut daemon.kmutex(&["break", "--yes", ""])).complaining(65, &["key"]);
     let folder = tempfile::tempdir().unwrap();
     let mut nowhere = std::process::Command::new(KMUTEX);

@@ -329,3 +329,10 @@ impl FakeServer {
         command
     }
 }
+
+#[test]
+fn the_version_says_which_features_the_binary_has() {
+    let output = Command::new(env!("CARGO_BIN_EXE_kmutex")).arg("--version").output().unwrap();
+    let version = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(version, concat!("kmutex ", env!("CARGO_PKG_VERSION"), " (etcd)\n"));
+}

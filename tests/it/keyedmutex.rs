@@ -131,7 +131,8 @@ fn under_the_old_name_it_has_the_old_options_and_defaults() {
     let (_folder, mut command) = keyedmutexd(&["--version"]);
     let output = command.output().unwrap();
     assert!(output.status.success());
-    assert!(String::from_utf8(output.stdout).unwrap().contains(env!("CARGO_PKG_VERSION")));
+    let version = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(version, concat!("keyedmutexd ", env!("CARGO_PKG_VERSION"), " (etcd)\n"));
     let (_folder, mut command) = keyedmutexd(&["--sock", "x"]);
     assert_eq!(command.output().unwrap().status.code(), Some(64), "it has no options of kmutex's");
 }

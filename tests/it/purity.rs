@@ -86,6 +86,35 @@ fn the_check_lets_the_rest_pass() {
     }
 }
 
+#[test]
+fn a_program_that_uses_the_library_alone_gets_no_clap_env_logger_or_rustls() {
+    let tree = |features: &str| {
+        let output = std::process::Command::new(env!("CARGO"))
+            .args([
+                "tree",
+                "--offline",
+                "--locked",
+                "--edges",
+                "normal",
+                "--prefix",
+                "none",
+                "--no-default-features",
+            ])
+            .args(["--features", features])
+            .current_dir(env!("CARGO_MANIFEST_DIR"))
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let has = |tree: &str, name: &str| tree.lines().any(|line| line.split(' ').next() == Some(name));
+    let (library, daemon, all) = (tree(""), tree("daemon"), tree("cli,etcd"));
+    for name in ["clap", "env_logger", "rustls"] {
+        assert!(!has(&library, name) && !has(&daemon, name), "{name}:\n{library}\n{daemon}");
+        assert!(has(&all, name), "{name} is in no build, so this test tests nothing:\n{all}");
+    }
+}
+
 /// The sources of the pure part, without those that only tests are made of.
 fn pure_files() -> Vec<PathBuf> {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");

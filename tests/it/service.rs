@@ -131,7 +131,7 @@ fn a_descriptor_that_is_not_open_is_named() {
     let output = output.output().unwrap();
     let line = String::from_utf8(output.stderr).unwrap();
     assert_eq!(output.status.code(), Some(64), "{line}");
-    assert_eq!(line, "kmutex: bad --ready-fd 77: Bad file number\n");
+    assert_eq!(line, "kmutex: bad --ready-fd 77: Bad file descriptor\n");
     assert!(!folder.path().join("s").exists());
 }
 
