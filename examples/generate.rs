@@ -31,14 +31,19 @@ fn main() -> io::Result<()> {
     fs::create_dir_all(&man)?;
     fs::create_dir_all(&completions)?;
 
-    let mut cli = Cli::command();
+    let mut cli = Cli::command().version(env!("CARGO_PKG_VERSION"));
     cli.build();
     write_page(&man, &cli, "kmutex")?;
     for command in cli.get_subcommands() {
         write_page(&man, command, &format!("kmutex-{}", command.get_name()))?;
     }
     for shell in [Shell::Bash, Shell::Zsh, Shell::Fish] {
-        let path = generate_to(shell, &mut Cli::command(), "kmutex", &completions)?;
+        let path = generate_to(
+            shell,
+            &mut Cli::command().version(env!("CARGO_PKG_VERSION")),
+            "kmutex",
+            &completions,
+        )?;
         complete_keys(shell, &path)?;
     }
     Ok(())
