@@ -485,7 +485,7 @@ fn breaking_a_lock_frees_it_for_all_hosts() {
     finish(&mut b.kmutex(&["break", "--yes", "k"])).quietly(0);
     assert_eq!(holder.process.wait(), LOST);
     wait_until("the lock to be free", || standing(&etcd, "k") == 0);
-    finish(&mut b.kmutex(&["break", "--yes", "k"])).complaining(65, &["nobody holds"]);
+    finish(&mut b.kmutex(&["break", "--yes", "k"])).complaining(65, &["no client holds"]);
 }
 
 #[test]

@@ -160,7 +160,10 @@ fn under_the_old_name_it_logs_each_event_to_standard_output() {
 fn under_the_old_name_it_can_be_silent() {
     let (folder, mut command) = keyedmutexd(&["-s", "old.sock", "--no-log"]);
     let mut daemon = Process::spawn(&mut command);
-    wait_until("the socket", || folder.path().join("old.sock").exists());
+    let sock = folder.path().join("old.sock");
+    wait_until("the socket", || sock.exists());
+    // It is there before the loop is, which a signal ends in order.
+    assert_eq!(Talker::new(sock.to_str().unwrap()).ask("lock report"), "owner");
     daemon.signal(Signal::SIGTERM);
     assert_eq!(daemon.wait(), 0);
     assert_eq!(daemon.line(), None);
