@@ -46,8 +46,8 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l sock -d 'The daemo
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l trust-uid -d 'Trust a daemon of this user id too, besides my own and root\'s' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l status-fd -d 'At the end, write what happened to descriptor FD: one JSON object on a line' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l status-file -d 'The same, to FILE' -r -F
-complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l on-lost -d 'What to do when the lock is lost while the command runs' -r -f -a "kill\t'Stop the command and its descendants: SIGTERM, then SIGKILL; exit with 74'
-continue\t'Say so on standard error and let it run; exit with 74 when it has ended'"
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l on-lost -d 'What to do when the lock is lost while the command runs' -r -f -a "kill\t'Stop the command and its descendants with SIGTERM, then SIGKILL; exit with 74'
+continue\t'Warn and let the command run; exit with 74 when it has ended'"
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l kill-after -d 'After SIGTERM for a lost lock, send SIGKILL to what is left after SECS seconds' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l queue -d 'Wait for my turn, whoever had the lock before'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s s -l shared -d 'Share the lock with others who ask for a shared one'

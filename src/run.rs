@@ -1,4 +1,4 @@
-//! `kmutex run`: a lock, a command under it, and an exit code that tells what happened.
+//! `kmutex run`: acquires locks, runs a command under them, releases them, and tells how that went.
 
 mod child;
 mod descendants;
@@ -24,62 +24,63 @@ pub use report::{Report, Sink};
 /// What to run, under which lock, and how.
 #[derive(Clone, Debug)]
 pub struct Job {
-    /// Which locks, and how to ask for each; at least one, and all of one daemon. See [`in_order`].
+    /// The locks to acquire, at least one, all of the same daemon, in the order of [`in_order`].
     pub locks: Vec<Acquire>,
     /// The program and its arguments; at least the program.
     pub argv: Vec<OsString>,
-    /// What the command gets of the lock, and who waits for it.
-    pub child: Child,
+    /// How the command is started, and whether it inherits the lock.
+    pub spawn: Spawn,
     /// What to do when the lock is lost while the command runs.
     pub on_lost: OnLost,
-    /// For [`OnLost::Kill`]: how long after SIGTERM the processes that are left get SIGKILL.
+    /// For [`OnLost::Kill`]: how long after SIGTERM kmutex sends SIGKILL.
     pub kill_after: Duration,
-    /// If the lock is held by the command that this is part of, run without taking it again.
+    /// Runs the command without acquiring a lock that an enclosing `kmutex run` holds already.
     pub reentrant: bool,
-    /// HeldLock the lock until all that the command has started has ended.
+    /// Holds the lock until the command and all its descendants have exited.
     pub tree: bool,
 }
 
-/// What becomes of the lock's descriptor, and of this process.
+/// How the command is started.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Child {
-    /// The command inherits the descriptor, so that the lock lasts as long as either lives.
-    Inherits,
-    /// The command does not inherit it: the lock lasts as long as this process.
-    Closed,
-    /// This process becomes the command.
+pub enum Spawn {
+    /// As a child that inherits the lock's descriptor: the lock lasts as long as kmutex or the child lives.
+    InheritLock,
+    /// As a child without the descriptor: the lock lasts as long as kmutex lives.
+    CloseLock,
+    /// This process executes the command itself.
     Exec,
 }
 
 /// What to do when the lock is lost while the command runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnLost {
-    /// Stop the command and its descendants: SIGTERM, then SIGKILL; exit with 74
+    /// Stop the command and its descendants with SIGTERM, then SIGKILL; exit with 74
     Kill,
-    /// Say so on standard error and let it run; exit with 74 when it has ended
+    /// Warn and let the command run; exit with 74 when it has ended
     Continue,
 }
 
 /// How a job ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Ended {
-    /// The command ran. This is its status, or 128 and the signal that it died of.
+    /// The command ran and exited with this status, or died of a signal: then 128 plus its number.
     Ran(u8),
-    /// Another holder was done first; the command did not run.
+    /// Another holder finished first; the command did not run.
     Finished(Outcome),
-    /// The same, and this is the status with which that one ended.
+    /// Another holder finished first, with this status; the command did not run.
     Adopted(u8),
-    /// Somebody else holds the lock, and there was no waiting, or no more.
+    /// Another holder has the lock, and the request does not wait, or its time ran out.
     Busy,
     /// The lock was lost while the command ran.
     Lost,
 }
 
 impl Job {
-    /// Does it, and notes in `report` what happens. Does not return when the job is to become the command and does.
+    /// Acquires the locks, runs the command, releases the locks, and records in `report` what happens. With [`Spawn::Exec`] it
+    /// returns only when the command cannot be executed.
     ///
     /// # Errors
-    /// When a lock or the command cannot be had. Whatever was locked is released.
+    /// When a lock cannot be acquired or the command cannot be started. All locks are released then.
     pub fn run(&self, report: &mut Report) -> Result<Ended, Error> {
         let asked = Instant::now();
         let mut holds = Vec::new();
@@ -89,8 +90,8 @@ impl Job {
             Ok(None) => {}
             other => {
                 for hold in &mut holds {
-                    // Nothing was done under it, which is what those who wait for it are told. If the daemon has gone
-                    // meanwhile, the lock goes with this process.
+                    // Nothing was done under the lock, so a waiter takes over. If the daemon is down, the lock ends with
+                    // this process.
                     let _ = hold.release(Outcome::Vanished, RELEASE_WAIT);
                 }
                 return other.map(|ended| ended.expect("it is not none"));
@@ -103,7 +104,7 @@ impl Job {
         ended
     }
 
-    /// Takes all the locks, but for those that are held above. `Some`: one is not to be had.
+    /// Acquires each lock that no enclosing `kmutex run` holds. Returns `Some` if one of them was refused.
     fn acquire(
         &self,
         holds: &mut Vec<HeldLock>,
@@ -127,10 +128,10 @@ impl Job {
                 }
                 Acquired::Granted { request, session, token } => {
                     report.token = Some(token);
-                    if self.child != Child::Closed {
-                        // The descriptors that are to be inherited; all others are closed on exec.
+                    if self.spawn != Spawn::CloseLock {
+                        // Only the locks' descriptors are inherited; all others are close-on-exec.
                         fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
-                            .map_err(|e| Error::Os("pass the lock on", e.into()))?;
+                            .map_err(|e| Error::Os("let the command inherit the lock", e.into()))?;
                     }
                     holds.push(HeldLock::new(lock.target.clone(), *request, session, token));
                 }
@@ -141,24 +142,24 @@ impl Job {
 
     fn run_locked(&self, mut holds: Vec<HeldLock>, report: &mut Report) -> Result<Ended, Error> {
         let mut command = self.command(&holds)?;
-        if self.child == Child::Exec {
+        if self.spawn == Spawn::Exec {
             let error = command.exec();
             return Err(self.not_started(holds, error));
         }
-        let inherits = self.child == Child::Inherits;
+        let inherits = self.spawn == Spawn::InheritLock;
         let kill_after = (self.on_lost == OnLost::Kill).then_some(self.kill_after);
-        let ended = match child::run(&mut command, &mut holds, inherits, kill_after, self.tree) {
+        let exit = match child::run(&mut command, &mut holds, inherits, kill_after, self.tree) {
             Err(child::Error::Spawn(error)) => return Err(self.not_started(holds, error)),
             Err(child::Error::Os(doing, error)) => return Err(Error::Os(doing, error)),
-            Ok(ended) => ended,
+            Ok(exit) => exit,
         };
-        report.outcome = Some(ended.outcome);
-        let mut lost = ended.lost;
+        report.outcome = Some(exit.outcome);
+        let mut lost = exit.lost;
         for hold in &mut holds {
-            match hold.release(ended.outcome, RELEASE_WAIT) {
-                // No daemon came back in time. The lock ends with this process, which the next daemon can tell.
+            match hold.release(exit.outcome, RELEASE_WAIT) {
+                // No daemon came back in time. The lock ends with this process, and the next daemon notices that.
                 Ok(_) | Err(client::Error::Closed) => {}
-                // It was said already.
+                // Reported when it happened.
                 Err(client::Error::Lost(_)) if lost => {}
                 Err(client::Error::Lost(why)) => {
                     let key = hold.key().as_str();
@@ -172,30 +173,30 @@ impl Job {
         if lost {
             return Ok(Ended::Lost);
         }
-        Ok(Ended::Ran(match ended.outcome {
+        Ok(Ended::Ran(match exit.outcome {
             Outcome::Signal(number) => exit::of_signal(number),
             Outcome::Exit(status) => status,
             Outcome::Unknown | Outcome::Vanished => unreachable!("a child exits or dies of a signal"),
         }))
     }
 
-    /// The command could not be started: those who wait are told with which status that ends.
+    /// Releases the locks of a command that could not be started, and returns the error.
     fn not_started(&self, mut holds: Vec<HeldLock>, error: io::Error) -> Error {
         let error = Error::Command { program: self.argv[0].clone(), error };
         for hold in &mut holds {
-            // If the daemon has gone meanwhile, the lock goes with this process.
+            // If the daemon is down, the lock ends with this process.
             let _ = hold.release(Outcome::Exit(error.exit().code()), RELEASE_WAIT);
         }
         error
     }
 
-    /// The request for one of the locks. Each but the first is asked for under the one before, so that the daemon sees
-    /// that those wait for it.
+    /// Returns the request for one of the locks. Each names the lock acquired before it, so that the daemon can detect
+    /// deadlocks.
     fn request(&self, lock: &Acquire, holds: &[HeldLock]) -> LockRequest {
         let request = lock.request(self.command_line());
         LockRequest {
-            exec: self.child == Child::Exec,
-            inherits: self.child == Child::Inherits,
+            exec: self.spawn == Spawn::Exec,
+            inherits: self.spawn == Spawn::InheritLock,
             within: holds.last().map(HeldLock::token).or(request.within),
             ..request
         }
@@ -204,10 +205,10 @@ impl Job {
     fn command(&self, holds: &[HeldLock]) -> Result<Command, Error> {
         let mut command = Command::new(&self.argv[0]);
         command.args(&self.argv[1..]);
-        // Where all is held above, what the command was told there is true here.
+        // If an enclosing `kmutex run` holds all locks, its variables are still right.
         let Some(hold) = holds.last() else { return Ok(command) };
         let sock =
-            self.locks[0].target.addr.absolute().map_err(|e| Error::Os("tell the working directory", e))?;
+            self.locks[0].target.addr.absolute().map_err(|e| Error::Os("find the working directory", e))?;
         command
             .env("KMUTEX_KEY", hold.key().as_str())
             .env(Token::VARIABLE, hold.token().to_string())
@@ -219,7 +220,7 @@ impl Job {
         Ok(command)
     }
 
-    /// The command for people to read, as it was given.
+    /// Returns the command line as it was given, for display.
     fn command_line(&self) -> String {
         self.argv.join(OsStr::new(" ")).to_string_lossy().into_owned()
     }
@@ -229,11 +230,10 @@ fn millis(since: Instant) -> u64 {
     since.elapsed().as_millis() as u64
 }
 
-/// The order in which several locks are to be taken: the same for everybody, so that no two who hold some of them wait for
-/// each other.
+/// Sorts the keys into the order in which every client acquires them, so that two clients never wait for each other.
 ///
 /// # Errors
-/// The key that is among them twice.
+/// The key that is given twice.
 pub fn in_order(mut keys: Vec<Key>) -> Result<Vec<Key>, Key> {
     keys.sort_unstable_by(|a, b| a.as_str().cmp(b.as_str()));
     match keys.windows(2).find(|two| two[0] == two[1]) {
@@ -242,17 +242,17 @@ pub fn in_order(mut keys: Vec<Key>) -> Result<Vec<Key>, Key> {
     }
 }
 
-/// What a shell command is run with: as flock(1) does, `$SHELL`, or else /bin/sh.
+/// Returns the argument vector for a shell command: `$SHELL -c`, or /bin/sh as flock(1) does.
 pub fn shell_command(command: OsString) -> Vec<OsString> {
     let shell = std::env::var_os("SHELL").filter(|shell| !shell.is_empty());
     vec![shell.unwrap_or_else(|| "/bin/sh".into()), "-c".into(), command]
 }
 
-/// Why a job could not be done.
+/// Why a job failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The lock cannot be had.
+    /// A lock cannot be acquired.
     #[error(transparent)]
     Client(#[from] client::Error),
     /// The command cannot be started.

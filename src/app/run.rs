@@ -1,4 +1,4 @@
-//! `kmutex run`: from its arguments to a [`Job`], and from how the job ended to the exit status.
+//! `kmutex run`: turns its arguments into a [`Job`], and the job's end into the exit status.
 
 use std::ffi::OsString;
 
@@ -6,7 +6,7 @@ use super::{Failure, lock, usage};
 use crate::cli;
 use crate::exit::Exit;
 use crate::proto::{Key, Token};
-use crate::run::{self, Child, Ended, Job, Report, Sink};
+use crate::run::{self, Ended, Job, Report, Sink, Spawn};
 
 pub(super) fn run(args: cli::Run) -> Result<u8, Failure> {
     let (finished, conflict) = (args.lock.finished_exit_code, args.lock.conflict_exit_code);
@@ -40,10 +40,10 @@ impl TryFrom<cli::Run> for Job {
         Ok(Job {
             locks: keys.into_iter().map(|key| lock::acquire(&args.lock, key)).collect::<Result<_, _>>()?,
             argv,
-            child: match (args.no_fork, args.close) {
-                (true, _) => Child::Exec,
-                (false, true) => Child::Closed,
-                (false, false) => Child::Inherits,
+            spawn: match (args.no_fork, args.close) {
+                (true, _) => Spawn::Exec,
+                (false, true) => Spawn::CloseLock,
+                (false, false) => Spawn::InheritLock,
             },
             on_lost: args.on_lost,
             kill_after: args.kill_after,
@@ -53,7 +53,7 @@ impl TryFrom<cli::Run> for Job {
     }
 }
 
-/// The keys, and the command's argument vector. With `-k` there is no KEY: the first positional argument is the command.
+/// Returns the keys and the command's argument vector. With `-k` there is no KEY: the first positional argument is the command.
 fn keys_and_command(args: &mut cli::Run) -> Result<(Vec<OsString>, Vec<OsString>), Failure> {
     let (keys, first) = match args.keys.is_empty() {
         true => (args.key.take().into_iter().collect(), None),

@@ -35,7 +35,7 @@ pub(super) enum Error {
 }
 
 /// How a command ended.
-pub(super) struct Ended {
+pub(super) struct ChildExit {
     /// An exit status or a signal.
     pub(super) outcome: Outcome,
     /// The lock was lost before that.
@@ -51,7 +51,7 @@ pub(super) fn run(
     inherits: bool,
     kill_after: Option<Duration>,
     tree: bool,
-) -> Result<Ended, Error> {
+) -> Result<ChildExit, Error> {
     if tree {
         adopt_orphans().map_err(|e| Error::Os("keep track of all that the command starts", e))?;
     }
@@ -63,38 +63,38 @@ pub(super) fn run(
             hold.set_child(pid.as_raw() as u32);
         }
     }
-    let mut child = Child { pid, job: Job::Running, tree, outcome: None };
-    let mut lock = Lock::Held;
+    let mut child = Child { pid, job: JobControl::Running, tree, outcome: None };
+    let mut lock = LockState::Held;
     loop {
         if let Some(outcome) = child.wait().map_err(|e| Error::Os("wait for the command", e.into()))? {
-            return Ok(Ended { outcome, lost: lock != Lock::Held });
+            return Ok(ChildExit { outcome, lost: lock != LockState::Held });
         }
-        let (signalled, tended) =
+        let (signalled, polled) =
             wait_for_event(&signals, holds, lock).map_err(|e| Error::Os("wait", e.into()))?;
         if signalled {
             for origin in signals.0.pending() {
                 child.signal(&origin).map_err(|e| Error::Os("pass on a signal", e.into()))?;
             }
         }
-        if tended
-            && lock == Lock::Held
+        if polled
+            && lock == LockState::Held
             && let Err(error) = holds.iter_mut().try_for_each(HeldLock::poll)
         {
             let limit = holds.iter().filter_map(HeldLock::stop_within).min();
-            lock = child.lost(&error, kill_after, limit);
+            lock = child.on_lost(&error, kill_after, limit);
         }
-        if let Lock::KillAt(time) = lock
+        if let LockState::KillAt(time) = lock
             && time <= Instant::now()
         {
             child.signal_all(Signal::SIGKILL);
-            lock = Lock::Lost;
+            lock = LockState::Lost;
         }
     }
 }
 
 /// What has become of the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Lock {
+enum LockState {
     Held,
     /// It is lost. What is left of the command then is killed.
     KillAt(Instant),
@@ -103,12 +103,12 @@ enum Lock {
 }
 
 /// Waits until there are signals, until there is something of the daemon's to poll to, or until it is time to kill.
-fn wait_for_event(signals: &Signals, holds: &[HeldLock], lock: Lock) -> nix::Result<(bool, bool)> {
-    let holds = if lock == Lock::Held { holds } else { &[] };
+fn wait_for_event(signals: &Signals, holds: &[HeldLock], lock: LockState) -> nix::Result<(bool, bool)> {
+    let holds = if lock == LockState::Held { holds } else { &[] };
     let time = match lock {
-        Lock::Held => holds.iter().filter_map(HeldLock::poll_at).min(),
-        Lock::KillAt(time) => Some(time),
-        Lock::Lost => None,
+        LockState::Held => holds.iter().filter_map(HeldLock::poll_at).min(),
+        LockState::KillAt(time) => Some(time),
+        LockState::Lost => None,
     };
     let timeout = time.map_or(PollTimeout::NONE, |time| {
         let left = time.saturating_duration_since(Instant::now());
@@ -155,7 +155,7 @@ fn find(program: &OsStr) -> PathBuf {
 
 struct Child {
     pid: Pid,
-    job: Job,
+    job: JobControl,
     /// It is over when all that it has started is.
     tree: bool,
     /// How the command itself has ended.
@@ -164,7 +164,7 @@ struct Child {
 
 /// Where the command stands as a job of a shell's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Job {
+enum JobControl {
     Running,
     /// Stopped from the terminal, and kmutex with it.
     Stopped,
@@ -201,13 +201,13 @@ impl Child {
             }
             // By any other signal it was stopped by somebody who will continue this one process: nothing to do with
             // kmutex.
-            if status.stopping_signal().is_some_and(is_from_terminal) {
-                self.job = Job::Stopped;
+            if status.stopping_signal().is_some_and(is_job_control_stop) {
+                self.job = JobControl::Stopped;
                 // So that the shell sees the whole job stop. Returns when kmutex is continued.
                 kill(Pid::this(), Signal::SIGSTOP)?;
             }
-            if status.continued() && self.job == Job::Stopped {
-                self.job = Job::Continued;
+            if status.continued() && self.job == JobControl::Stopped {
+                self.job = JobControl::Continued;
             }
         }
     }
@@ -216,7 +216,7 @@ impl Child {
     fn signal_all(&self, signal: Signal) {
         match self.tree {
             true => descendants::signal_below(Pid::this(), signal),
-            false => descendants::signal(self.pid, signal),
+            false => descendants::signal_tree(self.pid, signal),
         }
     }
 
@@ -234,8 +234,8 @@ impl Child {
             return Ok(());
         }
         if origin.signal == SIGCONT {
-            let job = std::mem::replace(&mut self.job, Job::Running);
-            if job == Job::Continued || (job == Job::Stopped && self.was_continued()?) {
+            let job = std::mem::replace(&mut self.job, JobControl::Running);
+            if job == JobControl::Continued || (job == JobControl::Stopped && self.is_continued()?) {
                 return Ok(());
             }
         }
@@ -255,24 +255,29 @@ impl Child {
     }
 
     /// True when the command runs again after it was stopped. Leaves its end for `wait` to find.
-    fn was_continued(&self) -> nix::Result<bool> {
+    fn is_continued(&self) -> nix::Result<bool> {
         let flags = WaitPidFlag::WNOHANG | WaitPidFlag::WCONTINUED;
         Ok(matches!(waitid(Id::Pid(self.pid), flags)?, WaitStatus::Continued(_)))
     }
 
     /// The lock was lost: does what was asked for that case. `limit`: how long until another host may have it.
-    fn lost(&self, error: &client::Error, kill_after: Option<Duration>, limit: Option<Duration>) -> Lock {
+    fn on_lost(
+        &self,
+        error: &client::Error,
+        kill_after: Option<Duration>,
+        limit: Option<Duration>,
+    ) -> LockState {
         match kill_after {
             None => {
                 crate::message::print(format_args!("{error}; the command goes on without it"));
-                Lock::Lost
+                LockState::Lost
             }
             Some(after) => {
                 crate::message::print(format_args!("{error}; stopping the command"));
                 self.signal_all(Signal::SIGTERM);
                 // Killed with some of that time to spare.
                 let after = limit.map_or(after, |limit| after.min(limit * 4 / 5));
-                Instant::now().checked_add(after).map_or(Lock::Lost, Lock::KillAt)
+                Instant::now().checked_add(after).map_or(LockState::Lost, LockState::KillAt)
             }
         }
     }
@@ -284,7 +289,7 @@ fn adopt_orphans() -> io::Result<()> {
 }
 
 /// True for the signals by which a terminal stops a job.
-fn is_from_terminal(signal: i32) -> bool {
+fn is_job_control_stop(signal: i32) -> bool {
     matches!(signal, SIGTSTP | SIGTTIN | SIGTTOU)
 }
 

@@ -1,4 +1,4 @@
-//! What became of a job, for programs: one JSON object (`--status-fd`, `--status-file`).
+//! The report of `--status-fd` and `--status-file`: one JSON object on a line.
 
 use std::fs::File;
 use std::io::Write;
@@ -10,30 +10,30 @@ use super::{Ended, Error};
 use crate::fd;
 use crate::proto::{Outcome, Token};
 
-/// What became of a job, as far as it is known.
+/// How a job went. Its fields are filled in as they become known.
 #[derive(Debug, Default, Serialize)]
 pub struct Report {
     /// The lock's key, or the first of several.
     pub key: String,
-    /// All of them, if there are several.
+    /// All keys, if there are several.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<String>,
     /// `ran`, `finished`, `busy`, `lost` or `error`.
     verdict: &'static str,
-    /// How the command ended: this one's if it ran, or the holder's that finished first.
+    /// How the command ended, or the command of the holder that finished first.
     pub outcome: Option<Outcome>,
-    /// The token of the lock: this one's if it was granted, or the holder's that finished first.
+    /// The token of the granted lock, or that of the holder that finished first.
     pub token: Option<Token>,
-    /// How long it waited for the lock, in milliseconds.
+    /// How long kmutex waited for the lock, in milliseconds.
     pub waited_ms: u64,
-    /// How long it held the lock, in milliseconds.
+    /// How long kmutex held the lock, in milliseconds.
     pub held_ms: u64,
-    /// What went wrong, for people.
+    /// The error message.
     error: Option<String>,
 }
 
 impl Report {
-    /// Nothing has happened yet.
+    /// Returns an empty report for these keys.
     pub fn new<'a>(keys: impl Iterator<Item = &'a str>) -> Report {
         let mut keys: Vec<String> = keys.map(String::from).collect();
         let key = keys.first().cloned().unwrap_or_default();
@@ -43,7 +43,7 @@ impl Report {
         Report { key, keys, ..Report::default() }
     }
 
-    /// The report as one line of JSON, with its newline.
+    /// Returns the report as one line of JSON, with its newline.
     pub fn line(&mut self, result: &Result<Ended, Error>) -> String {
         self.verdict = match result {
             Ok(Ended::Ran(_)) => "ran",
@@ -55,20 +55,20 @@ impl Report {
                 "error"
             }
         };
-        serde_json::to_string(self).expect("a report has no part that JSON lacks") + "\n"
+        serde_json::to_string(self).expect("every field of a report has a JSON form") + "\n"
     }
 }
 
-/// Where the report goes.
+/// The file that the report is written to.
 pub struct Sink {
     file: File,
-    /// The option that named it, for messages.
+    /// The option that named the file, for messages.
     name: String,
 }
 
 impl Sink {
-    /// Opens the descriptor, or else the file, that the report goes to; `None` when there is neither. This comes before
-    /// the job: a caller that wants a report learns at once that there can be none.
+    /// Opens the descriptor or the file; returns `None` if neither is given. The caller does this before the job, so that
+    /// a file that cannot be written is an error before the command has run.
     ///
     /// # Errors
     /// [`Error::Sink`].
