@@ -1,5 +1,4 @@
-//! Asking for a lock on behalf of somebody at a command line: what is asked, how long is waited, and what becomes of it
-//! when somebody else was there first.
+//! Acquiring a lock for a command line: which lock, how long to wait, and what to do when another holder finished first.
 
 mod waiting;
 
@@ -14,37 +13,37 @@ use crate::proto::v2::{LockRequest, Mode, Who};
 use crate::proto::{Key, Outcome, Token};
 use waiting::Display;
 
-/// Which lock, and how to ask for it.
+/// Which lock to acquire, and how.
 #[derive(Clone, Debug)]
 pub struct Acquire {
-    /// Where the lock is.
+    /// The daemon that has the lock.
     pub target: Target,
-    /// Which lock.
+    /// The key of the lock.
     pub key: Key,
-    /// What to do when somebody else holds the lock.
+    /// What to do when another holder finishes first.
     pub mode: Mode,
-    /// Share the lock.
+    /// Hold the lock together with other shared holders, as `flock -s` does.
     pub shared: bool,
-    /// Take it while fewer than so many hold it.
+    /// How many may hold the lock at the same time.
     pub slots: u32,
     /// How long to wait.
     pub wait: Wait,
     /// What to do when the holder that was waited for has failed.
     pub on_peer_failure: OnPeerFailure,
-    /// What others are to see of it.
+    /// The text that waiters and `kmutex status` show for this request.
     pub note: String,
-    /// Tell what is done on standard error.
+    /// Report each step on standard error.
     pub verbose: bool,
 }
 
 /// How long to wait for a lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Wait {
-    /// Until it comes.
+    /// Until the daemon replies.
     Forever,
     /// Not at all.
     Never,
-    /// So long at the most.
+    /// At most so long.
     For(Duration),
 }
 
@@ -53,41 +52,41 @@ pub enum Wait {
 pub enum OnPeerFailure {
     /// Exit with 79 all the same
     Skip,
-    /// Ask for the lock again, so that one of those who waited runs the command next
+    /// Ask for the lock again, so that one of the waiters runs the command next
     Retry,
     /// Exit as that holder did, also when it did not fail
     Adopt,
 }
 
-/// What became of it.
+/// How the request for a lock ended.
 #[derive(Debug)]
 pub enum Acquired {
-    /// The lock is held, as long as the session lives.
+    /// The session holds the lock, as long as it lives.
     Granted {
-        /// As it was granted.
+        /// The request as the daemon granted it.
         request: Box<LockRequest>,
         /// The connection.
         session: Session,
         /// The fencing token.
         token: Token,
     },
-    /// Another holder was done first.
+    /// Another holder finished first.
     Finished {
-        /// How that one ended.
+        /// The outcome of that holder.
         outcome: Outcome,
-        /// The token that it held.
+        /// The token of that holder.
         token: Token,
-        /// The status to end with as well, if that was asked for.
+        /// The exit status to adopt, with [`OnPeerFailure::Adopt`].
         status: Option<u8>,
     },
-    /// Somebody else holds it, and there was no waiting, or no more.
+    /// The lock is held, and the request did not wait, or timed out.
     Busy,
-    /// It is held by one under whose lock this runs.
+    /// The lock is held by a process that this one runs under.
     HeldAbove,
 }
 
 impl Acquire {
-    /// The request, for a command as people are to read it.
+    /// Returns the request to send; `command` is the command line that `kmutex status` shows.
     pub fn request(&self, command: String) -> LockRequest {
         let user = ["USER", "LOGNAME"].into_iter().find_map(|name| std::env::var(name).ok());
         let host = nix::unistd::gethostname().unwrap_or_default();
@@ -107,7 +106,7 @@ impl Acquire {
         }
     }
 
-    /// The token of the lock under which this process runs itself, if it is of the same daemon.
+    /// Returns the token of the lock under which this process runs, if that lock belongs to the same daemon.
     fn within(&self) -> Option<Token> {
         let sock = std::env::var_os(addr::VARIABLE)?;
         let here = self.target.addr.absolute().ok()?;
@@ -117,10 +116,10 @@ impl Acquire {
         Some(Token(std::env::var(Token::VARIABLE).ok()?.parse().ok()?))
     }
 
-    /// Asks, waits, and asks again if a holder failed and that is what was wanted. The time to wait began at `asked`.
+    /// Asks and waits, and asks again after a failed holder with [`OnPeerFailure::Retry`]. The time to wait began at `asked`.
     ///
     /// # Errors
-    /// When no daemon can be reached, or it refuses.
+    /// When no daemon can be reached, or the daemon refuses.
     pub fn acquire(&self, request: &LockRequest, asked: Instant) -> Result<Acquired, client::Error> {
         let deadline = match self.wait {
             Wait::For(limit) => asked.checked_add(limit),
@@ -140,7 +139,7 @@ impl Acquire {
                 LockReply::HeldAbove => return Ok(Acquired::HeldAbove),
                 LockReply::Finished(outcome, token) => match (self.on_peer_failure, outcome) {
                     (OnPeerFailure::Retry, Outcome::Exit(1..) | Outcome::Signal(_)) => {
-                        self.say(|| format!("the holder has failed ({outcome}); asking again"));
+                        self.report(|| format!("the holder failed ({outcome}); retrying"));
                     }
                     (OnPeerFailure::Adopt, outcome) => {
                         let status = match outcome {
@@ -154,15 +153,15 @@ impl Acquire {
                 },
                 LockReply::Granted(token) => {
                     let waited = asked.elapsed().as_secs_f64();
-                    self.say(|| format!("got the lock {:?} after {waited:.6} s", self.key.as_str()));
+                    self.report(|| format!("acquired the lock {:?} after {waited:.6} s", self.key.as_str()));
                     return Ok(Acquired::Granted { request: Box::new(request), session, token });
                 }
             }
         }
     }
 
-    /// Says something on standard error, if that is wanted.
-    pub fn say(&self, what: impl FnOnce() -> String) {
+    /// Prints a message on standard error, with `--verbose`.
+    pub fn report(&self, what: impl FnOnce() -> String) {
         if self.verbose {
             crate::message::print(what());
         }

@@ -1,4 +1,4 @@
-//! `kmutex break`: a lock is taken from whoever holds it, by force.
+//! `kmutex break`: takes a lock from its holders by force.
 
 use std::io::{self, BufRead, IsTerminal, Write};
 
@@ -8,19 +8,19 @@ use crate::exit::Exit;
 use crate::proto::Key;
 use crate::proto::v2::{Answer, ErrorCode, LockStatus, Request};
 
-/// Whether to ask first.
+/// Whether to ask the user first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Confirm {
-    /// It was given.
+    /// The user has agreed already (`--yes`).
     Given,
-    /// On the terminal that standard input and standard error are.
+    /// Ask on the terminal (standard input and standard error).
     Ask,
 }
 
-/// Frees the lock of `key`: all who hold it are told that it is lost, and whoever is next gets it.
+/// Frees the lock of `key`: the daemon tells its holders that the lock is lost, and grants it to the next waiter.
 ///
 /// # Errors
-/// When nobody holds it, this user may not, the user says no, or there is no daemon or no terminal.
+/// When no client holds the lock, this user may not break it, the user says no, or there is no daemon or no terminal.
 pub fn break_lock(target: &Target, key: Key, confirm: Confirm) -> Result<(), Error> {
     let mut session = Session::connect(target, None)?;
     if confirm == Confirm::Ask {
@@ -65,16 +65,16 @@ fn ask(key: &Key, status: &LockStatus) -> Result<(), Error> {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The daemon cannot be asked.
+    /// The client failed.
     #[error(transparent)]
     Client(#[from] client::Error),
-    /// Nobody holds it.
+    /// No client holds the lock.
     #[error("no client holds the lock {:?}", .0.as_str())]
     NotHeld(Key),
-    /// It is not this user's to break.
+    /// This user may not break the lock.
     #[error("not permitted to break the lock {:?}: only root, the daemon's user or the holder's may", .0.as_str())]
     NotPermitted(Key),
-    /// The user says no.
+    /// The user said no.
     #[error("not broken")]
     Refused,
     /// There is no terminal, and `--yes` was not given.
@@ -86,7 +86,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The exit code for it.
+    /// Returns the exit code for this error.
     pub fn exit(&self) -> Exit {
         match self {
             Error::Client(error) => error.exit(),

@@ -1,10 +1,19 @@
-//! The blocking client: connecting, starting a daemon where there is none, asking for a lock, releasing it.
+//! The blocking client: connects, starts a daemon where there is none, acquires a lock, releases it.
 //!
-//! [`Client`] is for programs that hold locks themselves. [`Session`] is one connection of protocol 2, for those that
-//! need more of it, as `kmutex run` and `kmutex status` do.
+//! [`Client`] is for programs that hold locks themselves. [`Session`] is one connection of protocol 2, for programs that
+//! need the protocol itself, as `kmutex run` and `kmutex status` do.
 //!
-//! The cache loop, which is what the keyed mutex is for: only one of many computes what is missing, the others wait for
-//! it and find it there.
+//! | file | what it owns |
+//! | --- | --- |
+//! | `client/session.rs` | one connection: requests out, answers in, deadlines |
+//! | `client/retry.rs` | asking for a lock across restarts of the daemon |
+//! | `client/held_lock.rs` | a lock that outlives the daemon that granted it |
+//! | `client/lease.rs` | how long a lock is safe without news from the daemon |
+//! | `client/autostart.rs` | starting a daemon where there is none |
+//! | `client/error.rs` | what can go wrong, in words and as an exit code |
+//!
+//! The cache loop, which a keyed mutex is made for: one of many programs computes the missing value; the others wait and then
+//! find it in the cache.
 //!
 //! ```
 //! # fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -22,7 +31,7 @@
 //!     if let Some(report) = cache.get("report") {
 //!         break report;
 //!     }
-//!     // `None`: another holder was here. What we need is in the cache now; if it is not, we try again.
+//!     // `None`: another holder has just finished. The value is in the cache now; if it is not, the loop tries again.
 //!     if let Some(lock) = client.lock("report")? {
 //!         cache.insert("report", "computed once".to_string());
 //!         lock.release()?;
@@ -51,19 +60,19 @@ pub use held_lock::{HeldLock, RELEASE_WAIT};
 pub use retry::lock;
 pub use session::{NoObserver, Session, WaitObserver};
 
-/// Which daemon to connect to, and on what terms.
+/// Which daemon to connect to, and under which conditions.
 #[derive(Clone, Debug)]
 pub struct Target {
-    /// Where it is.
+    /// The daemon's address.
     pub addr: Addr,
-    /// Whose daemon to trust, besides one's own and root's.
+    /// The uids whose daemons the client trusts, besides its own and root's.
     pub trusted_uids: Vec<u32>,
-    /// Start one on a Unix socket where there is none.
+    /// Start a daemon if none listens on the Unix socket.
     pub autostart: bool,
 }
 
 impl Target {
-    /// A daemon that must be there already.
+    /// A daemon that must be running already.
     pub fn new(addr: Addr) -> Target {
         Target { addr, trusted_uids: Vec::new(), autostart: false }
     }
@@ -72,17 +81,18 @@ impl Target {
 /// How a lock request ended.
 #[derive(Clone, Debug, PartialEq)]
 pub enum LockReply {
-    /// The lock is held, with this token, for as long as the session lives.
+    /// The session holds the lock, under this fencing token, as long as it lives.
     Granted(Token),
-    /// The holder that was waited for is done.
+    /// The holder that this request waited for has finished, with this outcome and this token.
     Finished(Outcome, Token),
-    /// Somebody holds it, and the request said not to wait.
+    /// The lock is held by these, and the request said not to wait.
     Busy(Vec<Party>),
-    /// It is held by the one under whose lock the request was made ([`LockRequest::within`]).
+    /// The lock is held by a process that this request runs under ([`LockRequest::within`]).
     HeldAbove,
 }
 
-/// A number that nobody else has chosen, nor can guess: from the keys that the standard library draws from the system.
+/// Returns a number that no other process can guess, made from the random keys that the standard library takes from the
+/// operating system.
 pub fn nonce() -> Nonce {
     let draw = || u128::from(RandomState::new().hash_one(std::process::id()));
     Nonce(draw() << 64 | draw())
@@ -90,8 +100,8 @@ pub fn nonce() -> Nonce {
 
 /// A client of one daemon, for a program that takes one lock at a time.
 ///
-/// A lock that others wait for is theirs to hear of when it is released: whoever asked meanwhile is told that somebody
-/// was here. `crate::client` shows the loop that this is for.
+/// On release, the clients that asked while this one held the lock get `None`. `crate::client` shows the loop that this is
+/// made for.
 #[derive(Debug)]
 pub struct Client {
     target: Target,
@@ -101,40 +111,39 @@ pub struct Client {
 
 #[derive(Debug)]
 enum State {
-    /// It holds nothing. There is a connection, unless the daemon closed it.
+    /// The client holds nothing. `None`: the daemon has closed the connection.
     Idle(Option<Session>),
-    /// It holds a lock.
+    /// The client holds a lock.
     Holding(HeldLock),
-    /// It has released a lock and could not say so: the daemon is to be told before anything else.
+    /// The client has released a lock but could not tell the daemon, which it does before anything else.
     ReleasePending(HeldLock),
 }
 
 impl Client {
-    /// Connects to a daemon.
+    /// Connects to the daemon at `addr`.
     ///
     /// # Errors
-    /// When it cannot be reached or is not trusted.
+    /// When no daemon answers there, or its user is not trusted.
     pub fn connect(addr: &Addr) -> Result<Client, Error> {
         Client::connect_to(Target::new(addr.clone()))
     }
 
-    /// Connects to a daemon on other terms.
+    /// Connects to a daemon as `target` says.
     ///
     /// # Errors
-    /// When it cannot be reached, started or trusted.
+    /// When no daemon answers there or can be started, or its user is not trusted.
     pub fn connect_to(target: Target) -> Result<Client, Error> {
         let session = Session::connect(&target, None)?;
         Ok(Client { target, state: State::Idle(Some(session)), reconnects: true })
     }
 
-    /// Whether to connect anew after the daemon closed the connection, and to resume the lock if one is held. It does,
-    /// unless it is told not to.
+    /// Whether the client reconnects, and resumes its lock, after the daemon closed the connection. The default is `true`.
     pub fn set_reconnect(&mut self, reconnects: bool) {
         self.reconnects = reconnects;
     }
 
-    /// Takes the lock of `key` and returns a guard that releases it when dropped. `None`: somebody else held it, and has
-    /// released it by now; whatever was to be computed under the lock has been.
+    /// Acquires the lock of `key`. Returns a guard that releases the lock when dropped, or `None` if another client held the
+    /// lock and released it while this one waited: the work under the lock is done.
     ///
     /// # Errors
     /// As [`Client::acquire`].
@@ -142,10 +151,11 @@ impl Client {
         Ok(self.acquire(key)?.map(|token| Guard { client: self, token }))
     }
 
-    /// The same without a guard: whoever calls it calls [`Client::release`] too. The token is the fencing token.
+    /// Acquires the lock of `key` without a guard: the caller calls [`Client::release`]. Returns the fencing token, or `None`
+    /// as [`Client::lock`] does.
     ///
     /// # Errors
-    /// When the key is none, this client holds a lock already, or the daemon cannot be reached.
+    /// When the key is invalid, this client holds a lock already, or the daemon cannot be reached.
     pub fn acquire(&mut self, key: &str) -> Result<Option<Token>, Error> {
         let key = Key::new(key).map_err(Error::Key)?;
         let mut request = LockRequest::new(key, Mode::Once);
@@ -175,11 +185,11 @@ impl Client {
         Ok(None)
     }
 
-    /// Releases the lock that this client holds; it does nothing if it holds none.
+    /// Releases the lock that this client holds, if it holds one.
     ///
     /// # Errors
-    /// [`Error::Lost`] when the lock was lost before: whatever was done under it may not have been done alone. Others
-    /// when the daemon cannot be told at the moment: it is told before the next lock is taken.
+    /// [`Error::Lost`] when the lock was lost earlier: another client may have held it during the work. Other errors when the
+    /// daemon cannot be reached now: the client releases the lock before it acquires the next one.
     pub fn release(&mut self) -> Result<(), Error> {
         match std::mem::replace(&mut self.state, State::Idle(None)) {
             State::Holding(hold) => self.finish_release(hold),
@@ -190,13 +200,13 @@ impl Client {
         }
     }
 
-    /// True between an acquisition and its release.
+    /// Returns `true` while the client holds a lock.
     pub fn is_locked(&self) -> bool {
         matches!(self.state, State::Holding(_))
     }
 
-    /// Looks, without waiting, whether the lock that is held is held still, and takes it up again if the daemon was
-    /// restarted meanwhile. A program that holds a lock for long calls this from time to time.
+    /// Checks, without waiting, that the client still holds its lock, and resumes it if the daemon was restarted. A program
+    /// that holds a lock for a long time calls this regularly.
     ///
     /// # Errors
     /// [`Error::Lost`] when the lock was lost.
@@ -220,7 +230,7 @@ impl Client {
                     self.state = State::Idle(Some(session));
                     return Ok(());
                 }
-                // That daemon had heard of it before it died.
+                // The daemon read the release before it died.
                 Err(Error::Lost(_)) if was_told => return Ok(()),
                 Err(error @ Error::Lost(_)) => return Err(error),
                 Err(Error::Closed) if Instant::now() < give_up => {}
@@ -233,7 +243,7 @@ impl Client {
     }
 }
 
-/// A held lock. It is released when this is dropped; [`Guard::release`] tells whether that went well.
+/// A held lock. Dropping the guard releases the lock; [`Guard::release`] also returns the errors.
 #[derive(Debug)]
 pub struct Guard<'a> {
     client: &'a mut Client,
@@ -241,7 +251,7 @@ pub struct Guard<'a> {
 }
 
 impl Guard<'_> {
-    /// The fencing token: larger than that of every earlier holder.
+    /// Returns the fencing token, which is larger than that of every earlier holder.
     pub fn token(&self) -> Token {
         self.token
     }
@@ -257,7 +267,7 @@ impl Guard<'_> {
 
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
-        // If the connection is lost the lock is gone with it, which is what was wanted.
+        // If the connection is gone, so is the lock, and that is all that dropping asks for.
         let _ = self.client.release();
     }
 }

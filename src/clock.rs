@@ -1,10 +1,10 @@
-//! The clock that daemon and clients have in common.
+//! The clock that the daemon and the clients use.
 
 use nix::time::{ClockId, clock_gettime};
 
 use crate::table::Millis;
 
-/// Milliseconds since the machine was booted, the time that it slept included.
+/// Returns the milliseconds since the machine was booted, including the time that it slept (CLOCK_BOOTTIME).
 pub(crate) fn now() -> Millis {
     let time = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("the kernel has this clock");
     Millis(time.tv_sec() as u64 * 1000 + time.tv_nsec() as u64 / 1_000_000)

@@ -1,17 +1,17 @@
-//! How holders and spans of time are told to people.
+//! Holders, waiters and spans of time, in words.
 
 use crate::lookup;
 use crate::proto::v2::Party;
 
-/// A holder or waiter in a few words, without its protocol's details: `"make", note (pid 123, alice on host) for 1m02s`.
+/// Describes a holder or waiter in a few words: `"make", note (pid 123, alice on host) for 1m02s`.
 pub fn party(party: &Party) -> String {
     let who = &party.who;
     let mut told = match who.command.as_str() {
         _ if party.protocol == 1 => "a client of protocol 1".to_string(),
-        "" => "somebody".to_string(),
+        "" => "an unnamed command".to_string(),
         command => format!("{command:?}"),
     };
-    // Early, so that a narrow terminal shows it: somebody wanted it seen.
+    // The note comes early, so that a narrow terminal shows it.
     if !who.note.is_empty() {
         told.push_str(&format!(", {}", who.note.as_str()));
     }
@@ -28,12 +28,12 @@ pub fn party(party: &Party) -> String {
     told
 }
 
-/// A user's name, or the number if there is none.
+/// Returns a user's name, or the uid if the user has no name.
 pub fn user(uid: u32) -> String {
     lookup::user(uid).unwrap_or_else(|| uid.to_string())
 }
 
-/// A span of time as people say it: its two largest units.
+/// Describes a span of time by its two largest units: `1m02s`.
 pub fn span(millis: u64) -> String {
     let seconds = millis / 1000;
     match seconds {
@@ -50,7 +50,7 @@ mod tests {
     use crate::proto::v2::Who;
 
     #[test]
-    fn a_span_is_told_in_its_two_largest_units() {
+    fn a_span_is_described_by_its_two_largest_units() {
         let spans =
             [(0, "0.0s"), (59_999, "59.9s"), (61_000, "1m01s"), (3_660_000, "1h01m"), (90_000_000, "1d01h")];
         for (millis, text) in spans {
@@ -59,7 +59,7 @@ mod tests {
     }
 
     #[test]
-    fn a_party_is_told_as_far_as_it_is_known() {
+    fn a_holder_is_described_as_far_as_it_is_known() {
         let text = |text: &str| text.to_string().into();
         let who =
             Who { pid: 12, host: text("h"), user: text("u"), command: text("make all"), note: text("job 7") };

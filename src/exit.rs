@@ -1,26 +1,26 @@
-//! The exit codes of kmutex itself, in one table. (A command that ran gives its own, or 128 and its signal.)
+//! The exit codes of kmutex itself, in one table. (A command that ran passes on its own status, or 128 plus its signal.)
 
-/// How kmutex ended, when it is not the command's own status. The values are those of sysexits.h and of the shell,
-/// where these have one.
+/// Why kmutex ended without the command's own status. The numbers are those of sysexits.h and of the shell, where these
+/// have one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exit {
-    /// The command line is wrong.
+    /// The command line is invalid.
     Usage,
-    /// What was given as data is wrong, such as a key that is too long.
+    /// The data is invalid, such as a key that is too long.
     BadData,
     /// No daemon can be reached or started.
     Unavailable,
     /// A bug in kmutex.
     Internal,
-    /// The operating system refused something that it ordinarily grants.
+    /// A system call failed that ordinarily succeeds.
     Os,
     /// A socket or a file cannot be created.
     CannotCreate,
     /// The lock was lost while the command ran.
     Lost,
-    /// Somebody else holds it: the lock (`-E` changes this one's number), or the socket of a daemon.
+    /// The lock is held by another client (`-E` changes the number), or another daemon serves the socket.
     Busy,
-    /// The other end does not speak the protocol.
+    /// The peer does not speak the protocol.
     Protocol,
     /// Not permitted, or not trusted.
     NotPermitted,
@@ -33,7 +33,7 @@ pub enum Exit {
 }
 
 impl Exit {
-    /// The number for the parent process.
+    /// Returns the exit status for the parent process.
     pub const fn code(self) -> u8 {
         match self {
             Exit::Usage => exitcode::USAGE as u8,
@@ -46,7 +46,7 @@ impl Exit {
             Exit::Busy => exitcode::TEMPFAIL as u8,
             Exit::Protocol => exitcode::PROTOCOL as u8,
             Exit::NotPermitted => exitcode::NOPERM as u8,
-            // One above the highest of sysexits.h, so that it is neither one of those nor one of a shell's.
+            // One above the highest code of sysexits.h, and below those of the shell.
             Exit::Finished => exitcode::CONFIG as u8 + 1,
             Exit::CannotExecute => 126,
             Exit::NotFound => 127,
@@ -54,7 +54,7 @@ impl Exit {
     }
 }
 
-/// The shell's number for a command that died of a signal.
+/// Returns the exit status with which a shell reports a command that died of a signal.
 pub const fn of_signal(number: u8) -> u8 {
     128 + number
 }

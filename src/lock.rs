@@ -1,5 +1,5 @@
-//! `kmutex lock` and `kmutex unlock`: a lock that a shell holds, or any process that is not kmutex. The daemon watches
-//! that process, and the lock ends with it at the latest.
+//! `kmutex lock` and `kmutex unlock`: a lock that a shell holds, or any other process. The daemon watches that process and
+//! releases the lock when it ends.
 
 use std::io;
 use std::os::unix::fs::MetadataExt;
@@ -15,49 +15,49 @@ use crate::lookup;
 use crate::proto::v2::{Answer, ErrorCode, LockRequest, Request};
 use crate::proto::{Key, Outcome, Token};
 
-/// What became of a lock that was to be taken for a process.
+/// How `kmutex lock` ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LockResult {
     /// The process holds it, with this fencing token.
     Held(Token),
-    /// Another holder was done first; the status to end with as well, if that was asked for.
+    /// Another holder finished first; this is the exit status to adopt, with `--on-peer-failure adopt`.
     Finished(Option<u8>),
-    /// Somebody else holds it, and there was no waiting, or no more.
+    /// The lock is held, and the request did not wait, or timed out.
     Busy,
 }
 
-/// Takes a lock for a process, by default for the one that has started this one.
+/// Acquires a lock for process `pid`, by default the parent of this one.
 ///
 /// # Errors
-/// When there is no such process, it is somebody else's, or the lock cannot be had.
+/// When there is no such process, it belongs to another user, or the lock cannot be acquired.
 pub fn lock(request: &Acquire, pid: Option<u32>) -> Result<LockResult, Error> {
     let pid = holder(&request.target, pid)?;
     let wire = LockRequest {
-        // Nobody says how the process ends, so its end is that of the work.
+        // No message says how the process ends, so its end is the end of the work.
         exec: true,
         child: Some(pid),
         ..request.request(command_of(pid))
     };
     match request.acquire(&wire, Instant::now())? {
         Acquired::Granted { session, token, .. } => {
-            // Whatever the shell asks of the daemon next, the lock is known to be its.
+            // The daemon knows that the shell holds the lock before the shell can make its next request.
             session.leave()?;
             Ok(LockResult::Held(token))
         }
         Acquired::Finished { status, .. } => Ok(LockResult::Finished(status)),
         Acquired::Busy => Ok(LockResult::Busy),
         Acquired::HeldAbove => Err(client::Error::Deadlock(format!(
-            "the lock {:?} is held by process {pid} already, or by what it runs under",
+            "the lock {:?} is held by process {pid} already, or by a process that it runs under",
             request.key.as_str()
         ))
         .into()),
     }
 }
 
-/// Releases a lock that [`lock`] has taken for that process.
+/// Releases a lock that [`lock`] acquired for process `pid`.
 ///
 /// # Errors
-/// When that process does not hold it, or there is no daemon.
+/// When that process does not hold the lock, or there is no daemon.
 pub fn unlock(target: &Target, key: Key, pid: Option<u32>) -> Result<(), Error> {
     let pid = holder(target, pid)?;
     let mut session = Session::connect(target, None)?;
@@ -68,7 +68,7 @@ pub fn unlock(target: &Target, key: Key, pid: Option<u32>) -> Result<(), Error> 
     }
 }
 
-/// The process that is to hold: one of this user, on this machine.
+/// Returns the process that holds the lock, which must be on this machine and belong to this user.
 fn holder(target: &Target, pid: Option<u32>) -> Result<u32, Error> {
     if !matches!(target.addr, Addr::Unix(_)) {
         return Err(Error::NotHere(target.addr.clone()));
@@ -85,30 +85,30 @@ fn holder(target: &Target, pid: Option<u32>) -> Result<u32, Error> {
     Ok(pid)
 }
 
-/// The command line of a process, for people (proc(5), /proc/PID/cmdline).
+/// Returns the command line of a process (proc(5), /proc/PID/cmdline).
 fn command_of(pid: u32) -> String {
     let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     String::from_utf8_lossy(&words).trim_end_matches('\0').replace('\0', " ")
 }
 
-/// Why a process has no lock, or keeps it.
+/// Why a lock cannot be acquired or released for a process.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The lock cannot be had.
+    /// The client failed.
     #[error(transparent)]
     Client(#[from] client::Error),
-    /// The daemon is on another machine, perhaps, and can watch no process here.
-    #[error("a process can hold locks of a daemon on a Unix socket only, and {0} is none")]
+    /// The daemon may be on another machine, where it cannot watch a process of this one.
+    #[error("kmutex lock needs a daemon on a Unix socket, not {0}")]
     NotHere(Addr),
     /// There is no such process.
     #[error("--pid {0}: there is no such process")]
     NoProcess(u32),
-    /// The process is this user's.
-    #[error("--pid {}: the process is not yours, but that of uid {} ({})", .0, .1, user_name(*.1))]
+    /// The process belongs to the user with this uid.
+    #[error("--pid {}: the process belongs to uid {} ({})", .0, .1, user_name(*.1))]
     NotYours(u32, u32),
-    /// Nothing can be told of the process.
-    #[error("--pid {}: cannot look at the process: {}", .0, Reason(.1))]
+    /// The kernel does not tell about the process.
+    #[error("--pid {}: cannot inspect the process: {}", .0, Reason(.1))]
     Process(u32, #[source] io::Error),
     /// The process does not hold the lock.
     #[error("process {} does not hold the lock {:?}", .1, .0.as_str())]
@@ -116,7 +116,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The exit code for it.
+    /// Returns the exit code for this error.
     pub fn exit(&self) -> Exit {
         match self {
             Error::Client(error) => error.exit(),
@@ -129,5 +129,5 @@ impl Error {
 }
 
 fn user_name(uid: u32) -> String {
-    lookup::user(uid).unwrap_or_else(|| "of no name".into())
+    lookup::user(uid).unwrap_or_else(|| "unknown user".into())
 }

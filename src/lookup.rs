@@ -1,20 +1,20 @@
-//! Names of users, groups and hosts, as this system knows them.
+//! Looks up names of users, groups and hosts, by running getent(1).
 //!
-//! They are asked of getent(1). The C library's own functions load the system's lookup modules into the calling process,
-//! which a static program cannot do safely: they must be of the very version of glibc that it was linked with. getent
-//! has the right ones, whatever the system is configured to ask (files, LDAP, DNS).
+//! The C library's own functions load the system's lookup modules into the calling process. A static program cannot do
+//! that safely: the modules must have the version of glibc that the program was linked with. getent has the right modules
+//! for every source that the system is configured to use (files, LDAP, DNS).
 
 use std::io;
 use std::net::IpAddr;
 use std::process::{Command, Stdio};
 
-/// The name of a user. `None`: there is none, or it cannot be told.
+/// Returns the name of a user, or `None` if the user has no name or getent cannot be run.
 pub fn user(uid: u32) -> Option<String> {
     let entry = getent("passwd", &uid.to_string()).ok()?;
     entry.split(':').next().filter(|name| !name.is_empty()).map(String::from)
 }
 
-/// The number of a group, given by name or number.
+/// Returns the gid of a group, given by name or number.
 ///
 /// # Errors
 /// When there is no such group, or getent cannot be run.
@@ -24,10 +24,10 @@ pub fn group(name: &str) -> io::Result<u32> {
     }
     let entry = getent("group", name)?;
     let gid = entry.split(':').nth(2).and_then(|gid| gid.parse().ok());
-    gid.ok_or_else(|| io::Error::other("getent does not tell its number"))
+    gid.ok_or_else(|| io::Error::other("getent prints no number"))
 }
 
-/// The addresses of a host, given by name or number, in the order in which they should be tried.
+/// Returns the addresses of a host, given by name or number, in the order in which to try them.
 ///
 /// # Errors
 /// When the name is not known, or getent cannot be run.
@@ -38,14 +38,14 @@ pub fn host(name: &str) -> io::Result<Vec<IpAddr>> {
     let lines = getent("ahosts", name)?;
     let mut addrs: Vec<IpAddr> =
         lines.lines().filter_map(|line| line.split_ascii_whitespace().next()?.parse().ok()).collect();
-    // One line for each kind of socket.
+    // getent prints one line for each kind of socket.
     addrs.dedup();
     Ok(addrs)
 }
 
-/// What getent prints for a key of a database; its exit status is 2 where there is nothing to print.
+/// Returns what getent prints for a key of a database; its exit status is 2 when the key is missing.
 fn getent(database: &str, key: &str) -> io::Result<String> {
-    // Not every getent knows that "--" ends the options.
+    // Some versions of getent do not accept "--" as the end of the options.
     if key.starts_with('-') {
         return Err(io::Error::other("there is no such name"));
     }
@@ -71,7 +71,7 @@ mod tests {
     }
 
     #[test]
-    fn a_host_is_known_by_name_and_by_number() {
+    fn a_host_is_found_by_name_and_by_number() {
         assert!(host("localhost").unwrap().iter().all(IpAddr::is_loopback));
         assert_eq!(host("127.0.0.1").unwrap(), ["127.0.0.1".parse::<IpAddr>().unwrap()]);
         assert_eq!(host("::1").unwrap(), ["::1".parse::<IpAddr>().unwrap()]);

@@ -1,12 +1,12 @@
-//! What kmutex itself says: on standard error, one line each.
+//! kmutex's own messages: one line each on standard error.
 
 use std::fmt::Display;
 use std::io::{self, Write};
 
-/// Says something, as `kmutex: what`. It stays one line that no terminal obeys, whatever a command or a key has in it,
-/// and it is written at once, so that the lines of many processes do not mix.
-pub fn print(what: impl Display) {
-    let text = what.to_string().replace(char::is_control, "?");
-    // Where standard error cannot be written to, there is nobody to tell; the exit code still says what happened.
+/// Prints `kmutex: MESSAGE`. Control characters, which a key or a command may contain, are replaced, so that it stays one
+/// line and no terminal obeys it. The line is written by one system call, so that the lines of many processes do not mix.
+pub fn print(message: impl Display) {
+    let text = message.to_string().replace(char::is_control, "?");
+    // If standard error cannot be written, the exit code still says what happened.
     let _ = io::stderr().write_all(format!("kmutex: {text}\n").as_bytes());
 }

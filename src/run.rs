@@ -97,7 +97,7 @@ impl Job {
                 return other.map(|ended| ended.expect("it is not none"));
             }
         }
-        self.locks[0].say(|| format!("running {}", self.command_line()));
+        self.locks[0].report(|| format!("running {}", self.command_line()));
         let granted = Instant::now();
         let ended = self.run_locked(holds, report);
         report.held_ms = millis(granted);

@@ -1,4 +1,4 @@
-//! `kmutex status`: what is held, and who waits; a table for people, JSON for programs.
+//! `kmutex status`: which locks are held, and who waits; a table for people, JSON for programs.
 
 use std::collections::HashMap;
 use std::io::{self, IsTerminal, Write};
@@ -10,25 +10,25 @@ use crate::exit::Exit;
 use crate::proto::Key;
 use crate::proto::v2::{Answer, ErrorCode, LockStatus, Party, Request};
 
-/// In which form to print.
+/// The form of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// A table.
     People,
     /// One JSON object a line, as the daemon sends it.
     Json,
-    /// The keys alone, one a line: those that are one line.
+    /// The keys alone, one a line; keys with control characters are left out.
     Keys,
 }
 
 /// Which locks to print.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Which {
-    /// That of one key.
+    /// The lock of one key.
     Key(Key),
-    /// All that are held, or asked for, on this host.
+    /// Every lock that is held or awaited on this host.
     All,
-    /// All of all hosts that share their locks.
+    /// Every lock of every host of the cluster.
     Cluster,
 }
 
@@ -73,14 +73,14 @@ pub fn print(target: &Target, which: &Which, format: Format, out: &mut impl Writ
     Ok(out.flush()?)
 }
 
-/// How often [`watch`] looks.
+/// How often [`watch`] asks the daemon.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// Prints the table again and again: in place on a terminal, and one below the other elsewhere. While the daemon is away it
-/// says so.
+/// Prints the table every second: in place on a terminal, one below the other elsewhere. While there is no daemon, prints
+/// the error instead.
 ///
 /// # Errors
-/// When there is no daemon at the beginning, or the output cannot be written. It does not end otherwise.
+/// When there is no daemon at the beginning, or the output cannot be written. Does not return otherwise.
 pub fn watch(target: &Target, which: &Which, out: &mut impl Write) -> Result<(), Error> {
     let is_terminal = io::stdout().is_terminal();
     let mut has_begun = false;
@@ -103,7 +103,7 @@ pub fn watch(target: &Target, which: &Which, out: &mut impl Write) -> Result<(),
     }
 }
 
-/// A text over what is on a terminal of that many rows and columns: as much of it as fits.
+/// Returns the bytes that replace the content of a terminal by `text`, as much of it as fits into `rows` and `columns`.
 fn in_place(text: &str, rows: usize, columns: usize) -> String {
     let (rows, columns) = (if rows == 0 { 24 } else { rows }, if columns == 0 { 80 } else { columns });
     let count = text.lines().count();
@@ -134,7 +134,7 @@ struct Table {
 
 impl Table {
     fn add(&mut self, lock: &LockStatus) {
-        // A key may hold what a terminal would obey.
+        // A key may contain an escape sequence, which a terminal would obey.
         let key = lock.key.as_deref().map_or(lock.id.clone(), |key| key.replace(char::is_control, "?"));
         for holder in &lock.holders {
             let state = if holder.orphan { "orphan" } else { "holds" };
@@ -165,7 +165,7 @@ impl Table {
         self.rows.push([key.into(), state.into(), pid, user, host, describe::span(party.for_ms), command]);
     }
 
-    /// Says how many there are beyond those that the daemon lists.
+    /// Adds a row that counts the holders or waiters that the daemon does not list.
     fn add_rest(&mut self, key: &str, count: u32, listed: usize, verb: &str) {
         let rest = (count as usize).saturating_sub(listed);
         if rest > 0 {
@@ -191,20 +191,20 @@ impl Table {
     }
 }
 
-/// Why there is no status.
+/// Why the status cannot be shown.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The daemon cannot be asked.
+    /// The client failed.
     #[error(transparent)]
     Client(#[from] client::Error),
-    /// The answer cannot be printed.
+    /// The output cannot be written.
     #[error("cannot write the status: {}", crate::addr::Reason(.0))]
     Output(#[from] io::Error),
 }
 
 impl Error {
-    /// The exit code for it.
+    /// Returns the exit code for this error.
     pub fn exit(&self) -> Exit {
         match self {
             Error::Client(error) => error.exit(),
@@ -218,7 +218,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_does_not_fit_on_a_terminal_is_counted() {
+    fn rows_that_do_not_fit_on_a_terminal_are_counted() {
         assert_eq!(in_place("a\nbc\n", 5, 1), "\x1b[Ha\x1b[K\nb\x1b[K\n\x1b[J");
         assert_eq!(in_place("1\n2\n3\n4\n", 4, 9), "\x1b[H1\x1b[K\n2\x1b[K\nand 2 more\x1b[K\n\x1b[J");
     }

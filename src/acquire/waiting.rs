@@ -1,5 +1,5 @@
-//! Telling a person what a lock is waited for: on a terminal one line that is kept up to date, and with `--verbose` one
-//! line when the waiting begins.
+//! Shows who holds the lock that a command waits for: on a terminal one line that is kept up to date, and with `--verbose`
+//! one line when the wait begins.
 
 use std::io::{self, IsTerminal, Write};
 use std::time::{Duration, Instant};
@@ -8,15 +8,15 @@ use crate::client::WaitObserver;
 use crate::describe;
 use crate::proto::v2::Party;
 
-/// How long nobody is told anything, and how often the line is made up anew.
+/// The line appears after this time, and is renewed as often.
 const PAUSE: Duration = Duration::from_secs(1);
 
-/// What is shown of the waiting. The line is cleared when this is dropped.
+/// The line about the wait. Dropping it clears the line.
 pub(super) struct Display<'a> {
     key: &'a str,
     began: Instant,
     is_terminal: bool,
-    /// One line is to be written at once.
+    /// A line is due as soon as the wait begins.
     verbose: bool,
     is_shown: bool,
 }
@@ -59,7 +59,7 @@ impl WaitObserver for Display<'_> {
         let text = format!("kmutex: {}", self.text(holders, ahead));
         // The last column stays free: some terminals go on to the next line when it is written to.
         let line: String = text.chars().take(width - 1).collect();
-        // It is for whoever looks; if nobody can see it, the waiting goes on all the same.
+        // The line is only a service to the user: if it cannot be written, the wait goes on all the same.
         let _ = write!(io::stderr(), "\r{line}\x1b[K");
         self.is_shown = true;
     }

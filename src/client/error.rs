@@ -1,4 +1,4 @@
-//! What can go wrong for a client, in words for its user and as an exit code.
+//! Why a client fails, in words for its user and as an exit code.
 
 use std::io;
 use std::path::PathBuf;
@@ -8,31 +8,31 @@ use crate::exit::Exit;
 use crate::proto::KeyError;
 use crate::proto::v2::Answer;
 
-/// Why a client cannot go on.
+/// Why a client failed.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {
-    /// The daemon's address is wrong, or it cannot be reached.
+    /// The daemon's address is invalid, or no daemon can be reached there.
     #[error(transparent)]
     Addr(addr::Error),
-    /// No daemon can be started.
+    /// The client cannot start a daemon.
     #[error("cannot start a daemon on {}: {why}", path.display())]
     Autostart {
-        /// Where.
+        /// The socket.
         path: PathBuf,
-        /// What the daemon or the operating system said.
+        /// The error message of the daemon or of the operating system.
         why: String,
-        /// The exit code that fits.
+        /// The exit code that belongs to it.
         exit: Exit,
     },
-    /// The daemon belongs to somebody who is not trusted.
-    #[error("not trusting the daemon on {addr}: it belongs to uid {uid} ({}); see --trust-uid", user.as_deref().unwrap_or("of no name"))]
+    /// The daemon runs as a user whom the client does not trust.
+    #[error("not trusting the daemon on {addr}: it belongs to uid {uid} ({}); see --trust-uid", user.as_deref().unwrap_or("unknown user"))]
     Untrusted {
-        /// Where.
+        /// The daemon's address.
         addr: Addr,
-        /// Whose it is.
+        /// The daemon's uid.
         uid: u32,
-        /// The same, for people, if it is known.
+        /// The name of that user, if there is one.
         user: Option<String>,
     },
     /// The daemon closed the connection.
@@ -41,26 +41,26 @@ pub enum Error {
     /// The lock was lost while it was held.
     #[error("the lock was lost: {0}")]
     Lost(String),
-    /// The deadline came first.
+    /// The deadline passed.
     #[error("timed out")]
     TimedOut,
-    /// The daemon does not answer a question that needs no waiting.
+    /// The daemon did not answer in time a request that it answers at once.
     #[error("the daemon does not answer")]
     Silent,
-    /// The daemon says what no daemon may.
+    /// The daemon sent what protocol 2 does not allow.
     #[error("the daemon does not speak protocol 2: {0}")]
     Protocol(String),
-    /// The daemon gives no lock at the moment, because it cannot record it.
+    /// The daemon grants no locks now, because it cannot write its journal.
     #[error("the daemon cannot record the lock: {0}")]
     Unrecorded(String),
-    /// Whether the lock is free cannot be told, because the other hosts cannot be asked.
+    /// The daemon cannot tell whether another host holds the lock, because etcd cannot be reached.
     #[error("{0}")]
     Unavailable(String),
-    /// The daemon shares its locks with other hosts, and has not this kind.
+    /// The daemon's locks are clustered, and it has no clustered locks of this kind.
     #[error("{0}")]
     PerHost(String),
-    /// To wait for this lock would be to wait for ever: the daemon says who waits for whom.
-    #[error("it would wait for ever: {0}")]
+    /// Waiting for this lock would never end. The message lists the clients that wait for each other.
+    #[error("deadlock: {0}")]
     Deadlock(String),
     /// The daemon refused the request.
     #[error("the daemon refused: {0}")]
@@ -68,10 +68,10 @@ pub enum Error {
     /// The kernel refused something.
     #[error("cannot {}: {}", .0, Reason(.1))]
     Io(&'static str, #[source] io::Error),
-    /// The key is none.
+    /// The key is invalid.
     #[error(transparent)]
     Key(#[from] KeyError),
-    /// This client holds a lock already, and can hold only one.
+    /// This client holds a lock already; it can hold one at a time.
     #[error("this client holds a lock already")]
     AlreadyHolding,
 }
@@ -88,7 +88,7 @@ impl Error {
         }
     }
 
-    /// The exit code for it.
+    /// Returns the exit code for this error.
     pub fn exit(&self) -> Exit {
         match self {
             Error::Addr(error) => error.exit(),

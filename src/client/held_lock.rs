@@ -1,5 +1,5 @@
-//! A lock that is held, and goes on being held when the daemon is restarted: the connection is made anew, and the same
-//! request, named by its nonce, resumes the same grant.
+//! A held lock that survives a restart of the daemon: the client reconnects and sends the same request again, and the
+//! daemon recognises its grant by the nonce.
 
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
@@ -11,34 +11,34 @@ use crate::clock;
 use crate::proto::v2::{Answer, LockRequest, Request};
 use crate::proto::{Key, Outcome, Token};
 
-/// How long to look for a daemon to release a lock to.
+/// How long a client tries to reach a daemon in order to release a lock.
 pub const RELEASE_WAIT: Duration = Duration::from_secs(2);
-/// A command that has ended by then need not be told of: most have.
+/// The daemon learns the command's pid after this time, since most commands end sooner.
 const NAME_CHILD_AFTER: Duration = Duration::from_millis(100);
-/// How long connecting may take. (A Unix socket accepts at once, unless many wait before it.)
+/// How long connecting may take. (A Unix socket accepts at once, unless its backlog is full.)
 const CONNECT_WAIT: Duration = Duration::from_secs(1);
 
-/// A lock that is held. Dropping it closes the connection, and the lock goes with it.
+/// A held lock. Dropping it closes the connection, which releases the lock.
 #[derive(Debug)]
 pub struct HeldLock {
     target: Target,
-    /// What resumes it.
+    /// The request that resumes the lock.
     request: LockRequest,
     token: Token,
     link: Link,
-    /// When to tell the daemon of the child, if it does not end before.
+    /// When to tell the daemon the command's pid, unless the command ends before.
     name_child_at: Option<Instant>,
-    /// How long it may be relied on without the daemon's word, if that has an end.
+    /// How long the lock is safe without news from the daemon. `None`: as long as the connection lasts.
     lease: Option<Lease>,
 }
 
-/// How the daemon is reached at the moment.
+/// The state of the connection.
 #[derive(Debug)]
 enum Link {
     Up(Session),
-    /// Asked to resume, and not answered yet.
+    /// The client has asked to resume; the daemon has not answered yet.
     Resuming(Session),
-    /// The daemon is away. Nobody else can get the lock while it is, so there is no hurry.
+    /// There is no daemon. While there is none, no other client can get the lock, so there is no hurry.
     Down {
         retry_at: Instant,
         pause: Duration,
@@ -46,24 +46,25 @@ enum Link {
 }
 
 impl HeldLock {
-    /// A lock that was just granted to `request` with this token, on this session.
+    /// A lock that the daemon has just granted to `request`, under this token, on this session.
     pub fn new(target: Target, request: LockRequest, mut session: Session, token: Token) -> HeldLock {
         let request = LockRequest { holds: Some(token), ..request };
         let lease = session.lease.take();
         HeldLock { target, request, token, link: Link::Up(session), name_child_at: None, lease }
     }
 
-    /// Which lock.
+    /// Returns the key of the lock.
     pub fn key(&self) -> &Key {
         &self.request.key
     }
 
-    /// The fencing token.
+    /// Returns the fencing token.
     pub fn token(&self) -> Token {
         self.token
     }
 
-    /// What becomes readable when [`HeldLock::poll`] should be called. `None`: while the daemon is away.
+    /// Returns the descriptor that becomes readable when [`HeldLock::poll`] has something to do, or `None` while there is no
+    /// daemon.
     pub fn readable(&self) -> Option<BorrowedFd<'_>> {
         match &self.link {
             Link::Up(session) | Link::Resuming(session) => Some(session.as_fd()),
@@ -71,7 +72,7 @@ impl HeldLock {
         }
     }
 
-    /// When [`HeldLock::poll`] should be called although nothing is readable.
+    /// Returns when [`HeldLock::poll`] has something to do even if nothing is readable.
     pub fn poll_at(&self) -> Option<Instant> {
         let due = match self.link {
             Link::Down { retry_at, .. } => Some(retry_at),
@@ -80,17 +81,17 @@ impl HeldLock {
         due.into_iter().chain(self.lease.as_ref().map(Lease::due)).min()
     }
 
-    /// When the lock is lost: how long to stop in, before another host can have it. `None`: it may have it already, or
-    /// there is none.
+    /// Returns, for a lost lock, how much time is left to stop the work before another host can get the lock; `None` if
+    /// another holder may have it already, or the lock has no lease.
     pub fn stop_within(&self) -> Option<Duration> {
         self.lease.as_ref().map(Lease::margin)
     }
 
-    /// A process has inherited the lock, which therefore lasts as long as it lives too. The daemon is told with the next
-    /// resumption, or when [`HeldLock::poll`] is called after a moment.
+    /// Notes that process `pid` has inherited the lock, which therefore also lasts as long as that process. The client tells
+    /// the daemon when it resumes, or when [`HeldLock::poll`] is called after a moment.
     ///
-    /// (Until then the process has the connection itself, which tells the daemon of its end. Were this client and the
-    /// daemon both killed before it is told, the next daemon would have to look for the process.)
+    /// (Until then the inherited connection tells the daemon when the process ends. If this client and the daemon were both
+    /// killed before that, the next daemon would have to search for the process.)
     pub fn set_child(&mut self, pid: u32) {
         self.request.child = Some(pid);
         self.name_child_at = Some(Instant::now() + NAME_CHILD_AFTER);
@@ -106,7 +107,7 @@ impl HeldLock {
         }
     }
 
-    /// Hears what the daemon says, and resumes if it was restarted. Does not wait for an answer.
+    /// Reads what the daemon has sent, and resumes the lock if the daemon was restarted. Does not wait for an answer.
     ///
     /// # Errors
     /// [`Error::Lost`] when the lock was lost.
@@ -127,7 +128,7 @@ impl HeldLock {
                         }
                         self.link = Link::Up(session);
                     }
-                    // An answer to the naming of the child from a daemon that does not know that, at worst.
+                    // At worst an error from an older daemon, which does not know the request that names the child.
                     Ok(Some(_)) => self.link = Link::Up(session),
                     Err(_) => {}
                 },
@@ -166,11 +167,11 @@ impl HeldLock {
         }
     }
 
-    /// Releases the lock with what those who wait are to be told. If the daemon is away, waits so long for it to come
-    /// back. The confirmation is not waited for: whatever anybody asks of the daemon from now on, it reads after this.
+    /// Releases the lock and gives the waiters this outcome. If there is no daemon, waits up to `wait` for one. Does not wait
+    /// for the confirmation: the daemon reads every later request of any client after this one.
     ///
     /// # Errors
-    /// [`Error::Lost`] when the lock was lost before, [`Error::Closed`] when the daemon did not come back.
+    /// [`Error::Lost`] when the lock was lost earlier, [`Error::Closed`] when no daemon came back in time.
     pub fn release(&mut self, outcome: Outcome, wait: Duration) -> Result<Session, Error> {
         let give_up = Instant::now() + wait;
         loop {
@@ -212,7 +213,7 @@ impl HeldLock {
     fn check_lease(&mut self) -> Result<(), Error> {
         let Some(lease) = &mut self.lease else { return Ok(()) };
         if lease.is_over() {
-            let why = "the daemon has not said for too long that this host has it still";
+            let why = "no lease renewal from the daemon in time";
             return Err(Error::Lost(why.into()));
         }
         if let Link::Up(session) = &mut self.link
@@ -235,7 +236,7 @@ impl HeldLock {
 }
 
 impl Link {
-    /// Away since just now: to be looked for at once.
+    /// The connection has just closed: the client tries at once to reconnect.
     fn down() -> Link {
         Link::Down { retry_at: Instant::now(), pause: PAUSE_MIN }
     }

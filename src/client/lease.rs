@@ -1,6 +1,5 @@
-//! How long a lock may be relied on that was won from other hosts. The daemon keeps a lease for all that its host holds;
-//! this end asks it from time to time how long that is good, since a daemon that was stopped, or died, cannot say that it is
-//! over.
+//! The client's view of a lease: how long a lock is safe without news from the daemon. The client asks for a renewal at
+//! regular intervals and measures on its own clock, since a daemon that is stopped or dead cannot say that the lease is over.
 
 use std::time::{Duration, Instant};
 
@@ -8,18 +7,18 @@ use crate::clock;
 use crate::proto::v2::LeaseTerms;
 use crate::table::Millis;
 
-/// What is known of the daemon's lease.
+/// A lease, as the client knows it.
 #[derive(Debug)]
 pub(super) struct Lease {
     good_until: Millis,
     margin: Duration,
-    /// When the question was sent that is not answered yet.
+    /// When the unanswered ping was sent.
     asked: Option<Millis>,
     ask_at: Instant,
 }
 
 impl Lease {
-    /// As it was told in answer to a question that was sent then.
+    /// The lease that the daemon stated in answer to a ping sent at `sent`.
     pub(super) fn new(sent: Millis, terms: LeaseTerms) -> Lease {
         let margin = Duration::from_millis(terms.margin_ms);
         Lease {
@@ -30,23 +29,24 @@ impl Lease {
         }
     }
 
-    /// True when the lock may not be relied on any more.
+    /// Returns `true` when another host may get the lock.
     pub(super) fn is_over(&self) -> bool {
         self.good_until <= clock::now()
     }
 
-    /// When to look after it again.
+    /// Returns when to ask again, or to give up.
     pub(super) fn due(&self) -> Instant {
         let left = self.good_until.0.saturating_sub(clock::now().0);
         self.ask_at.min(Instant::now() + Duration::from_millis(left))
     }
 
-    /// The time that is left to stop in when it is over: another host cannot have the lock before.
+    /// Returns the time between the end of the lease as the client counts it and the first moment at which another host can
+    /// get the lock: the command has to stop within it.
     pub(super) fn margin(&self) -> Duration {
         self.margin
     }
 
-    /// True when it is time to ask the daemon, which the caller does at once. One question at a time.
+    /// Returns `true` when it is time to send a ping, which the caller does at once. There is one unanswered ping at a time.
     pub(super) fn ping_due(&mut self) -> bool {
         if self.ask_at > Instant::now() {
             return false;
@@ -59,12 +59,12 @@ impl Lease {
         is_due
     }
 
-    /// A question was sent with the request to resume the lock.
+    /// Notes that a request to resume the lock was sent, which the daemon answers with a lease too.
     pub(super) fn asked(&mut self, sent: Millis) {
         self.asked = Some(sent);
     }
 
-    /// A question was answered, or, with nothing to say, not.
+    /// Takes in the answer to a ping. `None`: the daemon stated no lease.
     pub(super) fn answered(&mut self, terms: Option<LeaseTerms>) {
         if let (Some(sent), Some(terms)) = (self.asked.take(), terms) {
             self.good_until = self.good_until.max(sent.plus(Millis(terms.good_ms)));

@@ -1,4 +1,4 @@
-//! Asking for a lock until there is a reply, whatever happens to the daemon meanwhile: when to try again, and when not.
+//! Asks for a lock until there is a reply, across restarts of the daemon, and decides when to try again.
 
 use std::time::{Duration, Instant};
 
@@ -6,11 +6,11 @@ use super::{Error, LockReply, Session, Target, WaitObserver};
 use crate::exit::Exit;
 use crate::proto::v2::LockRequest;
 
-/// Asks for a lock and waits for the reply, until `deadline` at the most. The session holds the lock if it was
-/// granted.
+/// Asks for a lock and waits for the reply, at most until `deadline`. The returned session holds the lock if the reply is
+/// [`LockReply::Granted`].
 ///
-/// A daemon that ends before it has answered has given nothing: the request is put to the next one, and whoever waited
-/// has the same place in the queue there.
+/// A daemon that ends before it answers has granted nothing: the client repeats the request to the next daemon, where it
+/// keeps its place in the queue.
 ///
 /// # Errors
 /// [`Error::TimedOut`] at the deadline; others when no daemon can be reached or trusted, or it does not speak the
@@ -33,7 +33,7 @@ pub fn lock(
         };
         match session.lock(&request, deadline, observer) {
             Err(Error::Closed) => {
-                // One that let us wait has been a good daemon.
+                // A daemon that let this client wait was in order.
                 if let Some(place) = session.place() {
                     request.place = Some(place);
                     retry = Retry::new(None);
@@ -49,14 +49,14 @@ pub fn lock(
     }
 }
 
-/// How long those who were connected to a daemon when it ended wait for the next one.
+/// How long a client that was connected when its daemon ended waits for the next daemon.
 const SUCCESSOR_WAIT: Duration = Duration::from_secs(30);
-/// How many daemons may close the connection without a word before one gives up.
+/// The client gives up after so many daemons have closed the connection without an answer.
 const SILENT_MAX: u32 = 10;
 
-/// When to try again to reach a daemon.
+/// Decides when to try again to reach a daemon.
 struct Retry {
-    /// Until when it may be away altogether. `None`: not at all.
+    /// Until when there may be no daemon. `None`: there must be one.
     away_until: Option<Instant>,
     pause: Duration,
     closed: u32,
@@ -70,7 +70,7 @@ impl Retry {
     fn is_worth(&self, error: &Error) -> bool {
         let is_away = match error {
             Error::Addr(error) => error.is_absent(),
-            // There was one that is not for us to start.
+            // There was a daemon before, and this client must not start its successor.
             Error::Autostart { exit, .. } => *exit == Exit::Unavailable,
             _ => false,
         };
@@ -82,7 +82,7 @@ impl Retry {
         if self.closed > SILENT_MAX { Err(Error::Closed) } else { Ok(()) }
     }
 
-    /// There is no event that tells when a daemon is back, so this sleeps; longer from time to time.
+    /// Sleeps, since no event tells when a daemon is back; each pause is twice as long as the one before, up to a limit.
     fn pause(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
         let left =
             deadline.map_or(Duration::MAX, |deadline| deadline.saturating_duration_since(Instant::now()));
@@ -95,6 +95,6 @@ impl Retry {
     }
 }
 
-/// The first pause before trying again, and the longest.
+/// The first and the longest pause between two attempts.
 pub(super) const PAUSE_MIN: Duration = Duration::from_millis(5);
 pub(super) const PAUSE_MAX: Duration = Duration::from_secs(1);

@@ -18,19 +18,19 @@ use crate::proto::v2::{
     decode_answer, encode,
 };
 
-/// How long a daemon may take to answer what needs no waiting.
+/// How long a daemon may take to answer a request that it answers at once.
 const ANSWER_WAIT: Duration = Duration::from_secs(10);
 
-/// Somebody who wants to know what a lock is waited for.
+/// Follows a request that waits: shows who holds the lock.
 pub trait WaitObserver {
-    /// After how long to look again who holds the lock; `None`: not at all.
+    /// Returns after how long to ask the daemon again who holds the lock; `None`: never.
     fn pause(&self) -> Option<Duration>;
 
-    /// These hold it, and so many of the queue come before this one.
+    /// The request waits: `holders` hold the lock, and `ahead` requests of the queue come first.
     fn on_waiting(&mut self, holders: &[Party], ahead: u32);
 }
 
-/// Nobody wants to know.
+/// Ignores everything.
 #[derive(Debug)]
 pub struct NoObserver;
 
@@ -46,40 +46,40 @@ fn next_look(observer: &dyn WaitObserver) -> Option<Instant> {
     Some(Instant::now() + observer.pause()?)
 }
 
-/// How many of the queue come before this process, if it is among those that the daemon lists.
+/// Returns how many requests of the queue come before this process, if the daemon lists it.
 fn ahead_of_me(status: &LockStatus, request: &LockRequest) -> Option<u32> {
     let me = status.waiters.iter().position(|waiter| waiter.who.pid == request.who.pid)?;
     let queue = status.waiters[..me].iter().filter(|waiter| waiter.mode == Some(Mode::Queue));
     Some(if request.mode == Mode::Queue { queue.count() as u32 } else { 0 })
 }
 
-/// One connection of protocol 2. Closing it, by dropping it, gives up whatever it holds or waits for.
+/// One connection of protocol 2. Dropping it closes the connection, which releases its lock or withdraws its request.
 #[derive(Debug)]
 pub struct Session {
     fd: OwnedFd,
-    /// What has arrived and was not yet taken.
+    /// Bytes that have arrived and are not decoded yet.
     input: Vec<u8>,
     stage: Stage,
-    /// Where it stands in the order of arrival, if it waits.
+    /// The place in the order of arrival that the daemon stated, if it let the request wait.
     place: Option<u64>,
-    /// How long the lock may be relied on that it holds, if that has an end.
+    /// The lease of the lock that the session holds, if it has one.
     pub(super) lease: Option<Lease>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Stage {
-    /// Nothing was sent: the preamble goes out with the first request, so that the two cost one round trip.
+    /// The client has sent nothing: the preamble goes out with the first request, so that the two cost one round trip.
     Silent,
-    /// The greeting has not come.
+    /// The client has sent the preamble; the greeting has not arrived.
     Opening,
     Open,
 }
 
 impl Session {
-    /// Connects, and starts a daemon first if there is none and `target` says so. Nothing is sent yet.
+    /// Connects, and starts a daemon first if there is none and `target` says so. Sends nothing yet.
     ///
     /// # Errors
-    /// When there is no daemon, or not one that can be trusted; [`Error::TimedOut`] at the deadline.
+    /// When there is no daemon, or its user is not trusted; [`Error::TimedOut`] at the deadline.
     pub fn connect(target: &Target, deadline: Option<Instant>) -> Result<Session, Error> {
         let fd = match (target.addr.connect(deadline), &target.addr) {
             (Err(e), Addr::Unix(path)) if target.autostart && e.is_absent() => {
@@ -91,10 +91,10 @@ impl Session {
         Ok(Session { fd, input: Vec::new(), stage: Stage::Silent, place: None, lease: None })
     }
 
-    /// Asks for a lock and waits for the reply, until `deadline` at the most.
+    /// Asks for a lock and waits for the reply, at most until `deadline`.
     ///
     /// # Errors
-    /// [`Error::TimedOut`] at the deadline: the session is of no more use then, since the reply may still come.
+    /// [`Error::TimedOut`] at the deadline. The caller drops the session then, since the reply may still come.
     pub fn lock(
         &mut self,
         request: &LockRequest,
@@ -107,7 +107,7 @@ impl Session {
         let mut look_at = None;
         loop {
             let answer = match (deadline, look_at) {
-                // A request that does not wait needs an answer all the same, and soon.
+                // The daemon answers a request with `nowait` at once.
                 (None, None) if request.nowait => self.receive(Some(limit)).map_err(|e| match e {
                     Error::TimedOut => Error::Silent,
                     other => other,
@@ -161,8 +161,8 @@ impl Session {
         }
     }
 
-    /// Asks how long the lock may be relied on that was just granted. (The grant tells it too, but not when that was: this
-    /// process may have slept before it read it.)
+    /// Asks for the lease of the lock that was just granted. (The grant states it too, but not when it was sent: this
+    /// process may have slept before it read the grant.)
     fn measure_lease(&mut self) -> Result<(), Error> {
         let sent = clock::now();
         self.send(&Request::Ping)?;
@@ -172,7 +172,7 @@ impl Session {
                     self.lease = Some(Lease::new(sent, terms));
                     return Ok(());
                 }
-                // Of a question that was asked while it waited.
+                // The answer to a status request that was sent during the wait.
                 Answer::Lock(_) | Answer::End => {}
                 Answer::Lost { why } => return Err(Error::Lost(why.as_str().into())),
                 other => return Err(Error::unexpected(other)),
@@ -180,12 +180,12 @@ impl Session {
         }
     }
 
-    /// Ends the stream, and returns when the daemon has taken note of that. If it dies first, its journal has.
+    /// Ends the stream, and returns when the daemon has read the end. (If the daemon dies first, its journal has the lock.)
     ///
     /// # Errors
-    /// [`Error::Silent`] when it does not.
+    /// [`Error::Silent`] when the daemon does not react.
     pub fn leave(mut self) -> Result<(), Error> {
-        // Where it is closed already, there is nothing to end.
+        // An error means that the connection is closed already.
         let _ = shutdown(self.fd.as_raw_fd(), Shutdown::Write);
         loop {
             match self.answer() {
@@ -196,24 +196,24 @@ impl Session {
         }
     }
 
-    /// The place in the order of arrival that the daemon has told, if it has let this session wait.
+    /// Returns the place in the order of arrival that the daemon stated, if it let this session wait.
     pub(super) fn place(&self) -> Option<u64> {
         self.place
     }
 
-    /// Sends a request that the daemon answers without waiting for anybody, and returns the answer.
+    /// Sends a request that the daemon answers at once, and returns the answer.
     ///
     /// # Errors
-    /// [`Error::Silent`] when there is none, [`Error::Closed`] when the daemon is gone.
+    /// [`Error::Silent`] when no answer comes, [`Error::Closed`] when the daemon is gone.
     pub fn call(&mut self, request: &Request) -> Result<Answer, Error> {
         self.send(request)?;
         self.answer()
     }
 
-    /// The next answer, which needs no waiting for anybody.
+    /// Returns the next answer to a request that the daemon answers at once.
     ///
     /// # Errors
-    /// [`Error::Silent`] when there is none, [`Error::Closed`] when the daemon is gone.
+    /// [`Error::Silent`] when no answer comes, [`Error::Closed`] when the daemon is gone.
     pub fn answer(&mut self) -> Result<Answer, Error> {
         self.receive(Some(Instant::now() + ANSWER_WAIT)).map_err(|e| match e {
             Error::TimedOut => Error::Silent,
@@ -221,7 +221,7 @@ impl Session {
         })
     }
 
-    /// What the daemon says of one lock. `None`: nobody holds it or waits for it.
+    /// Returns the status of one lock, or `None` if it has no holder and no waiter.
     ///
     /// # Errors
     /// As [`Session::call`].
@@ -237,7 +237,7 @@ impl Session {
         }
     }
 
-    /// Waits until the daemon says that it has heard of a release.
+    /// Waits until the daemon confirms a release.
     ///
     /// # Errors
     /// [`Error::Lost`] when the lock was lost before, [`Error::Closed`] when the daemon is gone.
@@ -274,7 +274,7 @@ impl Session {
         Ok(())
     }
 
-    /// Waits for the next answer, until `deadline` at the most. The greeting is checked and passed over.
+    /// Waits for the next answer, at most until `deadline`. Checks the greeting and skips it.
     ///
     /// # Errors
     /// [`Error::TimedOut`] at the deadline, [`Error::Closed`] when the daemon is gone.
@@ -287,7 +287,7 @@ impl Session {
         }
     }
 
-    /// The next answer, if it has come.
+    /// Returns the next answer, if it has arrived.
     ///
     /// # Errors
     /// [`Error::Closed`] when the daemon is gone.
@@ -307,9 +307,9 @@ impl Session {
         }
     }
 
-    /// Takes an answer out of what has arrived.
+    /// Decodes one answer from the bytes that have arrived.
     fn take(&mut self) -> Result<Option<Answer>, Error> {
-        // Not memchr's search: it would begin by asking what the processor can do, which costs more than it saves.
+        // Not memchr's search: it would first detect the processor's features, which costs more than it saves.
         while let Some(end) = self.input.iter().position(|&byte| byte == b'\n') {
             let line: Vec<u8> = self.input.drain(..=end).collect();
             if line[0] != b'{' {
@@ -351,7 +351,7 @@ impl Session {
     pub(super) fn wait_readable(&self, deadline: Instant) -> Result<(), Error> {
         loop {
             let left = deadline.saturating_duration_since(Instant::now());
-            // Rounded up, since poll(2) counts whole milliseconds, and would return too early.
+            // Rounded up: poll(2) counts whole milliseconds and would return too early.
             let millis = left.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
             let timeout = PollTimeout::try_from(millis).expect("it is from 0 to i32::MAX");
             let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
@@ -371,11 +371,11 @@ impl AsFd for Session {
     }
 }
 
-/// Whoever runs the daemon decides who gets a lock, so it must be somebody who could as well replace this program: its
-/// own user, root, or a uid that the user named. Of a TCP port nothing is known.
+/// The daemon decides who gets a lock, so its user must be one who could as well replace this program: its own user, root,
+/// or a uid that the user named. The kernel does not tell who serves a TCP port.
 fn check_trust(target: &Target, fd: &OwnedFd) -> Result<(), Error> {
     let Addr::Unix(_) = target.addr else { return Ok(()) };
-    let uid = addr::peer(fd).map_err(|e| Error::Io("ask who serves the socket", e))?.uid;
+    let uid = addr::peer(fd).map_err(|e| Error::Io("find out who serves the socket", e))?.uid;
     if uid == 0 || uid == Uid::effective().as_raw() || target.trusted_uids.contains(&uid) {
         return Ok(());
     }

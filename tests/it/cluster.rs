@@ -219,7 +219,7 @@ fn when_a_host_dies_its_holders_stop_in_time_and_one_waiter_elsewhere_does_the_w
     // Its command ignores SIGTERM, and is killed well before anybody else can have the lock, though --kill-after is longer.
     assert_eq!(holder.wait(), LOST);
     assert_eq!(standing(&etcd, "k"), 1, "the lock is its host's still");
-    assert!(holder.stderr().contains("the daemon has not said for too long"));
+    assert!(holder.stderr().contains("no lease renewal from the daemon in time"));
     let mut codes = waiters.each_mut().map(Process::wait);
     codes.sort_unstable();
     assert_eq!(codes, [0, FINISHED]);

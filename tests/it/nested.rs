@@ -70,7 +70,7 @@ fn of_two_that_would_wait_for_each_other_the_second_is_refused() {
     drop(second.child.stdin.take());
     assert_eq!(second.wait(), 75);
     let said = second.stderr();
-    for words in ["wait for ever", "\"a\" is held by pid", "\"b\" is held by pid", "which waits"] {
+    for words in ["deadlock", "\"a\" is held by pid", "\"b\" is held by pid", "which waits"] {
         assert!(said.contains(words), "{words:?} is missing: {said}");
     }
     assert_eq!(said.lines().count(), 1);

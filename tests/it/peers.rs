@@ -101,7 +101,7 @@ fn verbose_says_who_holds_the_lock() {
     for words in wanted {
         assert!(first.contains(words), "{words:?} is missing: {said}");
     }
-    assert!(said.contains("got the lock"), "{said}");
+    assert!(said.contains("acquired the lock"), "{said}");
 }
 
 #[test]

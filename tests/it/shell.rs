@@ -150,5 +150,5 @@ fn a_process_of_somebody_else_cannot_hold() {
     let _daemon = other.serve(other.command(other.kmutex()), &sock, &[]);
     let mut lock = other.command(other.kmutex());
     lock.args(["lock", "--pid", &std::process::id().to_string(), "k", "--sock"]).arg(&sock);
-    finish(&mut lock).complaining(77, &["--pid", "not yours", "uid 0"]);
+    finish(&mut lock).complaining(77, &["--pid", "belongs to uid 0", "uid 0"]);
 }
