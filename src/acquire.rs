@@ -47,14 +47,14 @@ pub enum Wait {
     For(Duration),
 }
 
-/// What to do when the holder that was waited for has failed: it ended with a status other than 0, or died of a signal.
+/// What a waiter does if the holder failed: it exited with a status other than 0, or died of a signal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnPeerFailure {
-    /// Exit with 79 all the same
+    /// Exit with 79, as after a success
     Skip,
-    /// Ask for the lock again, so that one of the waiters runs the command next
+    /// Acquire the lock again, so that one of the waiters runs the command next
     Retry,
-    /// Exit as that holder did, also when it did not fail
+    /// Exit with the holder's status, also if it succeeded
     Adopt,
 }
 

@@ -1,7 +1,6 @@
-//! The command line: the clap definitions, from which the man pages and the completions are generated too.
+//! The command line: the clap definitions. The man pages and the completions are generated from them.
 //!
-//! Only what can be told from one argument alone is checked here; addresses, keys and the like are parsed by those who
-//! use them.
+//! clap checks each argument by itself. The commands parse addresses, keys and the like.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -22,12 +21,12 @@ const VERSION: &str = if cfg!(feature = "etcd") {
 
 /// flock(1) for keys, with single-flight
 ///
-/// kmutex runs a command under a lock that is named by a key. While one holds the key, others wait; when the holder is
-/// done, those who waited do not run the command again, unless they ask for their turn with --queue.
+/// kmutex runs a command under a named lock. A caller that finds the lock held waits until the holder finishes and then
+/// skips its own command, because the work is already done. With --queue, each caller gets its turn.
 #[derive(Debug, Parser)]
 #[command(name = "kmutex", version = VERSION, disable_help_subcommand = true)]
 pub struct Cli {
-    /// What to do.
+    /// The subcommand.
     #[command(subcommand)]
     pub command: Command,
 }
@@ -68,7 +67,7 @@ pub fn requested_text(error: &clap::Error) -> Option<String> {
 /// is wrong.
 pub fn error_text(error: &clap::Error) -> String {
     if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        return "what to do is missing".into();
+        return "a subcommand is required".into();
     }
     let text = error.render().to_string();
     let first = text.lines().take_while(|line| !line.is_empty());
@@ -81,38 +80,38 @@ pub fn error_text(error: &clap::Error) -> String {
 pub enum Command {
     /// Run a command under a lock
     ///
-    /// Acquires the lock of KEY, runs COMMAND, and releases the lock. If somebody else holds the key, waits until that
-    /// holder is done and then does not run COMMAND, because the work has just been done: the exit status says so. With
-    /// --queue, waits for its turn and runs COMMAND always, as flock(1) does. Should a holder vanish without being
-    /// done, one of those who wait takes its place.
+    /// Acquires the lock KEY, runs COMMAND, and releases the lock. If another process holds the lock, waits until it
+    /// finishes and then skips COMMAND, because the work is already done; the exit status is 79. With --queue, waits in
+    /// line and always runs COMMAND, like flock(1). If the holder disappears without finishing, one of the waiters takes
+    /// over.
     ///
-    /// If nothing listens on the socket, starts a daemon there, which ends itself after a minute without use.
+    /// If no daemon listens on the socket, starts a daemon that exits after one idle minute.
     Run(Run),
-    /// Take a lock for the shell that this is started from
+    /// Acquire a lock for the calling shell
     ///
-    /// The lock is held when this returns, and until kmutex unlock KEY, or until that shell ends. Exits with 79 if
-    /// somebody else held the lock and finished meanwhile: `kmutex lock report || exit`.
+    /// The shell holds the lock until it runs kmutex unlock KEY, or until it exits. If another process held the lock and
+    /// finished meanwhile, exits with 79 without the lock: `kmutex lock report || exit`.
     Lock(Lock),
-    /// Release a lock that kmutex lock has taken
+    /// Release a lock acquired with kmutex lock
     ///
-    /// Those who waited are told that the work is done.
+    /// The waiters learn that the work is done.
     Unlock(Unlock),
-    /// Show who holds which locks, and who waits
+    /// Show the locks with their holders and waiters
     ///
-    /// A table for people, or with --json one JSON object a line for programs.
+    /// Prints a table for people, or with --json one JSON object per line for programs.
     Status(Status),
-    /// Free a lock by force
+    /// Take a lock away from its holder
     ///
-    /// Whoever holds the lock of KEY is told that it is lost, and stops what runs under it (unless it runs with
-    /// --on-lost continue); whoever is next gets the lock. Only root, the daemon's user and the holder's may do this.
+    /// The holder of KEY learns that the lock is lost and stops its command (unless it runs with --on-lost continue). The
+    /// next waiter gets the lock. Requires root, the daemon's user, or the holder's user.
     Break(Break),
-    /// Serve locks: the daemon
+    /// Run the lock daemon
     ///
-    /// Serves protocols 1 and 2 of docs/protocol.md on each socket given, in the foreground, until HUP, INT or TERM.
+    /// Serves protocols 1 and 2 of docs/protocol.md on each given socket, in the foreground, until HUP, INT or TERM.
     Serve(Serve),
 }
 
-/// What `kmutex run` takes.
+/// The arguments of `kmutex run`.
 #[derive(Args, Debug)]
 #[command(
     override_usage = "kmutex run [OPTIONS] KEY [--] COMMAND [ARG]...\n       kmutex run [OPTIONS] KEY -c SHELL_COMMAND\n       kmutex run [OPTIONS] -k KEY [-k KEY]... -- COMMAND [ARG]..."
@@ -122,7 +121,7 @@ pub struct Run {
     #[arg(required_unless_present = "keys")]
     pub key: Option<OsString>,
 
-    /// The command, and its arguments
+    /// The command and its arguments
     #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_hint = ValueHint::CommandWithArguments)]
     pub command: Vec<OsString>,
 
@@ -130,146 +129,148 @@ pub struct Run {
     #[arg(short = 'c', long = "command", value_name = "SHELL_COMMAND", conflicts_with = "command")]
     pub shell_command: Option<OsString>,
 
-    /// Run under the lock of this KEY and those of all others that are named so, instead of one KEY
+    /// Lock KEY; repeat to hold several locks
     ///
-    /// All or nothing: if one of them is not to be had, none is kept. They are taken in an order that is the same for
-    /// everybody, so that no two wait for each other.
+    /// If any of them cannot be acquired, none is held. All callers acquire locks in the same order, so two callers
+    /// cannot wait for each other.
     #[arg(short = 'k', long = "key", value_name = "KEY")]
     pub keys: Vec<OsString>,
 
-    /// How to ask for the lock
+    /// How to acquire the lock
     #[command(flatten)]
     pub lock: LockArgs,
 
-    /// Hold the lock until all that the command has started has ended, and not only the command itself
+    /// Hold the lock until the command and all its descendants have exited
     ///
-    /// SIGTERM to kmutex, and a lost lock, then reach all of it. The exit status is the command's.
+    /// kmutex then passes SIGTERM to all of them, and stops all of them if the lock is lost. The exit status is the
+    /// command's.
     #[arg(long, conflicts_with = "no_fork")]
     pub tree: bool,
 
-    /// If the lock is held by the kmutex run that this one runs under, run the command without taking it again
+    /// Run the command without locking if an enclosing kmutex run already holds the lock
     ///
-    /// Otherwise that is an error, since the two would wait for each other.
+    /// Without this option that is an error, because the two would wait for each other.
     #[arg(long)]
     pub reentrant: bool,
 
-    /// At the end, write what happened to descriptor FD: one JSON object on a line
+    /// Write a report to descriptor FD at the end: one line with a JSON object
     #[arg(long, value_name = "FD", conflicts_with_all = ["no_fork", "status_file"])]
     pub status_fd: Option<u32>,
 
-    /// The same, to FILE
+    /// Write the report of --status-fd to FILE
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath, conflicts_with = "no_fork")]
     pub status_file: Option<PathBuf>,
 
-    /// Keep the lock's descriptor from the command
+    /// Close the lock's descriptor before running the command
     ///
-    /// Without this the command inherits it, so that the lock lasts as long as kmutex or the command lives, even when
-    /// kmutex is killed.
+    /// Without this option the command inherits the descriptor, and the lock is held while kmutex or the command lives,
+    /// even if kmutex is killed.
     #[arg(short = 'o', long, conflicts_with = "no_fork")]
     pub close: bool,
 
-    /// Become the command instead of waiting for it
+    /// Replace kmutex with the command instead of waiting for it
     ///
-    /// The lock then ends when the command, and all who inherited the descriptor from it, have ended; how it ended is
-    /// not told to those who waited.
+    /// The lock is then held until the command, and all processes that inherited the descriptor from it, have exited. The
+    /// waiters do not learn how the command exited.
     #[arg(short = 'F', long)]
     pub no_fork: bool,
 
-    /// What to do when the lock is lost while the command runs
+    /// Choose what to do if the lock is lost while the command runs
     ///
-    /// That happens when the journal of a daemon that died is lost too, or when somebody breaks the lock.
+    /// A lock is lost when a daemon dies and its journal is lost too, when another user breaks the lock, or, with
+    /// kmutex serve --etcd, when the host cannot reach etcd for too long.
     #[arg(long, value_name = "WHAT", default_value = "kill")]
     pub on_lost: OnLost,
 
-    /// After SIGTERM for a lost lock, send SIGKILL to what is left after SECS seconds
+    /// Wait SECS seconds between SIGTERM and SIGKILL when stopping a command whose lock is lost
     #[arg(long, value_name = "SECS", default_value = "5", allow_negative_numbers = true, value_parser = seconds)]
     pub kill_after: Duration,
 }
 
-/// How a lock is asked for: what `run` and `lock` have in common.
+/// How to acquire a lock: the options that `run` and `lock` have in common.
 #[derive(Args, Debug)]
 pub struct LockArgs {
-    /// Wait for my turn, whoever had the lock before
+    /// Wait in line and always run, like flock(1)
     #[arg(long)]
     pub queue: bool,
 
-    /// Share the lock with others who ask for a shared one
+    /// Acquire a shared lock, which other shared holders can hold too
     #[arg(short, long, conflicts_with_all = ["exclusive", "slots"])]
     pub shared: bool,
 
-    /// Hold the lock alone; this is the default
+    /// Acquire an exclusive lock (the default)
     #[arg(short = 'x', short_alias = 'e', long)]
     pub exclusive: bool,
 
-    /// Take the lock while fewer than N hold it
+    /// Let up to N holders hold the lock at a time
     #[arg(long, value_name = "N", default_value_t = 1, hide_default_value = true, conflicts_with = "exclusive",
           value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub slots: u32,
 
-    /// Do not wait: if somebody else holds the lock, fail
+    /// Fail instead of waiting if another process holds the lock
     #[arg(short, long = "nonblock", aliases = ["nb", "nonblocking"], conflicts_with = "wait")]
     pub nonblock: bool,
 
-    /// Wait for at most SECS seconds, which may have a fraction, then fail; 0 is --nonblock
+    /// Fail after waiting SECS seconds (fractions allowed; 0 means --nonblock)
     #[arg(short, long, visible_alias = "timeout", value_name = "SECS", allow_negative_numbers = true,
           value_parser = seconds)]
     pub wait: Option<Duration>,
 
-    /// The exit status when the lock was not to be had: busy with --nonblock, or --wait ran out
+    /// Exit status if the lock could not be acquired (--nonblock, or --wait timed out)
     #[arg(short = 'E', long, value_name = "N", default_value_t = 75, allow_negative_numbers = true)]
     pub conflict_exit_code: u8,
 
-    /// The exit status when another holder finished first
+    /// Exit status if another holder finished first
     #[arg(long, value_name = "N", default_value_t = 79, allow_negative_numbers = true)]
     pub finished_exit_code: u8,
 
-    /// What to do when the holder that was waited for has failed: ended with a status other than 0, or died of a signal
+    /// Choose what to do if the awaited holder failed (exit status other than 0, or death by a signal)
     #[arg(long, value_name = "WHAT", default_value = "skip")]
     pub on_peer_failure: OnPeerFailure,
 
-    /// Show TEXT to those who wait for this one, and in kmutex status
+    /// Show TEXT to waiters and in kmutex status
     #[arg(long, value_name = "TEXT", default_value = "", hide_default_value = true)]
     pub note: OsString,
 
-    /// Do not start a daemon if none is there
+    /// Fail instead of starting a daemon
     #[arg(long)]
     pub no_autostart: bool,
 
-    /// Say on standard error who holds the lock, and how long it took to get it
+    /// Report on standard error who holds the lock and how long the wait took
     #[arg(long)]
     pub verbose: bool,
 
-    /// Where the daemon is
+    /// How to reach the daemon
     #[command(flatten)]
     pub daemon: Daemon,
 }
 
-/// What `kmutex lock` takes.
+/// The arguments of `kmutex lock`.
 #[derive(Args, Debug)]
 pub struct Lock {
     /// The lock's name: 1 to 1024 bytes of UTF-8
     pub key: OsString,
 
-    /// Take it for process PID instead of the one that starts this
+    /// Acquire the lock for process PID instead of the calling process
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pub pid: Option<u32>,
 
-    /// How to ask for the lock
+    /// How to acquire the lock
     #[command(flatten)]
     pub lock: LockArgs,
 }
 
-/// What `kmutex unlock` takes.
+/// The arguments of `kmutex unlock`.
 #[derive(Args, Debug)]
 pub struct Unlock {
     /// The lock's name
     pub key: OsString,
 
-    /// It was taken for process PID
+    /// Release the lock of process PID instead of the calling process
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pub pid: Option<u32>,
 
-    /// Where the daemon is
+    /// How to reach the daemon
     #[command(flatten)]
     pub daemon: Daemon,
 }
@@ -277,82 +278,82 @@ pub struct Unlock {
 /// What `kmutex status` takes.
 #[derive(Args, Debug)]
 pub struct Status {
-    /// Show only the lock of this key
+    /// Show only the lock KEY
     pub key: Option<OsString>,
 
-    /// Print one JSON object for each lock, on a line of its own
+    /// Print one JSON object per lock, each on its own line
     #[arg(long)]
     pub json: bool,
 
-    /// Print only the keys, each on a line of its own (but not those with control characters in them)
+    /// Print only the keys, one per line (keys with control characters are left out)
     #[arg(long, conflicts_with = "json")]
     pub keys: bool,
 
-    /// Show the locks of all hosts that share them (see kmutex serve --etcd)
+    /// Show the clustered locks of all hosts (see kmutex serve --etcd)
     #[arg(long, conflicts_with = "key")]
     pub cluster: bool,
 
-    /// Show it again every second, in place, until interrupted
+    /// Refresh the table every second until interrupted
     #[arg(long, conflicts_with_all = ["json", "keys"])]
     pub watch: bool,
 
-    /// Where the daemon is
+    /// How to reach the daemon
     #[command(flatten)]
     pub daemon: Daemon,
 }
 
-/// What `kmutex break` takes.
+/// The arguments of `kmutex break`.
 #[derive(Args, Debug)]
 pub struct Break {
     /// The lock's name
     pub key: OsString,
 
-    /// Do not ask first
+    /// Break the lock without asking first
     #[arg(short, long)]
     pub yes: bool,
 
-    /// Where the daemon is
+    /// How to reach the daemon
     #[command(flatten)]
     pub daemon: Daemon,
 }
 
-/// How a client finds its daemon, and whom it trusts.
+/// How a client reaches its daemon, and which users it trusts.
 #[derive(Args, Debug)]
 pub struct Daemon {
-    /// The daemon's socket: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)
+    /// Connect to the daemon at ADDR: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)
     ///
-    /// Without it, $KMUTEX_SOCK, or else /tmp/keyedmutexd.sock.
+    /// The default is $KMUTEX_SOCK, or /tmp/keyedmutexd.sock if that is not set.
     #[arg(long, value_name = "ADDR", value_hint = ValueHint::AnyPath)]
     pub sock: Option<OsString>,
 
-    /// Trust a daemon of this user id too, besides my own and root's
+    /// Trust a daemon of this user id too, besides root's and the caller's
     #[arg(long, value_name = "UID")]
     pub trust_uid: Vec<u32>,
 }
 
-/// What `kmutex serve` takes.
+/// The arguments of `kmutex serve`.
 #[derive(Args, Debug)]
 pub struct Serve {
-    /// Serve here: a path, a PORT (of 127.0.0.1 and ::1), or HOST:PORT (an IPv6 address in brackets); may be given several times
+    /// Listen on ADDR: a path, a PORT (of 127.0.0.1 and ::1), or HOST:PORT (an IPv6 address in brackets); repeat for more
     ///
-    /// Without it, $KMUTEX_SOCK, or else /tmp/keyedmutexd.sock.
+    /// The default is $KMUTEX_SOCK, or /tmp/keyedmutexd.sock if that is not set.
     #[arg(short = 's', long, visible_alias = "socket", value_name = "ADDR", value_hint = ValueHint::AnyPath)]
     pub sock: Vec<OsString>,
 
     /// Remove an old socket file
     ///
-    /// For the start scripts of keyedmutexd. A socket whose daemon is dead is replaced without it; one whose daemon
-    /// lives never is, nor is a file that is no socket.
+    /// Start scripts written for keyedmutexd pass this option. kmutex replaces the socket of a dead daemon without it. In
+    /// no case does kmutex replace the socket of a live daemon, or a file that is not a socket.
     #[arg(short, long)]
     pub force: bool,
 
-    /// Serve at most N connections at a time; more of them wait until there is room
+    /// Serve at most N connections at a time; further connections wait
     ///
-    /// Without it, as many as the limit of open files allows.
+    /// The default is as many as the limit of open files allows.
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub maxconn: Option<u32>,
 
-    /// End the hold of a protocol 1 client after SECS seconds, and close its connection; 0 is never
+    /// Release the lock of a protocol 1 client after SECS seconds and close its connection; 0 means never
     #[arg(short, long, value_name = "SECS", default_value = "30", allow_negative_numbers = true, value_parser = seconds)]
     pub timeout: Duration,
 
@@ -360,103 +361,103 @@ pub struct Serve {
     #[arg(long, conflicts_with = "log_level")]
     pub no_log: bool,
 
-    /// What to log on standard error; $RUST_LOG says it too
+    /// Log level for standard error [env: RUST_LOG]
     #[arg(long, value_name = "LEVEL")]
     pub log_level: Option<LogLevel>,
 
-    /// The mode of Unix sockets, in octal
+    /// Create Unix sockets with this octal mode
     #[arg(long, value_name = "MODE", default_value = "600", value_parser = octal)]
     pub mode: u32,
 
-    /// The group of Unix sockets: a name or a number
+    /// Create Unix sockets with this group: a name or a number
     #[arg(long, value_name = "GROUP")]
     pub group: Option<String>,
 
-    /// Serve at most N connections of one user on Unix sockets; more of them are closed
+    /// Serve at most N connections per user on Unix sockets; close further ones
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_per_uid: Option<u32>,
 
     /// Keep the journal in FILE instead of beside the first Unix socket
     ///
-    /// The journal tells the next daemon which locks are held. It is needed where only TCP is served, and locks are to
-    /// survive the daemon.
+    /// The journal tells the next daemon which locks are held. A daemon that serves only TCP has no journal without this
+    /// option, so its locks do not survive it.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub state: Option<PathBuf>,
 
-    /// After a restart, keep the lock of a holder that does not come back for SECS seconds
+    /// Keep the lock of a holder that has not reconnected for SECS seconds after a restart
     ///
-    /// This concerns holders that cannot be asked and whose end cannot be seen: those of protocol 1 and over TCP.
+    /// This applies to holders that the daemon can neither ask nor watch: those of protocol 1 and those over TCP.
     #[arg(long, value_name = "SECS", default_value = "30", allow_negative_numbers = true, value_parser = seconds)]
     pub grace: Duration,
 
-    /// Sharing the locks with other hosts
+    /// How to cluster the locks
     #[cfg(feature = "etcd")]
     #[command(flatten)]
     pub etcd: Etcd,
 
-    /// Write a newline to descriptor FD, and close it, when serving
+    /// Write a newline to descriptor FD when serving, and close it
     #[arg(long, value_name = "FD")]
     pub ready_fd: Option<u32>,
 
-    /// End after SECS seconds without locks and connections
+    /// Exit after SECS seconds without locks and connections
     #[arg(long, value_name = "SECS", allow_negative_numbers = true, value_parser = seconds)]
     pub idle_exit: Option<Duration>,
 
-    /// Detach from whoever started this, and write a newline to standard output when serving (used by run)
+    /// Detach from the calling process, and write a newline to standard output when serving (used by run)
     #[arg(long, hide = true)]
     pub detach: bool,
 }
 
-/// How `kmutex serve` shares its locks with other hosts.
+/// How `kmutex serve` clusters its locks.
 #[cfg(feature = "etcd")]
 #[derive(Args, Debug)]
 pub struct Etcd {
-    /// Share the locks with all hosts that name the same etcd: URL is http://HOST:PORT or https://HOST:PORT of a member
+    /// Cluster the locks with all hosts that use the same etcd; URL is http://HOST:PORT or https://HOST:PORT of a member
     ///
-    /// Several members are separated by commas, or the option is given several times; they are tried in turn.
+    /// Separate several members by commas, or repeat the option. kmutex tries them in turn.
     #[arg(long = "etcd", value_name = "URL", value_delimiter = ',')]
     pub endpoints: Vec<String>,
 
-    /// Trust members of etcd whose certificate is signed by one of those in FILE (PEM), and no others
+    /// Trust only members of etcd with a certificate signed by an authority in FILE (PEM)
     ///
-    /// Without it, the public authorities are trusted.
+    /// The default is to trust the public authorities.
     #[arg(long = "etcd-ca", value_name = "FILE", value_hint = ValueHint::FilePath, requires = "endpoints")]
     pub ca: Option<PathBuf>,
 
-    /// Show the certificate in FILE (PEM) to etcd
+    /// Client certificate (PEM)
     #[arg(long = "etcd-cert", value_name = "FILE", value_hint = ValueHint::FilePath, requires = "key")]
     pub cert: Option<PathBuf>,
 
-    /// The key of that certificate, in FILE (PEM)
+    /// Key of the client certificate (PEM)
     #[arg(long = "etcd-key", value_name = "FILE", value_hint = ValueHint::FilePath, requires = "cert")]
     pub key: Option<PathBuf>,
 
-    /// Be user NAME of etcd
+    /// etcd user name
     #[arg(long = "etcd-user", value_name = "NAME", requires = "password_file")]
     pub user: Option<String>,
 
-    /// That user's password is the first line of FILE
+    /// File whose first line is the password of the etcd user
     #[arg(long = "etcd-password-file", value_name = "FILE", value_hint = ValueHint::FilePath, requires = "user")]
     pub password_file: Option<PathBuf>,
 
-    /// The lease of this host lasts SECS seconds without being kept alive, and so do its locks when the host is gone
+    /// Time to live of this host's lease: if the host dies, its locks are free after SECS seconds
     #[arg(long = "etcd-ttl", value_name = "SECS", default_value_t = 10, requires = "endpoints",
           value_parser = clap::value_parser!(u64).range(2..=86_400))]
     pub ttl: u64,
 
-    /// Keys in etcd begin with PREFIX
+    /// Prefix of all keys in etcd
     #[arg(long = "etcd-prefix", value_name = "PREFIX", default_value = "kmutex", requires = "endpoints")]
     pub prefix: String,
 }
 
-/// What goes to the daemon's log. Each level includes those before it.
+/// How much the daemon logs. Each level includes the levels before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum LogLevel {
     /// Nothing.
     Off,
-    /// What makes the daemon end, or a client lose its connection through no fault of its own.
+    /// Errors that end the daemon, or that cost a client its connection through no fault of the client.
     Error,
-    /// What an administrator should look at.
+    /// Conditions that an administrator should look at.
     Warn,
     /// Start and stop. This is the default.
     Info,
@@ -466,7 +467,7 @@ pub enum LogLevel {
 
 /// The options of KeyedMutex's daemon, with its defaults: what the binary takes when it is called `keyedmutexd`.
 ///
-/// The lock daemon of KeyedMutex, as kmutex serves it
+/// The lock daemon of KeyedMutex, provided by kmutex
 #[derive(Debug, Parser)]
 #[command(name = "keyedmutexd", version = VERSION, disable_version_flag = true)]
 pub struct Keyedmutexd {
@@ -474,7 +475,7 @@ pub struct Keyedmutexd {
     #[arg(short, long)]
     pub force: bool,
 
-    /// Serve on this Unix socket, or on this port of 127.0.0.1 and ::1
+    /// Listen on this Unix socket, or on this port of 127.0.0.1 and ::1
     #[arg(short, long, value_name = "PATH|PORT", default_value = "/tmp/keyedmutexd.sock")]
     pub socket: OsString,
 
@@ -482,7 +483,7 @@ pub struct Keyedmutexd {
     #[arg(short, long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub maxconn: u32,
 
-    /// End the hold of a client after SECS seconds
+    /// Release the lock of a client after SECS seconds
     #[arg(short, long, value_name = "SECS", default_value = "30", allow_negative_numbers = true, value_parser = seconds)]
     pub timeout: Duration,
 
@@ -495,18 +496,18 @@ pub struct Keyedmutexd {
     version: Option<bool>,
 }
 
-/// The names under which the binary is KeyedMutex's daemon.
+/// Returns `true` if `program` is the name under which the binary acts as KeyedMutex's daemon.
 pub fn is_keyedmutexd(program: &std::ffi::OsStr) -> bool {
     PathBuf::from(program).file_name().is_some_and(|name| name == "keyedmutexd")
 }
 
-/// Seconds, with or without a fraction.
+/// Parses a number of seconds, with or without a fraction.
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds")?;
-    Duration::try_from_secs_f64(seconds).map_err(|_| "not a number of seconds from 0 on".into())
+    Duration::try_from_secs_f64(seconds).map_err(|_| "must be a number of seconds, 0 or more".into())
 }
 
-/// The mode of a file: only permission bits.
+/// Parses an octal file mode of permission bits only.
 fn octal(text: &str) -> Result<u32, String> {
     match u32::from_str_radix(text, 8) {
         Ok(mode) if mode <= 0o777 => Ok(mode),

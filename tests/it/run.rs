@@ -334,8 +334,9 @@ fn it_says_what_it_does_when_asked() {
     assert_eq!((finished.code, finished.stdout.as_str()), (0, "some words\n"));
     let lines: Vec<&str> = finished.stderr.lines().collect();
     let [got, running] = lines[..] else { panic!("two lines: {lines:?}") };
-    let seconds =
-        got.strip_prefix(r#"kmutex: acquired the lock "a \"key\"" after "#).and_then(|s| s.strip_suffix(" s"));
+    let seconds = got
+        .strip_prefix(r#"kmutex: acquired the lock "a \"key\"" after "#)
+        .and_then(|s| s.strip_suffix(" s"));
     assert!(seconds.is_some_and(|s| s.parse::<f64>().is_ok()), "{got}");
     assert_eq!(running, "kmutex: running echo some words");
 }
