@@ -57,7 +57,7 @@ fn a_wrong_command_line_is_64() {
     for (args, words) in cases {
         finish(&mut daemon.run(args)).complaining(USAGE, words);
     }
-    finish(&mut daemon.kmutex::<&str>(&[])).complaining(USAGE, &["missing"]);
+    finish(&mut daemon.kmutex::<&str>(&[])).complaining(USAGE, &["subcommand"]);
     finish(&mut daemon.kmutex(&["walk"])).complaining(USAGE, &["walk"]);
     assert!(!daemon.folder().join(PROOF).exists());
 }
