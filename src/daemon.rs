@@ -19,16 +19,19 @@ mod accept;
 #[cfg_attr(not(feature = "etcd"), path = "daemon/cluster_disabled.rs")]
 mod cluster;
 mod connection;
+mod connections;
 mod failpoint;
 mod listener;
+mod listing;
 mod log;
+mod lookup;
 mod orphans;
 mod processes;
 mod recorder;
+mod remote;
 mod server;
 mod socket_lock;
-mod v1;
-mod v2;
+mod source;
 
 use std::fs::File;
 use std::io::{self, Write};
@@ -41,6 +44,7 @@ use crate::addr::{self, Addr, Reason};
 use crate::exit::Exit;
 use crate::fd;
 use crate::journal;
+use crate::table::Millis;
 #[cfg(feature = "etcd")]
 pub use cluster::Config as Sharing;
 pub use listener::Access;
@@ -140,12 +144,14 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     for listener in &listeners {
         info!("serving on {}", listener.name());
     }
-    let mut server = Server::new(config, listeners, recorder).map_err(|e| Error::Os("start", e))?;
     #[cfg(feature = "etcd")]
-    if let Some((config, client)) = config.sharing.as_ref().zip(etcd) {
-        let sharing = cluster::share(config, client, server.recorder.lease())?;
-        server.share(sharing).map_err(|e| Error::Os("share locks", e))?;
-    }
+    let cluster = match config.sharing.as_ref().zip(etcd) {
+        Some((config, client)) => Some(cluster::share(config, client, recorder.lease())?),
+        None => None,
+    };
+    #[cfg(not(feature = "etcd"))]
+    let cluster = None;
+    let mut server = Server::new(config, listeners, recorder, cluster).map_err(|e| Error::Os("start", e))?;
     notify_ready(ready).map_err(|e| Error::Os("tell that it serves", e))?;
     let reason = server.run().map_err(|e| Error::Os("wait for events", e))?;
     info!("stopping: {reason}");
@@ -318,4 +324,8 @@ fn other_daemon(pid: Option<u32>) -> String {
         Some(pid) => format!("the daemon with pid {pid} does"),
         None => "another daemon does".into(),
     }
+}
+
+fn millis(span: Duration) -> Millis {
+    Millis(u64::try_from(span.as_millis()).unwrap_or(u64::MAX))
 }

@@ -1,4 +1,4 @@
-//! Taking connections, as many as there may be, and no more of one user's than that user may have.
+//! Accepting connections, up to the limits of the daemon and of each user.
 
 use std::collections::HashMap;
 use std::io;
@@ -12,17 +12,16 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use super::Config;
 use super::connection::Connection;
 use super::listener::{self, Listener};
-use super::server::{Server, Source, millis};
+use super::millis;
+use super::source::Source;
 use crate::addr::{self, Peer, Reason};
 use crate::table::Millis;
 
-/// How many connections are accepted before those that are there get their turn again.
-const ACCEPTS_MAX: usize = 64;
-/// Descriptors that are kept free of connections: standard ones, listeners, the journal, name lookups.
+/// Descriptors that are not used for connections: standard ones, listeners, the journal, name lookups.
 const DESCRIPTORS_RESERVED: u64 = 32;
-/// After the kernel refused a descriptor, and none of ours was closed since, when to ask again.
+/// After the kernel has refused a descriptor and no connection was closed since, how long to wait before the next attempt.
 const RETRY: Duration = Duration::from_secs(1);
-/// How often the log says so.
+/// How often the log repeats a warning.
 const WARNING_EVERY: Duration = Duration::from_secs(60);
 
 /// The listeners, and the limits on what they let in.
@@ -39,14 +38,21 @@ pub(super) struct Acceptor {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Accepting {
     Yes,
-    /// There are as many connections as there may be: until one of them goes.
+    /// The limit of connections is reached: wait until one is closed.
     Full,
-    /// The kernel has no descriptor to give: until a connection goes, or until then.
+    /// The kernel has no more descriptors: wait until a connection is closed, or until this time.
     Refused(Millis),
 }
 
+/// A connection that was let in.
+pub(super) struct Accepted<'a> {
+    pub(super) connection: Connection,
+    /// The address of the listener, for the log.
+    pub(super) listener: &'a str,
+}
+
 impl Acceptor {
-    /// Accepts nothing until [`Acceptor::resume`].
+    /// An acceptor that accepts nothing until [`Acceptor::resume`].
     pub(super) fn new(config: &Config, listeners: Vec<Listener>) -> io::Result<Acceptor> {
         let descriptors = raise_descriptor_limit()?.saturating_sub(DESCRIPTORS_RESERVED).max(1);
         let wanted = config.connections_max.map_or(usize::MAX, |n| n as usize);
@@ -61,7 +67,58 @@ impl Acceptor {
         })
     }
 
-    /// When to try again after a refusal.
+    /// Accepts one connection that is within the limits. `open`: how many connections there are. Returns `None` if there is
+    /// nothing more to accept for now.
+    ///
+    /// # Errors
+    /// As epoll_ctl(2) gives them.
+    pub(super) fn accept(
+        &mut self,
+        index: usize,
+        open: usize,
+        now: Millis,
+        epoll: &Epoll,
+    ) -> io::Result<Option<Accepted<'_>>> {
+        while self.state == Accepting::Yes {
+            if open >= self.connections_max {
+                self.pause(Accepting::Full, epoll)?;
+                break;
+            }
+            match self.listeners[index].accept() {
+                Ok(fd) => {
+                    if let Some(connection) = self.admit(index, fd, now) {
+                        let listener = self.listeners[index].name();
+                        return Ok(Some(Accepted { connection, listener }));
+                    }
+                }
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
+                Err(e) if listener::is_per_connection_error(&e) => debug!("accept: {}", Reason(&e)),
+                Err(e) => {
+                    if self.warns_again(now) {
+                        warn!("cannot accept: {}; trying again when there is room", Reason(&e));
+                    }
+                    self.pause(Accepting::Refused(now.plus(millis(RETRY))), epoll)?;
+                }
+            }
+        }
+        Ok(None)
+    }
+
+    /// Makes a connection, unless its user has too many.
+    fn admit(&mut self, index: usize, fd: OwnedFd, now: Millis) -> Option<Connection> {
+        let peer = if self.listeners[index].is_unix() { addr::peer(&fd).ok() } else { None };
+        if !self.count(peer) {
+            if self.warns_again(now) {
+                warn!("refused a connection: uid {} has too many", peer.map_or(0, |peer| peer.uid));
+            }
+            return None;
+        }
+        // Generation 0 and the top bit are reserved; a number is reused only after 2^31 connections.
+        self.generation = self.generation % (u32::MAX / 2) + 1;
+        Some(Connection::new(fd, peer, self.generation))
+    }
+
+    /// When to try again after the kernel refused a descriptor.
     pub(super) fn retry_at(&self) -> Option<Millis> {
         match self.state {
             Accepting::Refused(until) => Some(until),
@@ -69,12 +126,12 @@ impl Acceptor {
         }
     }
 
-    /// True when it is time to try again.
+    /// Returns `true` if it is time to try again.
     pub(super) fn is_due(&self, now: Millis) -> bool {
         self.retry_at().is_some_and(|until| until <= now)
     }
 
-    /// Begins to accept, or begins again.
+    /// Begins to accept, or continues to.
     pub(super) fn resume(&mut self, epoll: &Epoll) -> io::Result<()> {
         self.state = Accepting::Yes;
         for (index, listener) in self.listeners.iter().enumerate() {
@@ -90,7 +147,7 @@ impl Acceptor {
         self.listeners.iter().try_for_each(|listener| Ok(epoll.delete(listener.as_fd())?))
     }
 
-    /// A connection was closed: there is room for another.
+    /// A connection of this user was closed: there is room for another.
     pub(super) fn closed(&mut self, peer: Option<Peer>, epoll: &Epoll) {
         if let Some(Peer { uid, .. }) = peer
             && let Some(count) = self.per_uid.get_mut(&uid)
@@ -107,8 +164,8 @@ impl Acceptor {
         }
     }
 
-    /// Counts a connection of this user. False: that user has as many as may be.
-    fn admit(&mut self, peer: Option<Peer>) -> bool {
+    /// Counts a connection of this user. Returns `false` if the user has reached the limit.
+    fn count(&mut self, peer: Option<Peer>) -> bool {
         let Some(Peer { uid, .. }) = peer else { return true };
         let count = self.per_uid.entry(uid).or_insert(0);
         if self.per_uid_max.is_some_and(|max| *count >= max) {
@@ -127,57 +184,7 @@ impl Acceptor {
     }
 }
 
-impl Server {
-    pub(super) fn accept(&mut self, index: usize, buffer: &mut [u8]) -> io::Result<()> {
-        for _ in 0..ACCEPTS_MAX {
-            if self.acceptor.state != Accepting::Yes {
-                break;
-            }
-            if self.connections.len() >= self.acceptor.connections_max {
-                return self.acceptor.pause(Accepting::Full, &self.epoll);
-            }
-            match self.acceptor.listeners[index].accept() {
-                Ok(fd) => self.register(index, fd, buffer),
-                Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
-                Err(e) if listener::is_per_connection_error(&e) => debug!("accept: {}", Reason(&e)),
-                Err(e) => {
-                    if self.acceptor.warns_again(self.now) {
-                        warn!("cannot accept: {}; trying again when there is room", Reason(&e));
-                    }
-                    let until = self.now.plus(millis(RETRY));
-                    return self.acceptor.pause(Accepting::Refused(until), &self.epoll);
-                }
-            }
-        }
-        Ok(())
-    }
-
-    fn register(&mut self, index: usize, fd: OwnedFd, buffer: &mut [u8]) {
-        let is_unix = self.acceptor.listeners[index].is_unix();
-        let peer = if is_unix { addr::peer(&fd).ok() } else { None };
-        if !self.acceptor.admit(peer) {
-            if self.acceptor.warns_again(self.now) {
-                warn!("refused a connection: uid {} has too many", peer.map_or(0, |peer| peer.uid));
-            }
-            return;
-        }
-        // 0 is not for connections, nor is the highest bit. Two thousand million connections later a number may come
-        // again.
-        self.acceptor.generation = self.acceptor.generation % (u32::MAX / 2) + 1;
-        let generation = self.acceptor.generation;
-        let client = self.add_connection(Connection::new(fd, peer, generation));
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Connection(client, generation).pack());
-        if let Err(e) = self.epoll.add(&self.connections[client.0 as usize], event) {
-            warn!("cannot watch a connection: {e}");
-            return self.close_after_flush(client, "it cannot be watched");
-        }
-        debug!("connect: {} on {}", self.name(client), self.acceptor.listeners[index].name());
-        // Most clients have sent their request by now, and need not wait for another turn.
-        self.read(client, buffer);
-    }
-}
-
-/// Raises the limit of open files as far as it goes, and returns it.
+/// Raises the limit of open files as far as possible, and returns it.
 fn raise_descriptor_limit() -> io::Result<u64> {
     let (soft, hard) = getrlimit(Resource::RLIMIT_NOFILE)?;
     match setrlimit(Resource::RLIMIT_NOFILE, hard, hard) {

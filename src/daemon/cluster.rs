@@ -3,30 +3,29 @@
 //!
 //! Nothing here happens without `--etcd`.
 
-mod breaking;
 mod layout;
 mod link;
 mod listing;
 
-use std::collections::BTreeMap;
 use std::io;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use log::{debug, info, warn};
-use nix::sys::epoll::{EpollEvent, EpollFlags};
+use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{self, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
-use super::server::{Server, Source};
+use super::connection::ConnectionId;
+use super::remote::{RemoteReply, RemoteRequest};
+use super::source::Source;
 use crate::clock;
-use crate::cluster::{Cluster, Contender, LeaseName, Question};
+use crate::cluster::{Cluster, Contender, Failure, LeaseName, Question};
 use crate::etcd::{self, Client, LeaseId};
-use crate::proto::v2::{LeaseTerms, Party, Text};
+use crate::proto::v2::{Answer, ErrorCode, LeaseTerms, Party, Text, error};
 use crate::proto::{LockId, Token};
-use crate::table::{ClientId, Effects, Millis, Stir, Table};
+use crate::table::{Effects, Millis, Stir, Table};
 use layout::{Layout, Leases};
 use link::{Link, Order, Report};
-use listing::Listing;
 
 /// How long the end of the daemon may wait for etcd.
 const STOP_WAIT: Duration = Duration::from_millis(80);
@@ -45,7 +44,7 @@ pub struct Config {
 }
 
 /// What the daemon has for it.
-pub(super) struct Sharing {
+pub(super) struct Clustering {
     cluster: Cluster,
     link: Link,
     host: Text,
@@ -66,11 +65,6 @@ pub(super) struct Sharing {
     kept: i64,
     /// The questions that are under way.
     under_way: usize,
-    /// By client.
-    listings: BTreeMap<u32, Listing>,
-    /// Who wants a lock of another host broken: the client and its generation.
-    breaks: BTreeMap<u64, (ClientId, u32)>,
-    next_number: u64,
 }
 
 /// A lease is not relied on for this last part of its time: a quarter, in which holders stop.
@@ -82,7 +76,11 @@ fn margin(ttl_secs: u64) -> Millis {
 ///
 /// # Errors
 /// When no thread can be started.
-pub(super) fn share(config: &Config, client: Client, resume: Option<u64>) -> Result<Sharing, super::Error> {
+pub(super) fn share(
+    config: &Config,
+    client: Client,
+    resume: Option<u64>,
+) -> Result<Clustering, super::Error> {
     let resume = resume.filter(|&lease| lease != 0).map(|lease| LeaseId(lease as i64));
     let link = Link::start(client, Layout::new(&config.prefix), config.ttl_secs, resume)
         .map_err(|e| super::Error::Os("start the threads for etcd", e))?;
@@ -91,7 +89,7 @@ pub(super) fn share(config: &Config, client: Client, resume: Option<u64>) -> Res
     let alarm =
         TimerFd::new(timerfd::ClockId::CLOCK_BOOTTIME, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)
             .map_err(|e| super::Error::Os("make a timer", e.into()))?;
-    Ok(Sharing {
+    Ok(Clustering {
         // Whatever the daemon before has called its places, it had not so many.
         cluster: Cluster::new(micros),
         link,
@@ -106,19 +104,199 @@ pub(super) fn share(config: &Config, client: Client, resume: Option<u64>) -> Res
         watched: 0,
         kept: 0,
         under_way: 0,
-        listings: BTreeMap::new(),
-        breaks: BTreeMap::new(),
-        next_number: 0,
     })
 }
 
-impl Sharing {
-    /// Takes note that what was held when the daemon before ended must be found in etcd.
-    fn restore(&mut self, table: &Table) {
+impl Clustering {
+    /// Has the loop woken, with [`Source::Cluster`], when [`Clustering::poll`] has something to do.
+    ///
+    /// # Errors
+    /// As epoll_ctl(2) gives them.
+    pub(super) fn register(&self, epoll: &Epoll) -> io::Result<()> {
+        // Edge-triggered: neither of them is ever read.
+        let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, Source::Cluster.pack());
+        epoll.add(self.link.readable(), event)?;
+        epoll.add(&self.alarm, event)?;
+        Ok(())
+    }
+
+    /// When [`Clustering::poll`] has something to do even if nothing wakes the loop.
+    pub(super) fn deadline(&self) -> Option<Millis> {
+        [self.cluster.good_until(), self.cluster.retry_at()].into_iter().flatten().min()
+    }
+
+    /// The table says that something may have to be asked or told.
+    pub(super) fn notify(&mut self, stir: Stir) {
+        self.cluster.stir(stir);
+    }
+
+    /// Does one thing that is due, and returns what the loop has to do besides carrying out `effects`. Returns `None` when
+    /// nothing is due. Call it before anything else in a turn: after a sleep of the machine, or a stop of the daemon, what
+    /// is held may have been granted to other hosts.
+    pub(super) fn poll(
+        &mut self,
+        table: &mut Table,
+        now: Millis,
+        effects: &mut Effects,
+    ) -> Option<Vec<RemoteReply>> {
+        if self.cluster.good_until().is_some_and(|until| until <= now) {
+            warn!("etcd: the lease was not kept in time; what is held is lost");
+            return Some(vec![self.lose_lease(table, now, effects)]);
+        }
+        if let Some(report) = self.link.report() {
+            return Some(self.handle(report, table, now, effects).into_iter().collect());
+        }
+        if self.cluster.is_stirred(now) {
+            self.cluster.review(table, now, effects);
+            self.send(now);
+            return Some(Vec::new());
+        }
+        None
+    }
+
+    /// Asks etcd something for a client. [`Clustering::poll`] returns the answer.
+    pub(super) fn request(&mut self, from: ConnectionId, request: RemoteRequest) {
+        self.link.order(Order::Remote(from, request));
+    }
+
+    /// Returns how long what a client holds may be relied on.
+    pub(super) fn lease_terms(&self) -> LeaseTerms {
+        let good_ms = self.cluster.good_until().map_or(0, |until| until.0.saturating_sub(clock::now().0));
+        LeaseTerms { good_ms, margin_ms: margin(self.ttl_secs).0 }
+    }
+
+    /// Returns the holder of a lock on another host, as far as it is known.
+    pub(super) fn remote_holder(&self, lock: LockId) -> Option<Party> {
+        self.cluster.holder(lock).map(party)
+    }
+
+    /// Tells etcd what has ended, as far as there is time, and ends the lease if nothing is held under it. Returns `true` if
+    /// nothing is, so that the next daemon has no lease to resume.
+    pub(super) fn stop(&mut self, table: &Table) -> bool {
+        let until = Instant::now() + STOP_WAIT;
+        while self.under_way > 0
+            && let Some(report) = self.link.wait(until)
+        {
+            self.under_way -= usize::from(matches!(report, Report::Answer { .. }));
+        }
         let mut cursor = 0;
         while let Some((lock, next)) = table.next_lock(cursor) {
-            self.cluster.stir(Stir::Wants(lock.id()));
+            if table.held_here(lock.id()).is_some() {
+                return false;
+            }
             cursor = next;
+        }
+        self.link.stop(self.lease, until);
+        true
+    }
+
+    fn lose_lease(&mut self, table: &mut Table, now: Millis, effects: &mut Effects) -> RemoteReply {
+        self.cluster.lost_lease(table, now, effects);
+        if let Some(lease) = self.lease.take() {
+            self.link.abandon(lease);
+            self.abandoned = Some(lease);
+        }
+        // The next daemon must not resume it either: it would give up places in whose remaining time holders are stopping.
+        RemoteReply::RecordLease(0)
+    }
+
+    /// Handles what one of the threads reports.
+    fn handle(
+        &mut self,
+        report: Report,
+        table: &mut Table,
+        now: Millis,
+        effects: &mut Effects,
+    ) -> Option<RemoteReply> {
+        match report {
+            Report::Leased { lease, .. } if self.abandoned == Some(lease) => None,
+            Report::Leased { lease, sent, ttl_secs, revision } => {
+                self.no_trouble();
+                self.leased(lease, sent, ttl_secs, revision).then(|| {
+                    info!("etcd: sharing locks under lease {:016x}, of {ttl_secs} s", lease.0);
+                    // One that was taken up again may have places that nobody knows of.
+                    self.link.order(Order::Places(lease));
+                    RemoteReply::RecordLease(lease.0 as u64)
+                })
+            }
+            Report::LeaseGone(lease) => (self.lease.is_none() || self.lease == Some(lease)).then(|| {
+                warn!("etcd: lease {:016x} is gone; what was held under it is lost", lease.0);
+                self.lease = None;
+                self.lose_lease(table, now, effects)
+            }),
+            Report::Answer { lock, id, lease, answer, trouble } => {
+                self.under_way -= 1;
+                match &trouble {
+                    Some(error) => self.trouble(error),
+                    None => self.no_trouble(),
+                }
+                let is_gone = answer == Err(Failure::LeaseGone);
+                self.cluster.answered(table, now, (lock, id), answer, effects);
+                // Not that of a question that was asked under one before.
+                (is_gone && self.lease == Some(lease)).then(|| {
+                    warn!("etcd: the lease is gone; what was held under it is lost");
+                    self.lose_lease(table, now, effects)
+                })
+            }
+            Report::Page { to, page } => {
+                Some(RemoteReply::Page { to, page: page.map_err(|e| format!("etcd: {e}")) })
+            }
+            Report::Broken { to, broken } => {
+                let answer = match broken {
+                    Ok(true) => Answer::Broken,
+                    Ok(false) => error(ErrorCode::NotHeld, "break: this lock is not held"),
+                    Err(e) => error(ErrorCode::Unavailable, format!("etcd: {e}")),
+                };
+                Some(RemoteReply::Answer { to, answer })
+            }
+            other => {
+                self.observe(other, now);
+                None
+            }
+        }
+    }
+
+    /// Takes note of a report that has no effect on the table by itself.
+    fn observe(&mut self, report: Report, now: Millis) {
+        match report {
+            Report::Trouble(error) => {
+                self.wants_records = false;
+                self.trouble(&error);
+                if self.lease.is_none() {
+                    self.cluster.cannot_ask(now);
+                }
+            }
+            Report::Places(locks) => self.cluster.has_places(locks),
+            Report::NoPlaces(lease) => {
+                if self.lease == Some(lease) {
+                    self.link.order(Order::Places(lease));
+                }
+            }
+            Report::RecordsLease { lease, sent } => {
+                self.records = Some((lease, sent));
+                self.wants_records = false;
+            }
+            Report::RecordsGone(lease) => {
+                self.records.take_if(|(records, _)| *records == lease);
+            }
+            Report::Heard { revision, events } => {
+                self.watched = self.watched.max(revision);
+                for (lock, revision, what) in events {
+                    self.cluster.heard(lock, revision, what);
+                }
+            }
+            Report::Missed(revision) => {
+                self.watched = self.watched.max(revision.0);
+                self.cluster.missed(revision);
+                if let Some(lease) = self.lease {
+                    self.link.order(Order::Places(lease));
+                }
+            }
+            Report::Leased { .. }
+            | Report::LeaseGone(_)
+            | Report::Answer { .. }
+            | Report::Page { .. }
+            | Report::Broken { .. } => unreachable!("these are handled"),
         }
     }
 
@@ -173,11 +351,6 @@ impl Sharing {
         is_new
     }
 
-    fn next_number(&mut self) -> u64 {
-        self.next_number += 1;
-        self.next_number
-    }
-
     fn trouble(&mut self, error: &etcd::Error) {
         if !std::mem::replace(&mut self.in_trouble, true) {
             warn!("etcd: {error}; new locks wait until it answers");
@@ -189,36 +362,31 @@ impl Sharing {
             info!("etcd: it answers again");
         }
     }
+}
 
-    fn terms(&self) -> LeaseTerms {
-        let good_ms = self.cluster.good_until().map_or(0, |until| until.0.saturating_sub(clock::now().0));
-        LeaseTerms { good_ms, margin_ms: margin(self.ttl_secs).0 }
+/// A holder or waiter on another host.
+fn party(contender: &Contender) -> Party {
+    let claim = contender.claim.clone().unwrap_or_default();
+    let mut who = claim.who;
+    if !claim.host.is_empty() {
+        who.host = claim.host;
     }
-
-    /// Who holds a lock on another host.
-    fn party(&self, contender: &Contender) -> Party {
-        let claim = contender.claim.clone().unwrap_or_default();
-        let mut who = claim.who;
-        if !claim.host.is_empty() {
-            who.host = claim.host;
-        }
-        // Its number says nothing of a user here, and its name may not be known there.
-        if let (true, Some(uid)) = (who.user.is_empty(), claim.uid) {
-            who.user = format!("uid {uid}").into();
-        }
-        if contender.claim.is_none() {
-            who.note = "of another program".into();
-        }
-        Party {
-            protocol: claim.protocol,
-            uid: None,
-            who,
-            for_ms: if claim.since_ms == 0 { 0 } else { unix_ms().saturating_sub(claim.since_ms) },
-            token: Some(Token(contender.revision.0 as u64)),
-            mode: None,
-            shared: false,
-            orphan: false,
-        }
+    // Its number says nothing of a user here, and its name may not be known there.
+    if let (true, Some(uid)) = (who.user.is_empty(), claim.uid) {
+        who.user = format!("uid {uid}").into();
+    }
+    if contender.claim.is_none() {
+        who.note = "of another program".into();
+    }
+    Party {
+        protocol: claim.protocol,
+        uid: None,
+        who,
+        for_ms: if claim.since_ms == 0 { 0 } else { unix_ms().saturating_sub(claim.since_ms) },
+        token: Some(Token(contender.revision.0 as u64)),
+        mode: None,
+        shared: false,
+        orphan: false,
     }
 }
 
@@ -229,197 +397,4 @@ fn unix_ms() -> u64 {
 
 fn name(lease: LeaseId) -> LeaseName {
     LeaseName(format!("{:x}", lease.0))
-}
-
-impl Server {
-    /// Begins to share locks, with what is held in the table already.
-    pub(super) fn share(&mut self, mut sharing: Sharing) -> io::Result<()> {
-        let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Cluster.pack());
-        self.epoll.add(sharing.link.readable(), event)?;
-        self.epoll.add(&sharing.alarm, event)?;
-        sharing.restore(&self.table);
-        if self.recorder.lease().is_none() {
-            // So that nobody starts a daemon here that shares nothing.
-            self.recorder.set_lease(0);
-            self.commit();
-        }
-        self.sharing = Some(Box::new(sharing));
-        Ok(())
-    }
-
-    /// True where locks are shared with other hosts.
-    pub(super) fn is_sharing(&self) -> bool {
-        self.sharing.is_some()
-    }
-
-    /// When there is something to do that nobody wakes the loop for.
-    pub(super) fn sharing_deadline(&self) -> Option<Millis> {
-        let cluster = &self.sharing.as_ref()?.cluster;
-        [cluster.good_until(), cluster.retry_at()].into_iter().flatten().min()
-    }
-
-    /// Before anything else in a turn: after a sleep of the machine, or a stop of the daemon, what is held may have been
-    /// given to others.
-    pub(super) fn check_lease(&mut self) {
-        let Some(sharing) = &self.sharing else { return };
-        if sharing.cluster.good_until().is_some_and(|until| until <= self.now) {
-            warn!("etcd: the lease was not kept in time; what is held is lost");
-            self.lose_lease();
-        }
-    }
-
-    fn lose_lease(&mut self) {
-        self.with_cluster(|sharing, table, now, effects| {
-            sharing.cluster.lost_lease(table, now, effects);
-            if let Some(lease) = sharing.lease.take() {
-                sharing.link.abandon(lease);
-                sharing.abandoned = Some(lease);
-            }
-        });
-        // Nor by the next daemon: it would give up places in whose remaining time holders are stopping.
-        self.recorder.set_lease(0);
-    }
-
-    /// Reports of the threads.
-    pub(super) fn sharing_ready(&mut self) {
-        if let Some(sharing) = &self.sharing {
-            sharing.link.clear();
-            // What it is for is looked at in each turn.
-            let _ = sharing.alarm.wait();
-        }
-        while let Some(report) = self.sharing.as_ref().and_then(|sharing| sharing.link.report()) {
-            self.reported(report);
-        }
-    }
-
-    fn reported(&mut self, report: Report) {
-        let Some(sharing) = &mut self.sharing else { return };
-        match report {
-            Report::Leased { lease, .. } if sharing.abandoned == Some(lease) => {}
-            Report::Leased { lease, sent, ttl_secs, revision } => {
-                sharing.no_trouble();
-                if sharing.leased(lease, sent, ttl_secs, revision) {
-                    info!("etcd: sharing locks under lease {:016x}, of {ttl_secs} s", lease.0);
-                    // One that was taken up again may have places that nobody knows of.
-                    sharing.link.order(Order::Places(lease));
-                    self.recorder.set_lease(lease.0 as u64);
-                }
-                self.check_lease();
-            }
-            Report::LeaseGone(lease) => {
-                if sharing.lease.is_none() || sharing.lease == Some(lease) {
-                    warn!("etcd: lease {:016x} is gone; what was held under it is lost", lease.0);
-                    sharing.lease = None;
-                    self.lose_lease();
-                }
-            }
-            Report::Trouble(error) => {
-                sharing.wants_records = false;
-                sharing.trouble(&error);
-                if sharing.lease.is_none() {
-                    let now = self.now;
-                    sharing.cluster.cannot_ask(now);
-                }
-            }
-            Report::Answer { lock, id, lease, answer, trouble } => {
-                sharing.under_way -= 1;
-                match &trouble {
-                    Some(error) => sharing.trouble(error),
-                    None => sharing.no_trouble(),
-                }
-                let is_gone = answer == Err(crate::cluster::Failure::LeaseGone);
-                self.with_cluster(|sharing, table, now, effects| {
-                    sharing.cluster.answered(table, now, (lock, id), answer, effects);
-                });
-                // Not that of a question that was asked under one before.
-                if is_gone && self.sharing.as_ref().is_some_and(|sharing| sharing.lease == Some(lease)) {
-                    warn!("etcd: the lease is gone; what was held under it is lost");
-                    self.lose_lease();
-                }
-            }
-            Report::Places(locks) => sharing.cluster.has_places(locks),
-            Report::NoPlaces(lease) if sharing.lease == Some(lease) => {
-                sharing.link.order(Order::Places(lease));
-            }
-            Report::NoPlaces(_) => {}
-            Report::RecordsLease { lease, sent } => {
-                sharing.records = Some((lease, sent));
-                sharing.wants_records = false;
-            }
-            Report::RecordsGone(lease) => {
-                sharing.records.take_if(|(records, _)| *records == lease);
-            }
-            Report::Heard { revision, events } => {
-                sharing.watched = sharing.watched.max(revision);
-                for (lock, revision, what) in events {
-                    sharing.cluster.heard(lock, revision, what);
-                }
-            }
-            Report::Missed(revision) => {
-                sharing.watched = sharing.watched.max(revision.0);
-                sharing.cluster.missed(revision);
-                if let Some(lease) = sharing.lease {
-                    sharing.link.order(Order::Places(lease));
-                }
-            }
-            Report::Page { number, page } => self.listed(number, page),
-            Report::Broken { number, broken } => self.broken(number, broken),
-        }
-    }
-
-    /// Looks at what has changed, and asks etcd what follows from it.
-    pub(super) fn contend(&mut self) {
-        while let Some(sharing) = &mut self.sharing {
-            for stir in self.stirred.drain(..) {
-                sharing.cluster.stir(stir);
-            }
-            if !sharing.cluster.is_stirred(self.now) {
-                return;
-            }
-            self.with_cluster(|sharing, table, now, effects| {
-                sharing.cluster.review(table, now, effects);
-                sharing.send(now);
-            });
-        }
-    }
-
-    fn with_cluster(&mut self, event: impl FnOnce(&mut Sharing, &mut Table, Millis, &mut Effects)) {
-        let Some(sharing) = &mut self.sharing else { return };
-        event(sharing, &mut self.table, self.now, &mut self.effects);
-        self.dispatch_effects();
-    }
-
-    /// How long what a client holds may be relied on, if that has an end.
-    pub(super) fn lease_terms(&self) -> Option<LeaseTerms> {
-        Some(self.sharing.as_ref()?.terms())
-    }
-
-    /// Who holds a lock on another host, as far as it is known.
-    pub(super) fn holder_elsewhere(&self, lock: LockId) -> Option<Party> {
-        let sharing = self.sharing.as_ref()?;
-        sharing.cluster.holder(lock).map(|contender| sharing.party(contender))
-    }
-
-    /// Tells etcd, as far as there is time, what has ended; and ends the lease if nothing is held under it.
-    pub(super) fn stop_sharing(&mut self) {
-        self.contend();
-        let Some(sharing) = &mut self.sharing else { return };
-        let until = Instant::now() + STOP_WAIT;
-        while sharing.under_way > 0
-            && let Some(report) = sharing.link.wait(until)
-        {
-            sharing.under_way -= usize::from(matches!(report, Report::Answer { .. }));
-        }
-        let mut held = 0;
-        let mut cursor = 0;
-        while let Some((lock, next)) = self.table.next_lock(cursor) {
-            held += usize::from(self.table.held_here(lock.id()).is_some());
-            cursor = next;
-        }
-        if held == 0 {
-            sharing.link.stop(sharing.lease, until);
-            self.recorder.set_lease(0);
-        }
-        self.commit();
-    }
 }

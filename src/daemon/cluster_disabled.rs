@@ -1,46 +1,53 @@
-//! In the place of `cluster.rs`, in a build without etcd: this host shares nothing.
+//! In place of `cluster.rs`, in a build without etcd: there is no clustering, so none of this is ever called.
 
-use super::server::Server;
+use std::io;
+
+use nix::sys::epoll::Epoll;
+
+use super::connection::ConnectionId;
+use super::remote::{RemoteReply, RemoteRequest};
+use crate::proto::LockId;
 use crate::proto::v2::{LeaseTerms, Party};
-use crate::proto::{Key, LockId};
-use crate::table::{ClientId, Millis};
+use crate::table::{Effects, Millis, Stir, Table};
 
-impl Server {
-    pub(super) fn is_sharing(&self) -> bool {
-        false
+/// Has no value.
+pub(super) enum Clustering {}
+
+impl Clustering {
+    pub(super) fn register(&self, _epoll: &Epoll) -> io::Result<()> {
+        match *self {}
     }
 
-    pub(super) fn sharing_deadline(&self) -> Option<Millis> {
-        None
+    pub(super) fn deadline(&self) -> Option<Millis> {
+        match *self {}
     }
 
-    pub(super) fn check_lease(&mut self) {}
-
-    pub(super) fn sharing_ready(&mut self) {}
-
-    pub(super) fn contend(&mut self) {}
-
-    pub(super) fn lease_terms(&self) -> Option<LeaseTerms> {
-        None
+    pub(super) fn notify(&mut self, _stir: Stir) {
+        match *self {}
     }
 
-    pub(super) fn holder_elsewhere(&self, _lock: LockId) -> Option<Party> {
-        None
+    pub(super) fn poll(
+        &mut self,
+        _table: &mut Table,
+        _now: Millis,
+        _effects: &mut Effects,
+    ) -> Option<Vec<RemoteReply>> {
+        match *self {}
     }
 
-    pub(super) fn stop_sharing(&mut self) {}
-
-    pub(super) fn break_elsewhere(&mut self, _client: ClientId, _key: &Key) {}
-
-    pub(super) fn list_cluster(&mut self, _client: ClientId) -> bool {
-        true
+    pub(super) fn lease_terms(&self) -> LeaseTerms {
+        match *self {}
     }
 
-    pub(super) fn continue_listing(&mut self, _client: ClientId, _room: impl Fn(usize) -> bool) {}
-
-    pub(super) fn has_listing_ready(&self, _client: ClientId) -> bool {
-        false
+    pub(super) fn remote_holder(&self, _lock: LockId) -> Option<Party> {
+        match *self {}
     }
 
-    pub(super) fn forget_listing(&mut self, _client: ClientId) {}
+    pub(super) fn request(&mut self, _from: ConnectionId, _request: RemoteRequest) {
+        match *self {}
+    }
+
+    pub(super) fn stop(&mut self, _table: &Table) -> bool {
+        match *self {}
+    }
 }

@@ -1,7 +1,8 @@
-//! One client's connection: its descriptor, what it has sent so far of a message, and what it has not yet read.
+//! One client's connection: its descriptor, the part of a message that it has sent so far, and the output that it has
+//! not yet read.
 //!
-//! There may be many thousands, most of them idle, so an idle one is small: its buffers are inline until they are
-//! needed, and given back when they are empty.
+//! A daemon may have many thousands of connections, most of them idle, so an idle connection is small: its buffers are
+//! inline until they are needed, and are freed when they are empty.
 
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
@@ -10,55 +11,63 @@ use smallvec::SmallVec;
 
 use crate::addr::Peer;
 use crate::proto::v2;
-use crate::table::Millis;
+use crate::table::{ClientId, Millis};
 
-/// How much a client may leave unread before it is cut off: a whole frame, and then some.
+/// How much output a client may leave unread before it is disconnected: a whole frame, and then some.
 pub(super) const OUTPUT_BYTES_MAX: usize = 2 * v2::FRAME_BYTES_MAX;
 
-/// A key of protocol 1 that has half arrived, or the answer to one, fits in without allocation.
-type Buffer = SmallVec<[u8; 16]>;
+/// Half a protocol 1 key, or the answer to one, fits in without an allocation.
+pub(super) type Buffer = SmallVec<[u8; 16]>;
+
+/// Names one connection for as long as the daemon runs. (A client number is reused as soon as its connection is closed.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct ConnectionId {
+    pub(super) client: ClientId,
+    /// From 1 to `u32::MAX / 2`.
+    pub(super) generation: u32,
+}
 
 pub(super) struct Connection {
     fd: OwnedFd,
-    /// Tells this connection's events from those of an older one with the same number.
+    /// Distinguishes this connection's events from those of an earlier connection with the same client number.
     pub(super) generation: u32,
     pub(super) protocol: Protocol,
-    /// It is in the list of those that have something to send.
+    /// It is in the list of connections that have output.
     pub(super) dirty: bool,
-    /// The kernel took only part of the output: the rest goes when the socket is writable.
+    /// The kernel took only part of the output; the rest is sent when the socket is writable.
     pub(super) blocked: bool,
-    /// It has given up all it had, and is closed when what is in `output` was sent or cannot be.
+    /// It holds nothing and waits for nothing any more. It is closed once `output` was sent, or cannot be sent.
     pub(super) closing: bool,
-    /// On a Unix socket, so that it is known who it is. (The two are not an `Option`, which would take four bytes more, of
-    /// each of very many connections. The same goes for `unfinished`.)
+    /// `peer` is known, which it is on a Unix socket. (The two fields are not an `Option` because that would take four
+    /// more bytes of each of very many connections. The same is true of `unfinished`.)
     has_peer: bool,
     peer: Peer,
-    /// The process that has inherited the lock from this client; 0: none that is known.
+    /// The process that has inherited the lock from this client; 0 if no such process is known.
     pub(super) child: u32,
-    /// When it is cut off if the message that it has begun does not end; [`Millis::NEVER`] when it has begun none.
+    /// When it is closed unless the message that it has begun is complete; [`Millis::NEVER`] if it has begun none.
     pub(super) unfinished: Millis,
-    /// The beginning of a message whose end has not arrived.
+    /// The beginning of a message whose end has not arrived yet.
     pub(super) input: Buffer,
     output: Buffer,
 }
 
-/// What a connection speaks. It begins with protocol 1, and a preamble turns it to protocol 2.
+/// The protocol of a connection. It begins with protocol 1, and a preamble switches it to protocol 2.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Protocol {
     V1,
     V2 {
-        /// Where the status that it is being sent stands in the table.
+        /// The table's cursor of the status that is being sent.
         status: Option<u32>,
     },
 }
 
-/// What became of the output.
+/// What [`Connection::send`] achieved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Sent {
     All,
     /// The client reads more slowly than it is written to.
     Part,
-    /// The client is gone.
+    /// The client has closed the connection.
     Gone,
 }
 
@@ -80,18 +89,18 @@ impl Connection {
         }
     }
 
-    /// Who it is; only on Unix sockets.
+    /// Returns the process and user at the other end; `None` over TCP.
     pub(super) fn peer(&self) -> Option<Peer> {
         self.has_peer.then_some(self.peer)
     }
 
-    /// Reads what is there, without waiting.
+    /// Reads what has arrived, without waiting.
     pub(super) fn read(&self, buffer: &mut [u8]) -> nix::Result<usize> {
         recv(self.fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT)
     }
 
-    /// True when `bytes` are the middle of a line that began earlier: then there is nothing to decode, and whoever sends
-    /// a long line byte by byte does not have it searched from its beginning each time.
+    /// Returns `true` if `bytes` are the middle of a line that began earlier. Then there is nothing to decode, and a long
+    /// line that arrives byte by byte is not searched from its beginning each time.
     pub(super) fn continues_line(&self, bytes: &[u8]) -> bool {
         matches!(self.protocol, Protocol::V2 { .. })
             && !self.input.is_empty()
@@ -99,12 +108,12 @@ impl Connection {
             && memchr::memchr(b'\n', bytes).is_none()
     }
 
-    /// Where answers are written; they leave with the next [`Connection::send`].
+    /// The buffer that answers are appended to; the next [`Connection::send`] sends it.
     pub(super) fn output(&mut self) -> &mut Buffer {
         &mut self.output
     }
 
-    /// Sends what the kernel takes of the output, without waiting.
+    /// Sends as much of the output as the kernel takes, without waiting.
     pub(super) fn send(&mut self) -> Sent {
         if self.output.is_empty() {
             return Sent::All;

@@ -1,106 +1,82 @@
-//! The loop: waits for sockets, feeds what comes to the table, records what changed, and sends what the table decides.
+//! The loop: waits for sockets, applies what comes to the table, records what changed, and sends what the table decides.
 //!
 //! Each turn reads all that is ready, then writes the journal, then the answers: one write for each client that has
-//! something to be told, however many requests were found in one read.
+//! output, however many requests were in one read.
 
-use std::collections::BTreeSet;
+mod v1;
+mod v2;
+
+use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use log::{debug, warn};
+use ::log::{debug, info, warn};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
-use slab::Slab;
 
-use super::Config;
 use super::accept::Acceptor;
-#[cfg(feature = "etcd")]
-use super::cluster::Sharing;
-use super::connection::{Connection, OUTPUT_BYTES_MAX, Protocol, Sent};
-use super::failpoint;
+use super::cluster::Clustering;
+use super::connection::{ConnectionId, OUTPUT_BYTES_MAX, Protocol, Sent};
+use super::connections::Connections;
 use super::listener::Listener;
-use super::recorder::Recorder;
+use super::listing::Listing;
+use super::lookup::Lookup;
+use super::orphans::{Orphans, Successor};
+use super::processes::Liveness;
+use super::recorder::{Grant, Recorder};
+use super::remote::{RemoteReply, RemoteRequest};
+use super::source::Source;
+use super::{Config, failpoint, log, millis};
+use crate::addr::Reason;
 use crate::clock;
+use crate::journal::Record;
 use crate::proto::Token;
-use crate::table::{self, ClientId, Effects, Millis, Stir, Table, What};
+use crate::proto::v2::{ErrorCode, error};
+use crate::table::{self, Change, ClientId, Effects, Millis, Stir, Table, What};
 
 /// How many events are taken from the kernel at a time.
 const EVENTS_MAX: usize = 256;
-/// How much is read from one connection before the others get their turn.
+/// How many connections a listener accepts before the other sources get their turn.
+const ACCEPTS_MAX: usize = 64;
+/// How much is read from one connection before the other connections get their turn.
 const READ_BYTES_MAX: usize = 16 * 1024;
-/// How long the rest of a message may take to arrive.
-const MESSAGE_WAIT: Millis = Millis(10_000);
 
 pub(super) struct Server {
-    pub(super) epoll: Epoll,
+    epoll: Epoll,
     signals: UnixStream,
-    pub(super) acceptor: Acceptor,
-    pub(super) connections: Slab<Connection>,
-    pub(super) table: Table,
-    pub(super) recorder: Recorder,
-    pub(super) effects: Effects,
-    /// What other hosts have to do with it.
-    #[cfg(feature = "etcd")]
-    pub(super) sharing: Option<Box<Sharing>>,
-    /// What has changed in the table that they may have to be asked or told.
-    pub(super) stirred: Vec<Stir>,
-    /// Those with output, or closing: they are seen to at the end of the turn.
-    dirty: Vec<ClientId>,
-    /// When those are cut off that have sent part of a message.
-    unfinished: BTreeSet<(Millis, ClientId)>,
-    /// Each turn's time, of the clock that counts from boot.
-    pub(super) now: Millis,
-    pub(super) started: Millis,
-    pub(super) grace: Millis,
+    acceptor: Acceptor,
+    connections: Connections,
+    table: Table,
+    recorder: Recorder,
+    orphans: Orphans,
+    /// Reused, so that effects are not allocated anew each time.
+    effects: Effects,
+    /// Shares the locks with other hosts; `None`: they are this host's alone.
+    cluster: Option<Clustering>,
+    /// Lists of the locks of all hosts that clients are being sent.
+    listings: BTreeMap<ClientId, Listing>,
+    /// The time of this turn, by the clock that counts from boot.
+    now: Millis,
+    started: Millis,
+    grace: Millis,
     idle_exit: Option<Duration>,
-    /// Since when nobody is connected.
+    /// Since when no client is connected.
     idle_since: Option<Millis>,
 }
 
-/// What an event is about, packed into the 64 bits that the kernel keeps with it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Source {
-    Signals,
-    Listener(usize),
-    Connection(ClientId, u32),
-    /// The process of a holder that is not connected.
-    Orphan(Token),
-    /// The threads that speak with etcd.
-    Cluster,
-}
-
-impl Source {
-    const ORPHAN: u64 = 1 << 63;
-    const CLUSTER: u32 = u32::MAX;
-
-    /// Generation 0 marks what is no connection. Neither generations nor tokens reach the highest bit.
-    pub(super) fn pack(self) -> u64 {
-        match self {
-            Source::Signals => 0,
-            Source::Cluster => u64::from(Source::CLUSTER),
-            Source::Listener(index) => index as u64 + 1,
-            Source::Connection(client, generation) => u64::from(generation) << 32 | u64::from(client.0),
-            Source::Orphan(token) => Source::ORPHAN | token.0,
-        }
-    }
-
-    fn unpack(bits: u64) -> Source {
-        let (generation, low) = ((bits >> 32) as u32, bits as u32);
-        match (generation, low) {
-            _ if bits & Source::ORPHAN != 0 => Source::Orphan(Token(bits & !Source::ORPHAN)),
-            (0, 0) => Source::Signals,
-            (0, Source::CLUSTER) => Source::Cluster,
-            (0, number) => Source::Listener(number as usize - 1),
-            _ => Source::Connection(ClientId(low), generation),
-        }
-    }
-}
-
 impl Server {
-    /// `recorder` knows what was held before; the table learns it from there.
-    pub(super) fn new(config: &Config, listeners: Vec<Listener>, recorder: Recorder) -> io::Result<Server> {
+    /// A server that takes over what `recorder` says was held before.
+    ///
+    /// # Errors
+    /// If the kernel refuses a descriptor.
+    pub(super) fn new(
+        config: &Config,
+        listeners: Vec<Listener>,
+        recorder: Recorder,
+        cluster: Option<Clustering>,
+    ) -> io::Result<Server> {
         let (signals, writer) = UnixStream::pair()?;
         signals.set_nonblocking(true)?;
         for signal in [SIGHUP, SIGINT, SIGTERM] {
@@ -108,6 +84,9 @@ impl Server {
         }
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         epoll.add(&signals, EpollEvent::new(EpollFlags::EPOLLIN, Source::Signals.pack()))?;
+        if let Some(cluster) = &cluster {
+            cluster.register(&epoll)?;
+        }
         // The time of day makes tokens grow across restarts, even without a journal; a million grants a second would
         // not catch up with it.
         let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_micros() as u64);
@@ -117,32 +96,75 @@ impl Server {
             epoll,
             signals,
             acceptor: Acceptor::new(config, listeners)?,
-            connections: Slab::new(),
+            connections: Connections::default(),
             table: Table::new(table::Config {
                 hash_key: RandomState::new().hash_one(0),
                 first_token: Token(micros.max(last + 1)),
                 hold_limit: config.hold_limit.map(millis),
-                is_shared: config.is_sharing(),
+                is_shared: cluster.is_some(),
             }),
             recorder,
+            orphans: Orphans::default(),
             effects: Effects::default(),
-            #[cfg(feature = "etcd")]
-            sharing: None,
-            stirred: Vec::new(),
-            dirty: Vec::new(),
-            unfinished: BTreeSet::new(),
+            cluster,
+            listings: BTreeMap::new(),
             now,
             started: now,
             grace: millis(config.grace),
             idle_exit: config.idle_exit,
             idle_since: Some(now),
         };
-        server.restore_orphans()?;
+        server.restore_holds()?;
+        server.join_cluster();
         server.acceptor.resume(&server.epoll)?;
         Ok(server)
     }
 
-    /// Serves, and returns why it ended.
+    /// Gives the table what the previous daemon recorded, except for holds that have ended since.
+    fn restore_holds(&mut self) -> io::Result<()> {
+        let mut inherited = self.recorder.take_inherited();
+        // The latest first: if the end of a hold could not be recorded, a later hold of the same lock proves that it ended.
+        inherited.sort_by_key(|record| std::cmp::Reverse(record.held.token));
+        for record in inherited {
+            let token = record.held.token;
+            if !self.restore(record)? {
+                self.recorder.hold_ended(token);
+            }
+        }
+        match self.orphans.len() {
+            0 => {}
+            count => info!("{count} locks were held when the previous daemon ended, and still are"),
+        }
+        Ok(())
+    }
+
+    /// Returns `false` if the hold has ended.
+    fn restore(&mut self, record: Record) -> io::Result<bool> {
+        match Orphans::examine(record, self.now.plus(self.grace))? {
+            Some(survivor) if self.table.restore(survivor.granted(), survivor.held) => {
+                self.orphans.restore(survivor, &self.epoll)?;
+                Ok(true)
+            }
+            _ => Ok(false),
+        }
+    }
+
+    /// Begins to share the locks, including those that are held already.
+    fn join_cluster(&mut self) {
+        let Some(cluster) = &mut self.cluster else { return };
+        let mut cursor = 0;
+        while let Some((lock, next)) = self.table.next_lock(cursor) {
+            cluster.notify(Stir::Wants(lock.id()));
+            cursor = next;
+        }
+        if self.recorder.lease().is_none() {
+            // This keeps a later daemon from serving here without sharing the locks.
+            self.recorder.set_lease(0);
+            self.commit();
+        }
+    }
+
+    /// Serves until a signal arrives or the daemon was idle for long enough; returns which.
     pub(super) fn run(&mut self) -> io::Result<&'static str> {
         let mut events = [EpollEvent::empty(); EVENTS_MAX];
         let mut buffer = vec![0; READ_BYTES_MAX].into_boxed_slice();
@@ -155,17 +177,16 @@ impl Server {
                 other => other?,
             };
             self.now = clock::now();
-            self.check_lease();
+            self.poll_cluster();
             for event in &events[..ready] {
                 match Source::unpack(event.data()) {
-                    Source::Signals if self.is_signalled() => return Ok("a signal asks for it"),
+                    Source::Signals if self.is_signalled() => return Ok("received a signal"),
                     Source::Signals => {}
                     Source::Listener(index) => self.accept(index, &mut buffer)?,
-                    Source::Connection(client, generation) => {
-                        self.connection_ready(client, generation, event.events(), &mut buffer);
-                    }
+                    Source::Connection(id) => self.connection_ready(id, event.events(), &mut buffer),
                     Source::Orphan(token) => self.orphan_ready(token),
-                    Source::Cluster => self.sharing_ready(),
+                    // The clustering has been polled.
+                    Source::Cluster => {}
                 }
             }
             // A turn with room for more events has seen all that was ready when it began. With more than one turn's
@@ -183,27 +204,30 @@ impl Server {
                 self.acceptor.resume(&self.epoll)?;
             }
             if self.idle_deadline().is_some_and(|deadline| deadline <= self.now) {
-                return Ok("nobody needs it");
+                return Ok("idle");
             }
         }
     }
 
-    /// Ends in good order: what is still held is in the journal, for the next one.
+    /// Ends in good order: what is still held stays in the journal, for the next daemon.
     pub(super) fn finish(mut self) {
-        self.stop_sharing();
+        self.poll_cluster();
+        if self.cluster.as_mut().is_some_and(|cluster| cluster.stop(&self.table)) {
+            self.recorder.set_lease(0);
+        }
+        self.commit();
         if self.table.is_empty() {
             self.recorder.remove();
         }
     }
 
     fn timeout(&self) -> EpollTimeout {
-        let unfinished = self.unfinished.first().map(|&(deadline, _)| deadline);
         let deadlines = [
             self.table.next_deadline(),
             self.idle_deadline(),
             self.acceptor.retry_at(),
-            self.sharing_deadline(),
-            unfinished,
+            self.cluster.as_ref().and_then(Clustering::deadline),
+            self.connections.next_deadline(),
         ];
         match deadlines.into_iter().flatten().min() {
             None => EpollTimeout::NONE,
@@ -219,7 +243,7 @@ impl Server {
         self.table.is_empty().then(|| since.plus(millis(limit)))
     }
 
-    /// True when a signal has arrived: each of them ends the daemon.
+    /// Returns `true` if a signal has arrived: each of them ends the daemon.
     fn is_signalled(&mut self) -> bool {
         let mut byte = [0];
         matches!(self.signals.read(&mut byte), Ok(1..))
@@ -227,37 +251,47 @@ impl Server {
 
     fn expire(&mut self) {
         self.apply(|table, now, effects| table.expire(now, effects));
-        while let Some(&(deadline, client)) = self.unfinished.first()
-            && deadline <= self.now
-        {
-            self.unfinished.pop_first();
-            self.close_after_flush(client, "it has not finished what it began to send");
+        while let Some(client) = self.connections.pop_overdue(self.now) {
+            self.close_after_flush(client, "incomplete message for too long");
         }
     }
 
-    pub(super) fn add_connection(&mut self, connection: Connection) -> ClientId {
-        self.idle_since = None;
-        ClientId(
-            u32::try_from(self.connections.insert(connection)).expect("fewer connections than descriptors"),
-        )
+    fn accept(&mut self, index: usize, buffer: &mut [u8]) -> io::Result<()> {
+        for _ in 0..ACCEPTS_MAX {
+            let open = self.connections.len();
+            let Some(accepted) = self.acceptor.accept(index, open, self.now, &self.epoll)? else { break };
+            let client = self.connections.insert(accepted.connection);
+            self.idle_since = None;
+            debug!("connect: {} on {}", self.connections.describe(client), accepted.listener);
+            self.register(client, buffer);
+        }
+        Ok(())
     }
 
-    fn connection_ready(&mut self, client: ClientId, generation: u32, events: EpollFlags, buffer: &mut [u8]) {
-        // An event that was waiting in line behind the one that closed its connection.
-        match self.connections.get(client.0 as usize) {
-            Some(connection) if connection.generation == generation => {}
-            _ => return,
+    fn register(&mut self, client: ClientId, buffer: &mut [u8]) {
+        let event =
+            EpollEvent::new(EpollFlags::EPOLLIN, Source::Connection(self.connections.id(client)).pack());
+        if let Err(e) = self.epoll.add(&self.connections[client], event) {
+            warn!("cannot watch a connection: {e}");
+            return self.close_after_flush(client, "cannot be watched");
         }
+        // Most clients have sent their request by now, so that they need not wait for another turn.
+        self.read(client, buffer);
+    }
+
+    fn connection_ready(&mut self, id: ConnectionId, events: EpollFlags, buffer: &mut [u8]) {
+        // The event may have been waiting behind the one that closed its connection.
+        let Some(client) = self.connections.find(id) else { return };
         if events.intersects(EpollFlags::EPOLLOUT) {
-            self.mark_dirty(client);
+            self.connections.mark_dirty(client);
         }
         if events.intersects(!EpollFlags::EPOLLOUT) {
             self.read(client, buffer);
         }
     }
 
-    pub(super) fn read(&mut self, client: ClientId, buffer: &mut [u8]) {
-        let connection = &mut self.connections[client.0 as usize];
+    fn read(&mut self, client: ClientId, buffer: &mut [u8]) {
+        let connection = &mut self.connections[client];
         if connection.closing {
             return;
         }
@@ -272,61 +306,132 @@ impl Server {
         }
     }
 
-    /// Takes the requests out of what has arrived; the beginning of one that has not arrived whole is kept.
+    /// Takes the requests out of what has arrived, and keeps the beginning of a request that has not arrived whole.
     fn received(&mut self, client: ClientId, bytes: &[u8]) {
-        let connection = &mut self.connections[client.0 as usize];
+        let connection = &mut self.connections[client];
         if connection.continues_line(bytes) {
             connection.input.extend_from_slice(bytes);
             return;
         }
-        let earlier = std::mem::take(&mut connection.input);
-        let mut deadline = std::mem::replace(&mut connection.unfinished, Millis::NEVER);
-        if deadline != Millis::NEVER {
-            self.unfinished.remove(&(deadline, client));
-        }
+        let (earlier, mut deadline) = self.connections.take_partial(client);
         let joined;
         let mut rest = bytes;
         if !earlier.is_empty() {
             joined = [&earlier, bytes].concat();
             rest = &joined;
         }
-        while !self.connections[client.0 as usize].closing {
-            let taken = match self.connections[client.0 as usize].protocol {
+        while !self.connections[client].closing {
+            let taken = match self.connections[client].protocol {
                 Protocol::V1 => self.received_v1(client, &mut rest),
                 Protocol::V2 { .. } => self.received_v2(client, &mut rest),
             };
             if !taken {
-                // Of one message, its first piece says until when all must be there.
-                self.buffer_partial(client, rest, deadline);
+                if !rest.is_empty() && !self.connections[client].closing {
+                    self.connections.buffer_partial(client, rest, deadline, self.now);
+                }
                 break;
             }
             deadline = Millis::NEVER;
         }
     }
 
-    /// Keeps the beginning of a message until the rest of it comes, which must not take for ever.
-    fn buffer_partial(&mut self, client: ClientId, rest: &[u8], deadline: Millis) {
-        let connection = &mut self.connections[client.0 as usize];
-        if rest.is_empty() || connection.closing {
+    /// The client's stream has ended, perhaps while it held a lock that its command has inherited. If the command lives,
+    /// although no process has this connection any more (the command has closed it, or the lock was resumed since), the
+    /// command keeps the lock.
+    fn hand_over_to_child(&mut self, client: ClientId) {
+        let child = self.connections[client].child;
+        if child == 0 {
             return;
         }
-        connection.input.extend_from_slice(rest);
-        let deadline = deadline.min(self.now.plus(MESSAGE_WAIT));
-        connection.unfinished = deadline;
-        self.unfinished.insert((deadline, client));
+        let Some(record) = self.lookup().record_of_client(client) else { return };
+        let Ok(Liveness::Alive(process)) = Liveness::of_process(child, self.now) else { return };
+        let token = record.held.token;
+        self.table.detach(client);
+        let name = self.connections.describe(client);
+        match self.orphans.hand_over(record, process, &self.epoll) {
+            Ok(()) => debug!("the command of {name} lives and keeps token {token}"),
+            // It is safer to hold a lock for too long than to grant it twice.
+            Err(e) => warn!("cannot watch the command of token {token}: {}", Reason(&e)),
+        }
     }
 
-    /// Lets the table handle something, and carries out what it says.
-    pub(super) fn apply<T>(&mut self, event: impl FnOnce(&mut Table, Millis, &mut Effects) -> T) -> T {
+    /// The watched process of a holder has ended.
+    fn orphan_ready(&mut self, token: Token) {
+        match self.orphans.process_exited(token, &self.epoll) {
+            Ok(None | Some(Successor::Command)) => {}
+            Ok(Some(Successor::None)) => {
+                debug!("the process of token {token} has ended");
+                self.apply(|table, now, effects| table.orphan_ended(now, token, effects));
+            }
+            Ok(Some(Successor::Unknown)) => self.table.limit_orphan(token, self.now.plus(self.grace)),
+            // It is safer to hold a lock for too long than to grant it twice.
+            Err(e) => warn!("cannot watch the command of token {token}: {}", Reason(&e)),
+        }
+    }
+
+    fn lookup(&self) -> Lookup<'_> {
+        Lookup {
+            table: &self.table,
+            connections: &self.connections,
+            orphans: &self.orphans,
+            cluster: self.cluster.as_ref(),
+            now: self.now,
+        }
+    }
+
+    /// Lets the clustering do what is due: handle what its threads report, give up what its lease no longer covers, and
+    /// ask etcd what the table needs.
+    fn poll_cluster(&mut self) {
+        while let Some(cluster) = &mut self.cluster
+            && let Some(replies) = cluster.poll(&mut self.table, self.now, &mut self.effects)
+        {
+            self.dispatch_effects();
+            replies.into_iter().for_each(|reply| self.remote_reply(reply));
+        }
+    }
+
+    fn remote_reply(&mut self, reply: RemoteReply) {
+        match reply {
+            RemoteReply::RecordLease(lease) => self.recorder.set_lease(lease),
+            RemoteReply::Answer { to, answer } => {
+                if let Some(client) = self.connections.find(to) {
+                    self.connections.answer(client, &answer);
+                }
+            }
+            RemoteReply::Page { to, page } => {
+                let Some(client) = self.connections.find(to) else { return };
+                match page {
+                    Ok(page) => {
+                        self.listings.entry(client).or_insert_with(Listing::new).add(page);
+                        self.connections.mark_dirty(client);
+                    }
+                    Err(message) => {
+                        self.listings.remove(&client);
+                        self.connections.answer(client, &error(ErrorCode::Unavailable, message));
+                    }
+                }
+            }
+        }
+    }
+
+    fn request_remote(&mut self, client: ClientId, request: RemoteRequest) {
+        let from = self.connections.id(client);
+        if let Some(cluster) = &mut self.cluster {
+            cluster.request(from, request);
+        }
+    }
+
+    /// Lets the table handle an event, and carries out its effects.
+    fn apply<T>(&mut self, event: impl FnOnce(&mut Table, Millis, &mut Effects) -> T) -> T {
         let result = event(&mut self.table, self.now, &mut self.effects);
         self.dispatch_effects();
         result
     }
 
-    /// Records and tells what the table has said.
-    pub(super) fn dispatch_effects(&mut self) {
-        if !self.effects.stir.is_empty() {
-            self.stirred.append(&mut self.effects.stir);
+    /// Notes what the table wants recorded, then writes what it wants clients to be told into their output.
+    fn dispatch_effects(&mut self) {
+        if let Some(cluster) = &mut self.cluster {
+            self.effects.stir.drain(..).for_each(|stir| cluster.notify(stir));
         }
         // Taken and put back, so that neither is allocated anew each time.
         let mut record = std::mem::take(&mut self.effects.record);
@@ -335,66 +440,122 @@ impl Server {
             self.record(change);
         }
         for effect in tell.drain(..) {
-            self.log(effect);
-            match self.connections[effect.client.0 as usize].protocol {
+            if log::is_verbose() {
+                log::notification(self.lookup(), effect);
+            }
+            match self.connections[effect.client].protocol {
                 Protocol::V1 => self.notify_v1(effect),
                 Protocol::V2 { .. } => self.notify_v2(effect),
             }
             match effect.what {
-                What::Expired => self.close_after_flush(effect.client, "it held for too long"),
-                What::Superseded => {
-                    self.close_after_flush(effect.client, "it has come again on another connection")
-                }
+                What::Expired => self.close_after_flush(effect.client, "hold limit exceeded"),
+                What::Superseded => self.close_after_flush(effect.client, "resumed on another connection"),
                 _ => {}
             }
         }
         (self.effects.record, self.effects.tell) = (record, tell);
     }
 
-    /// Takes everything from a client that is gone or must go. It is closed at the end of the turn, after what it is
-    /// still to be told.
-    pub(super) fn close_after_flush(&mut self, client: ClientId, why: &str) {
-        let connection = &mut self.connections[client.0 as usize];
+    /// Notes a change, to be written to the journal with the others of this turn.
+    fn record(&mut self, change: Change) {
+        match change {
+            Change::Granted(client) => {
+                // The client is told of the grant next, behind its present output.
+                let output_before = self.connections[client].output().len();
+                self.recorder.granted(Grant { client, output_before });
+                self.record_hold(client);
+            }
+            Change::Resumed(client) => {
+                if let Some((_, request)) = self.table.request_of(client)
+                    && let Some(held) = &request.held
+                {
+                    self.orphans.forget(held.token);
+                }
+                self.record_hold(client);
+            }
+            Change::Ended(token) => {
+                self.orphans.forget(token);
+                self.recorder.hold_ended(token);
+            }
+        }
+    }
+
+    /// Notes what a client holds now.
+    fn record_hold(&mut self, client: ClientId) {
+        if let Some(record) = self.lookup().record_of_client(client) {
+            self.recorder.hold(&record);
+        }
+    }
+
+    /// Releases everything of a client that has gone or must go. Its connection is closed at the end of the turn, after
+    /// its output.
+    fn close_after_flush(&mut self, client: ClientId, why: &str) {
+        let connection = &mut self.connections[client];
         if connection.closing {
             return;
         }
         connection.closing = true;
-        debug!("close: {}: {why}", self.name(client));
-        self.mark_dirty(client);
+        debug!("close: {}: {why}", self.connections.describe(client));
+        self.connections.mark_dirty(client);
         self.apply(|table, now, effects| table.gone(now, client, effects));
     }
 
-    pub(super) fn mark_dirty(&mut self, client: ClientId) {
-        let connection = &mut self.connections[client.0 as usize];
-        if !std::mem::replace(&mut connection.dirty, true) {
-            self.dirty.push(client);
-        }
-    }
-
-    /// Records what has changed, then tells who is to be told.
+    /// Records what has changed in this turn, then sends the output.
     fn flush_turn(&mut self) {
         loop {
-            self.contend();
+            self.poll_cluster();
             self.commit();
-            if self.dirty.is_empty() {
+            if !self.connections.has_dirty() {
                 return;
             }
-            // Those who turn out to be gone give up what they had. That must be recorded before anybody hears of it, so
-            // it is not done on the way.
+            // Clients that turn out to be gone release what they had. The journal must say so before any client hears of
+            // it, so they are not closed on the way.
             for (client, why) in self.flush() {
                 self.close_after_flush(client, why);
             }
         }
     }
 
-    /// Sends what there is to send, and closes those that are closing. Returns those that can be sent nothing.
+    /// Writes what was noted to the journal. If that fails, the locks of this turn are not granted.
+    fn commit(&mut self) {
+        loop {
+            let lookup = Lookup {
+                table: &self.table,
+                connections: &self.connections,
+                orphans: &self.orphans,
+                cluster: self.cluster.as_ref(),
+                now: self.now,
+            };
+            let refused = self.recorder.commit(|| lookup.records());
+            if refused.is_empty() {
+                return;
+            }
+            refused.into_iter().for_each(|grant| self.take_back(grant));
+        }
+    }
+
+    /// Takes back what a client was granted in this turn, before the client is told.
+    fn take_back(&mut self, grant: Grant) {
+        let connection = &mut self.connections[grant.client];
+        if connection.closing {
+            return;
+        }
+        connection.output().truncate(grant.output_before);
+        if let Protocol::V2 { .. } = connection.protocol {
+            self.connections.answer(grant.client, &v2::cannot_record());
+        }
+        self.close_after_flush(grant.client, "its lock cannot be recorded");
+    }
+
+    /// Sends output, and closes the connections that are to be closed. Returns the clients that cannot be sent anything,
+    /// and why.
     fn flush(&mut self) -> Vec<(ClientId, &'static str)> {
         let mut gone = Vec::new();
-        let mut dirty = std::mem::take(&mut self.dirty);
+        let mut dirty = self.connections.take_dirty();
         for client in dirty.drain(..) {
-            self.connections[client.0 as usize].dirty = false;
+            self.connections[client].dirty = false;
             self.continue_status(client);
-            let connection = &mut self.connections[client.0 as usize];
+            let connection = &mut self.connections[client];
             failpoint::hit("before-send");
             let sent = connection.send();
             failpoint::hit("after-send");
@@ -402,55 +563,46 @@ impl Server {
                 self.close(client);
                 continue;
             }
-            let more = matches!(connection.protocol, Protocol::V2 { status: Some(_) })
-                || self.has_listing_ready(client);
-            let connection = &mut self.connections[client.0 as usize];
             match sent {
                 Sent::Gone => {
                     connection.output().clear();
-                    gone.push((client, "it is gone"));
+                    gone.push((client, "disconnected"));
                 }
                 Sent::Part if connection.output().len() > OUTPUT_BYTES_MAX => {
-                    gone.push((client, "it does not read what it is told"));
+                    gone.push((client, "output buffer full"));
                 }
                 Sent::Part => self.watch_output(client, true),
-                Sent::All => self.watch_output(client, more),
+                Sent::All => self.watch_output(client, self.has_more_status(client)),
             }
         }
-        self.dirty = dirty;
+        self.connections.reuse(dirty);
         gone
     }
 
-    /// Sets whether the loop is to be told when the connection can be written to.
+    /// Sets whether the loop is woken when the connection can be written to.
     fn watch_output(&mut self, client: ClientId, blocked: bool) {
-        let connection = &mut self.connections[client.0 as usize];
+        let id = self.connections.id(client);
+        let connection = &mut self.connections[client];
         if connection.blocked == blocked {
             return;
         }
         connection.blocked = blocked;
         let output = if blocked { EpollFlags::EPOLLOUT } else { EpollFlags::empty() };
-        let source = Source::Connection(client, connection.generation);
-        let mut event = EpollEvent::new(EpollFlags::EPOLLIN | output, source.pack());
+        let mut event = EpollEvent::new(EpollFlags::EPOLLIN | output, Source::Connection(id).pack());
         if let Err(e) = self.epoll.modify(&*connection, &mut event) {
-            // What it is still to be told goes out with its next answer, or never.
-            warn!("cannot watch {} for output: {e}", self.name(client));
+            // Its output is sent with its next answer, or never.
+            warn!("cannot watch {} for output: {e}", self.connections.describe(client));
         }
     }
 
     fn close(&mut self, client: ClientId) {
-        // Closing takes it out of the epoll set too: nobody else has this open file (epoll(7), question 6).
-        let connection = self.connections.remove(client.0 as usize);
-        self.forget_listing(client);
-        if connection.unfinished != Millis::NEVER {
-            self.unfinished.remove(&(connection.unfinished, client));
-        }
+        // Closing removes the descriptor from the epoll set too: no other descriptor refers to this open file (epoll(7),
+        // question 6).
+        let connection = self.connections.remove(client);
+        self.listings.remove(&client);
         if self.connections.is_empty() {
             self.idle_since = Some(self.now);
         }
         self.acceptor.closed(connection.peer(), &self.epoll);
     }
-}
-
-pub(super) fn millis(span: Duration) -> Millis {
-    Millis(u64::try_from(span.as_millis()).unwrap_or(u64::MAX))
 }

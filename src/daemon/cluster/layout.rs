@@ -40,6 +40,11 @@ impl Layout {
         (format!("{}/", self.prefix).into(), format!("{}0", self.prefix).into())
     }
 
+    /// Returns a key before all places of a lock, and behind those of the locks before it.
+    pub(super) fn first_key(&self, lock: LockId) -> Vec<u8> {
+        self.of(lock, "/").into()
+    }
+
     /// As one transaction, after which the line is read.
     pub(super) fn txn(&self, lock: LockId, question: &Question, leases: Leases) -> Txn {
         let line = || {

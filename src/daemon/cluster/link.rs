@@ -12,8 +12,12 @@ use std::time::{Duration, Instant};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 
 use super::layout::{Layout, Leases};
+use super::listing::Locks;
 use crate::clock;
 use crate::cluster::{Ask, Contender, Failure, Heard, Line, Question, Revision};
+use crate::daemon::connection::ConnectionId;
+use crate::daemon::listing::Page;
+use crate::daemon::remote::RemoteRequest;
 use crate::etcd::{self, Client, Event, LeaseId, Range, Sort};
 use crate::proto::LockId;
 use crate::table::Millis;
@@ -37,16 +41,8 @@ pub(super) enum Order {
     Places(LeaseId),
     /// A lease for records.
     RecordsLease,
-    /// The next page of all that is held, from this key on.
-    Page {
-        number: u64,
-        from: Vec<u8>,
-    },
-    /// Take a lock from whoever holds it.
-    Break {
-        number: u64,
-        lock: LockId,
-    },
+    /// What a client wants of etcd.
+    Remote(ConnectionId, RemoteRequest),
 }
 
 /// What the keeper of the lease is told.
@@ -98,22 +94,14 @@ pub(super) enum Report {
     /// What happened up to this revision is not known; what comes after will be.
     Missed(Revision),
     Page {
-        number: u64,
+        to: ConnectionId,
         page: Result<Page, etcd::Error>,
     },
-    /// A lock was broken, or nobody held it.
+    /// A lock was broken; `false`: it was not held.
     Broken {
-        number: u64,
+        to: ConnectionId,
         broken: Result<bool, etcd::Error>,
     },
-}
-
-/// A part of all that is held.
-#[derive(Debug)]
-pub(super) struct Page {
-    pub(super) contenders: Vec<(LockId, Contender)>,
-    /// Where the next part begins, if there is one.
-    pub(super) next: Option<Vec<u8>>,
 }
 
 /// The loop's end of it.
@@ -169,12 +157,6 @@ impl Link {
     /// The next report, if there is one. Ask for them until there is none.
     pub(super) fn report(&self) -> Option<Report> {
         self.reports.try_recv().ok()
-    }
-
-    /// The loop was woken.
-    pub(super) fn clear(&self) {
-        // It may have been read before: then there is nothing to clear.
-        let _ = self.wake.read();
     }
 
     pub(super) fn order(&self, order: Order) {
@@ -237,13 +219,13 @@ impl Desk {
                         Err(e) => self.report(Report::Trouble(e)),
                     }
                 }
-                Ok(Order::Page { number, from }) => {
+                Ok(Order::Remote(to, RemoteRequest::List { from })) => {
                     let page = self.page(from);
-                    self.report(Report::Page { number, page });
+                    self.report(Report::Page { to, page });
                 }
-                Ok(Order::Break { number, lock }) => {
+                Ok(Order::Remote(to, RemoteRequest::Break { lock })) => {
                     let broken = self.break_lock(lock);
-                    self.report(Report::Broken { number, broken });
+                    self.report(Report::Broken { to, broken });
                 }
                 Err(_) => return,
             }
@@ -283,13 +265,25 @@ impl Desk {
         Ok(self.client.txn(&self.layout.txn(lock, &question, none))?.succeeded)
     }
 
+    /// Reads a page of whole locks, beginning at the key `from`; an empty key means from the beginning.
     fn page(&self, from: Vec<u8>) -> Result<Page, etcd::Error> {
         let (start, end) = self.layout.everything();
-        let key = if from.is_empty() { start } else { from };
-        let reply = self.client.range(&Range { key, end, limit: PAGE_KEYS_MAX, sort: Sort::Key })?;
-        let next = reply.kvs.last().filter(|_| reply.more).map(|last| [&last.key[..], b"\0"].concat());
-        let contenders = reply.kvs.iter().filter_map(|key| self.layout.contender(key)).collect();
-        Ok(Page { contenders, next })
+        let mut key = if from.is_empty() { start } else { from };
+        let mut locks = Locks::default();
+        loop {
+            let range = Range { key, end: end.clone(), limit: PAGE_KEYS_MAX, sort: Sort::Key };
+            let reply = self.client.range(&range)?;
+            for (lock, contender) in reply.kvs.iter().filter_map(|key| self.layout.contender(key)) {
+                locks.add(lock, contender);
+            }
+            let last = reply.kvs.last().filter(|_| reply.more);
+            let Some(last) = last else { return Ok(Page { locks: locks.finish(), next: None }) };
+            if locks.has_complete() {
+                let (locks, incomplete) = locks.complete();
+                return Ok(Page { locks, next: incomplete.map(|lock| self.layout.first_key(lock)) });
+            }
+            key = [&last.key[..], b"\0"].concat();
+        }
     }
 
     /// Watches for ever: from where it ended the last time, or, if that is forgotten, from now on.

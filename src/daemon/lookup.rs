@@ -1,0 +1,144 @@
+//! A read-only view of everything that the daemon knows: what a lock is called, who holds it, and what to record of a hold.
+
+use super::cluster::Clustering;
+use super::connections::Connections;
+use super::orphans::Orphans;
+use crate::journal::Record;
+use crate::proto::v2::{LISTED_MAX, LeaseTerms, LockStatus, Mode, Party};
+use crate::proto::{LockId, Token};
+use crate::table::{ClientId, Held, LockView, Millis, RequestView, Table};
+
+#[derive(Clone, Copy)]
+pub(super) struct Lookup<'a> {
+    pub(super) table: &'a Table,
+    pub(super) connections: &'a Connections,
+    pub(super) orphans: &'a Orphans,
+    pub(super) cluster: Option<&'a Clustering>,
+    pub(super) now: Millis,
+}
+
+impl<'a> Lookup<'a> {
+    /// A client, for the log.
+    pub(super) fn client_name(&self, client: ClientId) -> String {
+        self.connections.describe(client)
+    }
+
+    /// A lock's key if it is known, otherwise its identity; for the log and for error messages.
+    pub(super) fn lock_name(&self, id: LockId) -> String {
+        match self.table.find(id).and_then(|lock| lock.key().map(|key| format!("{key:?}"))) {
+            Some(key) => key,
+            None => id.to_string(),
+        }
+    }
+
+    /// Returns the user whose request this is, if the kernel told.
+    pub(super) fn uid(&self, request: &RequestView<'_>) -> Option<u32> {
+        match request.client {
+            Some(client) => self.connections[client].peer().map(|peer| peer.uid),
+            None => request.held.and_then(|held| held.uid),
+        }
+    }
+
+    /// Returns the hold of a lock that a process keeps without a connection, if it does.
+    pub(super) fn hold_of_process(&self, lock: LockId, pid: u32) -> Option<Held> {
+        let lock = self.table.find(lock)?;
+        let mut unconnected =
+            lock.holders().filter(|holder| holder.client.is_none()).filter_map(|holder| holder.held);
+        unconnected.find(|held| self.orphans.is_held_by(held.token, pid))
+    }
+
+    /// Returns how long a granted lock may be relied on, if that has a limit.
+    pub(super) fn lease_terms(&self) -> Option<LeaseTerms> {
+        Some(self.cluster?.lease_terms())
+    }
+
+    /// `key`: as the client named it, where the table may not know it.
+    pub(super) fn lock_status(&self, lock: &LockView<'_>, key: Option<&str>) -> LockStatus {
+        let waiters = lock.waiters().take(LISTED_MAX).map(|waiter| self.party(lock.id(), &waiter)).collect();
+        LockStatus {
+            key: key.map(Into::into),
+            id: lock.id().to_string(),
+            holders: self.holders(lock),
+            holding: lock.holding(),
+            waiters,
+            waiting: lock.waiting(),
+        }
+    }
+
+    /// Returns the first [`LISTED_MAX`] holders of a lock; none if the table does not have it.
+    pub(super) fn holders_of(&self, lock: LockId) -> Vec<Party> {
+        self.table.find(lock).map_or(Vec::new(), |lock| self.holders(&lock))
+    }
+
+    fn holders(&self, lock: &LockView<'_>) -> Vec<Party> {
+        lock.holders().take(LISTED_MAX).map(|holder| self.party(lock.id(), &holder)).collect()
+    }
+
+    fn party(&self, lock: LockId, request: &RequestView<'_>) -> Party {
+        if request.is_elsewhere
+            && let Some(party) = self.cluster.and_then(|cluster| cluster.remote_holder(lock))
+        {
+            return party;
+        }
+        let orphan = request.held.filter(|_| request.client.is_none()).map(|held| held.token);
+        let peer = request.client.and_then(|client| self.connections[client].peer());
+        let mut who = request.asked.map(|asked| asked.who.clone()).unwrap_or_default();
+        let pid_of = |token| self.orphans.pid(token);
+        if let Some(pid) = peer.map(|peer| peer.pid).or_else(|| orphan.and_then(pid_of)) {
+            who.pid = pid;
+        }
+        Party {
+            protocol: request.terms.protocol,
+            uid: self.uid(request),
+            who,
+            for_ms: self.now.0.saturating_sub(request.since.0),
+            token: request.held.map(|held| held.token),
+            mode: request.held.is_none().then_some(request.asked.map_or(Mode::Once, |asked| asked.mode)),
+            shared: request.terms.shared,
+            orphan: orphan.is_some_and(|token| self.orphans.awaits_resume(token)),
+        }
+    }
+
+    /// Describes why a request for `lock`, made under the lock with the token `within`, would never be granted.
+    pub(super) fn describe_cycle(&self, within: Token, lock: LockId) -> String {
+        let cycle = self.table.cycle(within, lock).unwrap_or_default();
+        let steps = cycle.iter().map(|&(id, token)| {
+            let holder = self.table.find(id).and_then(|lock| {
+                lock.holders().find(|holder| holder.held.is_some_and(|held| held.token == token))
+            });
+            let pid = holder.map_or(0, |holder| self.party(id, &holder).who.pid);
+            format!("{} is held by pid {pid}", self.lock_name(id))
+        });
+        let steps: Vec<String> = steps.collect();
+        format!("{}, under which this runs", steps.join(", which waits: "))
+    }
+
+    /// Returns what to record of the lock that a client holds; `None` if it holds none.
+    pub(super) fn record_of_client(&self, client: ClientId) -> Option<Record> {
+        let (_, request) = self.table.request_of(client)?;
+        self.record_of(&request)
+    }
+
+    fn record_of(&self, request: &RequestView<'_>) -> Option<Record> {
+        let held = request.held?;
+        let Some(client) = request.client else {
+            return self.orphans.record(held.token).cloned();
+        };
+        let connection = &self.connections[client];
+        // Over TCP the daemon does not know the client's process, and a process id that the client sends means nothing
+        // on this host.
+        let (pid, child) = connection.peer().map_or((0, 0), |peer| (peer.pid, connection.child));
+        Some(Record { held, pid, child, granted: request.since, recorded: self.now })
+    }
+
+    /// Returns what to record of all holds.
+    pub(super) fn records(&self) -> Vec<Record> {
+        let mut records = Vec::new();
+        let mut cursor = 0;
+        while let Some((lock, next)) = self.table.next_lock(cursor) {
+            records.extend(lock.holders().filter_map(|holder| self.record_of(&holder)));
+            cursor = next;
+        }
+        records
+    }
+}

@@ -1,0 +1,262 @@
+//! Protocol 2 in the daemon: its lines to the table, and the table's effects to its lines.
+
+use ::log::warn;
+use nix::unistd::Uid;
+
+use super::Server;
+use crate::daemon::connection::{OUTPUT_BYTES_MAX, Protocol};
+use crate::daemon::failpoint;
+use crate::daemon::listing::{Listing, Step};
+use crate::daemon::log;
+use crate::daemon::remote::RemoteRequest;
+use crate::proto::v1::State;
+use crate::proto::v2::{
+    Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, Request, decode_request, encode, error,
+};
+use crate::proto::{Key, Outcome};
+use crate::table::{ClientId, Effect, Loss, What};
+
+/// A status continues when less output than this waits to be sent. One lock of it may be as long as a frame.
+const STATUS_BYTES_AHEAD: usize = OUTPUT_BYTES_MAX - FRAME_BYTES_MAX;
+const STATUS_UNDER_WAY: &str = "status: this connection is being sent one already";
+
+pub(super) fn hello() -> Answer {
+    Answer::Hello { version: env!("CARGO_PKG_VERSION").into(), pid: std::process::id() }
+}
+
+pub(super) fn cannot_record() -> Answer {
+    error(ErrorCode::CannotRecord, "the lock cannot be recorded, so it is not granted; see the daemon's log")
+}
+
+/// Says why a holder has lost its lock.
+pub(super) fn describe_loss(loss: Loss) -> &'static str {
+    match loss {
+        Loss::Unknown => "the daemon does not know of it",
+        Loss::Elsewhere => "its lease in etcd is lost, or its key there was removed",
+        Loss::Broken => "broken by `kmutex break`",
+    }
+}
+
+impl Server {
+    /// Takes one line from the front of `input`. Returns `false` if there is no whole line.
+    pub(super) fn received_v2(&mut self, client: ClientId, input: &mut &[u8]) -> bool {
+        let within = &input[..input.len().min(FRAME_BYTES_MAX)];
+        let Some(end) = memchr::memchr(b'\n', within) else {
+            if input.len() >= FRAME_BYTES_MAX {
+                let message = format!("a line is longer than {FRAME_BYTES_MAX} bytes");
+                self.refuse(client, ErrorCode::BadFrame, message);
+                self.close_after_flush(client, "line too long");
+            }
+            return false;
+        };
+        let (line, rest) = input.split_at(end + 1);
+        *input = rest;
+        match decode_request(line) {
+            Ok(request) => self.request(client, request),
+            Err(answer) => {
+                self.connections.answer(client, &answer);
+                if matches!(answer, Answer::Error { code: ErrorCode::BadFrame, .. }) {
+                    self.close_after_flush(client, "protocol violation");
+                }
+            }
+        }
+        true
+    }
+
+    fn refuse(&mut self, client: ClientId, code: ErrorCode, message: impl Into<String>) {
+        self.connections.answer(client, &error(code, message));
+    }
+
+    fn request(&mut self, client: ClientId, request: Request) {
+        match (request, self.table.state(client)) {
+            (Request::Lock(asked), State::Idle) => self.lock(client, asked),
+            (Request::Lock(_), _) => {
+                let message = "lock: this connection has a lock, or waits for one";
+                self.refuse(client, ErrorCode::WrongState, message);
+            }
+            (Request::Child { pid }, State::Owner) => {
+                failpoint::hit("child");
+                self.connections[client].child = pid;
+                self.record_hold(client);
+            }
+            // The client has lost the lock meanwhile, and was told.
+            (Request::Child { .. }, _) => {}
+            (Request::Unlock { key, pid, outcome }, _) => self.unlock(client, &key, pid, outcome),
+            (Request::Break { key }, _) => self.break_lock(client, &key),
+            (Request::Release { outcome }, State::Owner) => {
+                if log::is_verbose() {
+                    log::release(self.lookup(), client, outcome);
+                }
+                self.apply(|table, now, effects| table.release(now, client, outcome, effects));
+                self.connections.answer(client, &Answer::Released);
+            }
+            (Request::Release { .. }, _) => {
+                self.refuse(client, ErrorCode::WrongState, "release: this connection holds no lock");
+            }
+            (Request::Status { cluster: true, .. }, _) => self.status_of_cluster(client),
+            (Request::Status { key: Some(key), .. }, _) => self.status_of(client, &key),
+            (Request::Status { key: None, .. }, _) => self.status(client),
+            (Request::Ping, state) => {
+                let lease = self.lookup().lease_terms().filter(|_| state == State::Owner);
+                self.connections.answer(client, &Answer::Pong { lease });
+            }
+        }
+    }
+
+    fn lock(&mut self, client: ClientId, mut asked: Box<LockRequest>) {
+        let connection = &mut self.connections[client];
+        connection.child = asked.child.unwrap_or(0);
+        let uid = connection.peer().map(|peer| peer.uid);
+        if self.cluster.is_some() && (asked.shared || asked.slots > 1) {
+            let message = "lock: shared locks and slots work on one host only, and this daemon uses etcd";
+            return self.refuse(client, ErrorCode::PerHost, message);
+        }
+        if let Some(child) = asked.child
+            && asked.holds.is_none()
+            && self.lookup().hold_of_process(asked.key.id(), child).is_some()
+        {
+            return self.refuse(
+                client,
+                ErrorCode::HeldAbove,
+                format!("lock: process {child} holds this lock"),
+            );
+        }
+        if self.now > self.started.plus(self.grace) {
+            // Clients that waited for the previous daemon have come back by now. No other client may overtake waiters.
+            asked.place = None;
+        }
+        if self.apply(|table, now, effects| table.lock(now, client, uid, asked, effects)).is_err() {
+            self.refuse(client, ErrorCode::NotPermitted, "lock: this nonce names another request");
+        }
+    }
+
+    /// Ends a hold that a process keeps without a connection.
+    fn unlock(&mut self, client: ClientId, key: &Key, pid: u32, outcome: Outcome) {
+        let by = self.connections[client].peer().map(|peer| peer.uid);
+        let held = self.lookup().hold_of_process(key.id(), pid);
+        let Some(held) = held.filter(|held| by == Some(0) || (by.is_some() && by == held.uid)) else {
+            let message = format!("unlock: process {pid} does not hold this lock");
+            return self.refuse(client, ErrorCode::NotHeld, message);
+        };
+        self.apply(|table, now, effects| table.release_orphan(now, held.token, outcome, effects));
+        self.connections.answer(client, &Answer::Released);
+    }
+
+    /// Root, the daemon's own user and the holder's user may break a lock; one of another host, only the first two.
+    fn break_lock(&mut self, client: ClientId, key: &Key) {
+        let by = self.connections[client].peer().map(|peer| peer.uid);
+        let is_admin = by.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw());
+        if is_admin && self.table.held_here(key.id()).is_none() && self.cluster.is_some() {
+            let name = self.connections.describe(client);
+            warn!("{name} breaks the lock {:?}, if another host holds it", key.as_str());
+            return self.request_remote(client, RemoteRequest::Break { lock: key.id() });
+        }
+        let lookup = self.lookup();
+        let Some(lock) = self.table.find(key.id()).filter(|lock| lock.holding() > 0) else {
+            return self.refuse(client, ErrorCode::NotHeld, "break: this lock is not held");
+        };
+        if !is_admin && !lock.holders().all(|holder| by.is_some() && lookup.uid(&holder) == by) {
+            let message = "break: only root, the daemon's user and the holder's user may do this";
+            return self.refuse(client, ErrorCode::NotPermitted, message);
+        }
+        warn!("{} breaks the lock {:?}", self.connections.describe(client), key.as_str());
+        self.apply(|table, now, effects| table.break_lock(now, key.id(), effects));
+        self.connections.answer(client, &Answer::Broken);
+    }
+
+    pub(super) fn notify_v2(&mut self, effect: Effect) {
+        let lookup = self.lookup();
+        let holders = || lookup.holders_of(effect.lock);
+        let answer = match effect.what {
+            What::Granted(token) => Answer::Granted { token, lease: lookup.lease_terms() },
+            What::Waiting { ahead, place } => Answer::Waiting { holders: holders(), ahead, place },
+            What::Finished(outcome, token) => Answer::Finished { outcome, token },
+            What::Busy => Answer::Busy { holders: holders() },
+            What::Lost(loss) => Answer::Lost { why: describe_loss(loss).into() },
+            What::Expired => Answer::Lost { why: "hold limit exceeded".into() },
+            What::HeldAbove => {
+                let name = lookup.lock_name(effect.lock);
+                let message = format!("lock: {name} is held by the command that this is part of");
+                error(ErrorCode::HeldAbove, message)
+            }
+            What::Deadlock(within) => error(ErrorCode::Deadlock, lookup.describe_cycle(within, effect.lock)),
+            What::Unavailable => error(
+                ErrorCode::Unavailable,
+                "etcd cannot be asked whether the lock is free; see the daemon's log",
+            ),
+            // The daemon does not use that connection any more.
+            What::Superseded => return,
+        };
+        self.connections.answer(effect.client, &answer);
+    }
+
+    fn status_of(&mut self, client: ClientId, key: &Key) {
+        let lookup = self.lookup();
+        let status = self.table.find(key.id()).map(|lock| lookup.lock_status(&lock, Some(key.as_str())));
+        if let Some(status) = status {
+            self.connections.answer(client, &Answer::Lock(status));
+        }
+        self.connections.answer(client, &Answer::End);
+    }
+
+    fn status(&mut self, client: ClientId) {
+        match &mut self.connections[client].protocol {
+            Protocol::V2 { status: status @ None } => *status = Some(0),
+            _ => return self.refuse(client, ErrorCode::WrongState, STATUS_UNDER_WAY),
+        }
+        self.connections.mark_dirty(client);
+    }
+
+    fn status_of_cluster(&mut self, client: ClientId) {
+        if self.cluster.is_none() {
+            let message = "status: this daemon does not share its locks with other hosts";
+            self.refuse(client, ErrorCode::BadRequest, message);
+        } else if self.listings.contains_key(&client) {
+            self.refuse(client, ErrorCode::WrongState, STATUS_UNDER_WAY);
+        } else {
+            self.listings.insert(client, Listing::new());
+            self.request_remote(client, RemoteRequest::List { from: Vec::new() });
+        }
+    }
+
+    /// Writes as much of a status as there is room for: the daemon must not keep all of it in memory for a client that
+    /// reads slowly.
+    pub(super) fn continue_status(&mut self, client: ClientId) {
+        while !self.connections[client].closing
+            && self.connections[client].output().len() < STATUS_BYTES_AHEAD
+            && let Some(status) = self.next_lock(client)
+        {
+            let answer = status.map_or(Answer::End, Answer::Lock);
+            encode(&answer, self.connections[client].output());
+        }
+    }
+
+    /// Returns the next lock of a status, or `Some(None)` once at its end, or `None` if there is nothing to send now.
+    fn next_lock(&mut self, client: ClientId) -> Option<Option<LockStatus>> {
+        if let Some(listing) = self.listings.get_mut(&client) {
+            match listing.step() {
+                Step::Send(status) => return Some(Some(*status)),
+                Step::Request(from) => self.request_remote(client, RemoteRequest::List { from }),
+                Step::Wait => {}
+                Step::End => {
+                    self.listings.remove(&client);
+                    return Some(None);
+                }
+            }
+        }
+        let Protocol::V2 { status: Some(cursor) } = self.connections[client].protocol else { return None };
+        let next = self.table.next_lock(cursor as usize);
+        let (lock, status) = match next {
+            Some((lock, next)) => (Some(self.lookup().lock_status(&lock, lock.key())), Some(next as u32)),
+            None => (None, None),
+        };
+        self.connections[client].protocol = Protocol::V2 { status };
+        Some(lock)
+    }
+
+    /// Returns `true` if part of a status can be sent as soon as the client has read what it was sent.
+    pub(super) fn has_more_status(&self, client: ClientId) -> bool {
+        matches!(self.connections[client].protocol, Protocol::V2 { status: Some(_) })
+            || self.listings.get(&client).is_some_and(Listing::is_ready)
+    }
+}
