@@ -1,19 +1,25 @@
-//! The daemon: one thread that waits for sockets, feeds what comes to the table, and sends what the table decides.
-//! Everything that is decided about locks is decided in the table.
+//! The daemon: one thread that waits for sockets, applies what arrives to the table, and sends what the table decides.
+//! All decisions about locks are made in the table.
 //!
 //! | file | what it owns |
 //! | --- | --- |
-//! | `server.rs` | the loop, and who is told in which order |
-//! | `accept.rs` | taking connections, up to the limits |
-//! | `listener.rs` | the sockets that are listened on |
-//! | `socket_lock.rs` | one daemon a socket |
+//! | `server.rs` | the loop: the order in which things are read, recorded and sent. Only it knows all other parts |
+//! | `server/v1.rs`, `server/v2.rs` | the protocols: bytes to the table, effects to bytes |
+//! | `source.rs` | what a readiness event is about |
+//! | `accept.rs` | accepting connections, up to the limits |
+//! | `listener.rs` | the listening sockets |
+//! | `socket_lock.rs` | the lock file that keeps a second daemon away from a socket |
 //! | `connection.rs` | one client's descriptor and buffers |
-//! | `v1.rs`, `v2.rs` | the protocols: bytes to the table, effects to bytes |
+//! | `connections.rs` | all of them: which have output, which have sent only part of a message |
+//! | `lookup.rs` | a read-only view of table, connections and orphans, for status, log and journal |
 //! | `recorder.rs` | the table's changes to the journal |
-//! | `orphans.rs` | holders that have not come back since a restart |
+//! | `orphans.rs` | holders that are not connected |
 //! | `processes.rs` | which processes those are, and whether they live |
-//! | `cluster.rs` | sharing locks with other hosts, through etcd |
-//! | `log.rs` | what is logged |
+//! | `cluster.rs` | clustering: sharing locks with other hosts, through etcd |
+//! | `cluster_disabled.rs` | an empty type in its place, in a build without etcd |
+//! | `remote.rs`, `listing.rs` | what the loop and the clustering say to each other about locks of other hosts |
+//! | `log.rs` | what is logged of one lock |
+//! | `failpoint.rs` | places where a test can have the daemon killed |
 
 mod accept;
 #[cfg_attr(not(feature = "etcd"), path = "daemon/cluster_disabled.rs")]
@@ -58,31 +64,32 @@ use socket_lock::SocketLock;
 pub struct Config {
     /// Where to listen.
     pub addrs: Vec<Addr>,
-    /// Who may connect to the Unix sockets among them.
+    /// Which users may connect to the Unix sockets among them.
     pub access: Access,
-    /// How many connections to serve at a time. `None`: as many as descriptors allow.
+    /// How many connections to serve at a time. `None`: as many as the limit of descriptors allows.
     pub connections_max: Option<u32>,
-    /// How long a protocol 1 client may hold. `None`: as long as it likes.
+    /// How long a protocol 1 client may hold a lock. `None`: no limit.
     pub hold_limit: Option<Duration>,
-    /// How many connections one user may have on the Unix sockets. `None`: as many as there are.
+    /// How many connections one user may have on the Unix sockets. `None`: no limit.
     pub per_uid_max: Option<u32>,
-    /// After a restart, how long a lock is kept for a holder that has not come back and whose process cannot be watched.
+    /// After a restart, how long the daemon keeps a lock for a holder that has not come back and whose process it cannot
+    /// watch.
     pub grace: Duration,
-    /// Where to keep the journal. `None`: beside the first Unix socket, and nowhere if there is none.
+    /// Where to keep the journal. `None`: beside the first Unix socket; if there is none, the daemon keeps no journal.
     pub state: Option<PathBuf>,
-    /// A descriptor to write a newline to when serving.
+    /// A descriptor to write a newline to as soon as the daemon serves.
     pub ready_fd: Option<u32>,
-    /// End after so long without connections and locks. `None`: never.
+    /// Exit after so long without connections and locks. `None`: never.
     pub idle_exit: Option<Duration>,
-    /// Share the locks with other hosts. `None`: they are this host's alone.
+    /// How to share the locks with other hosts. `None`: they are this host's alone.
     #[cfg(feature = "etcd")]
     pub sharing: Option<Sharing>,
-    /// Go into the background, away from whoever started this, as soon as the sockets are listened on.
+    /// Detach from the starting process and run in the background, as soon as the sockets are listening.
     pub detach: bool,
 }
 
 impl Config {
-    /// True when other hosts are to have the same locks.
+    /// Returns `true` if the locks are to be shared with other hosts.
     fn is_sharing(&self) -> bool {
         #[cfg(feature = "etcd")]
         return self.sharing.is_some();
@@ -90,7 +97,7 @@ impl Config {
         false
     }
 
-    /// These addresses, and for the rest what is safe: only for the user's own processes, in the foreground.
+    /// Serves these addresses, with safe values for everything else: only for the user's own processes, in the foreground.
     pub fn new(addrs: Vec<Addr>) -> Config {
         Config {
             addrs,
@@ -109,16 +116,16 @@ impl Config {
     }
 }
 
-/// Serves until HUP, INT or TERM, or until idle for long enough.
+/// Serves until HUP, INT or TERM arrives, or until the daemon was idle for long enough.
 ///
 /// # Errors
-/// When a socket cannot be listened on, or the kernel refuses what a daemon cannot do without.
+/// If a socket or the journal cannot be used, or the kernel refuses something that the daemon needs.
 pub fn serve(config: &Config) -> Result<(), Error> {
     let ready = config.ready_fd.map(take_ready_fd).transpose()?;
     if config.detach {
         close_inherited().map_err(|e| Error::Os("close inherited files", e))?;
     }
-    // What is wrong with it is said before anything is served.
+    // Errors in the configuration of etcd are reported before anything is served.
     #[cfg(feature = "etcd")]
     let etcd = config.sharing.as_ref().map(|sharing| crate::etcd::Client::new(&sharing.etcd));
     #[cfg(feature = "etcd")]
@@ -133,11 +140,11 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     failpoint::hit("start");
     let recorder = open_recorder(config, &listeners)?;
     if recorder.lease().is_some() {
-        // Since it was looked at first.
+        // The journal may have changed since the first check.
         refuse_without_cluster(config)?;
     }
     if config.detach {
-        // Whoever started this waits for the process that ends here, and may connect from then on.
+        // The starting process waits for this process to exit, and may connect as soon as it has.
         nix::unistd::daemon(false, false).map_err(|e| Error::Os("detach", e.into()))?;
         listeners.iter_mut().try_for_each(Listener::write_pid)?;
     }
@@ -152,15 +159,15 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     #[cfg(not(feature = "etcd"))]
     let cluster = None;
     let mut server = Server::new(config, listeners, recorder, cluster).map_err(|e| Error::Os("start", e))?;
-    notify_ready(ready).map_err(|e| Error::Os("tell that it serves", e))?;
+    notify_ready(ready).map_err(|e| Error::Os("report readiness", e))?;
     let reason = server.run().map_err(|e| Error::Os("wait for events", e))?;
     info!("stopping: {reason}");
     server.finish();
     Ok(())
 }
 
-/// A client starts this because there is no daemon. Where there was one that has shared its locks with other hosts, this one
-/// would give locks that they hold. It is looked at before anything is taken that the daemon needs which is wanted there.
+/// A client starts this daemon because there is none. If the previous daemon shared its locks with other hosts, this one
+/// would grant locks that those hosts hold. Checked before this daemon takes anything that the right one needs.
 fn refuse_without_cluster(config: &Config) -> Result<(), Error> {
     let unix = config.addrs.iter().find_map(|addr| match addr {
         Addr::Unix(path) => Some(path),
@@ -174,7 +181,7 @@ fn refuse_without_cluster(config: &Config) -> Result<(), Error> {
     }
 }
 
-/// Where a daemon keeps its journal by itself: beside its first Unix socket.
+/// Returns where a daemon keeps its journal by default: beside its first Unix socket.
 fn journal_of(socket: &Path) -> PathBuf {
     let mut path = socket.as_os_str().to_owned();
     path.push(".journal");
@@ -188,14 +195,14 @@ fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Er
         return Recorder::open(&path, Some(socket_lock), config);
     }
     let Some(socket) = listeners.iter().find_map(Listener::path) else {
-        info!("no Unix socket and no --state: what is held will not survive this daemon");
+        info!("no Unix socket and no --state: locks will not survive a restart of this daemon");
         return Ok(Recorder::none());
     };
     Recorder::open(&journal_of(socket), None, config)
 }
 
-/// Takes over the descriptor that readiness is to be told on. Before anything of ours is opened, which might get the
-/// number of one that is not open.
+/// Takes over the descriptor to report readiness on. Call it before opening any other file, which could get the same
+/// number if the descriptor is not open.
 fn take_ready_fd(number: u32) -> Result<File, Error> {
     let bad = |error| Error::ReadyFd { number, error };
     let raw = i32::try_from(number).map_err(|_| bad(nix::Error::EBADF.into()))?;
@@ -204,7 +211,8 @@ fn take_ready_fd(number: u32) -> Result<File, Error> {
     Ok(file)
 }
 
-/// Tells whoever started this, if it asked: by a newline on a descriptor, or as systemd wants it (sd_notify(3)).
+/// Reports readiness to the starting process if it asked: with a newline on a descriptor, and as systemd wants it
+/// (sd_notify(3)).
 fn notify_ready(descriptor: Option<File>) -> io::Result<()> {
     if let Some(mut file) = descriptor {
         file.write_all(b"\n")?;
@@ -212,13 +220,13 @@ fn notify_ready(descriptor: Option<File>) -> io::Result<()> {
     sd_notify::notify(&[sd_notify::NotifyState::Ready])
 }
 
-/// Closes all files but the standard ones, so that nobody waits for the end of a pipe of which a daemon keeps an end.
+/// Closes all files but the standard ones, so that no process waits for the end of a pipe that this daemon keeps open.
 fn close_inherited() -> io::Result<()> {
     let numbers =
         std::fs::read_dir("/dev/fd")?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
     for number in numbers.collect::<Vec<i32>>() {
         if number > 2 {
-            // The one of the directory itself is closed already; for the others there is nothing to lose.
+            // The descriptor of the directory itself is closed already; closing any other one cannot lose data.
             let _ = nix::unistd::close(number);
         }
     }
@@ -241,7 +249,7 @@ pub enum Error {
         #[source]
         error: io::Error,
     },
-    /// The lock file that goes with a socket cannot be had.
+    /// The lock file beside a socket cannot be used.
     #[error("cannot lock {}: {}", path.display(), Reason(error))]
     LockFile {
         /// The lock file.
@@ -264,16 +272,16 @@ pub enum Error {
     Served {
         /// The socket.
         path: PathBuf,
-        /// The other daemon, if it has said who it is.
+        /// The other daemon, if its process id is known.
         pid: Option<u32>,
     },
-    /// The locks of this socket are shared with other hosts, and nobody has said how.
+    /// The locks of this socket are shared with other hosts, and this daemon was not told how.
     #[error("the locks of {} are shared with other hosts: start its daemon with --etcd", path.display())]
     Shared {
         /// The socket.
         path: PathBuf,
     },
-    /// The descriptor to tell readiness on cannot be used.
+    /// The descriptor to report readiness on cannot be used.
     #[error("bad --ready-fd {number}: {}", Reason(error))]
     ReadyFd {
         /// Its number.
@@ -282,7 +290,7 @@ pub enum Error {
         #[source]
         error: io::Error,
     },
-    /// The group for the sockets is not known.
+    /// The group for the sockets does not exist.
     #[error("bad --group {name:?}: {why}")]
     Group {
         /// What was given.
@@ -290,7 +298,7 @@ pub enum Error {
         /// Why.
         why: String,
     },
-    /// Etcd cannot be used as it was asked for.
+    /// The configuration of etcd is wrong.
     #[error(transparent)]
     #[cfg(feature = "etcd")]
     Etcd(crate::etcd::ConfigError),

@@ -24,7 +24,7 @@ const RETRY: Duration = Duration::from_secs(1);
 /// How often the log repeats a warning.
 const WARNING_EVERY: Duration = Duration::from_secs(60);
 
-/// The listeners, and the limits on what they let in.
+/// The listeners, and the limits on connections.
 pub(super) struct Acceptor {
     listeners: Vec<Listener>,
     connections_max: usize,

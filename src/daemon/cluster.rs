@@ -214,7 +214,7 @@ impl Clustering {
                 self.no_trouble();
                 self.leased(lease, sent, ttl_secs, revision).then(|| {
                     info!("etcd: sharing locks under lease {:016x}, of {ttl_secs} s", lease.0);
-                    // One that was taken up again may have places that nobody knows of.
+                    // A resumed lease may have places that this daemon does not know of.
                     self.link.order(Order::Places(lease));
                     RemoteReply::RecordLease(lease.0 as u64)
                 })
@@ -316,7 +316,7 @@ impl Clustering {
         }
     }
 
-    /// Records are left behind for those who read them later, so they get a lease that is not this daemon's, and that
+    /// Records are left behind for daemons that read them later, so they get a lease that is not this daemon's, and that
     /// ends without being kept. Until there is one, the daemon's will do.
     fn renew_records(&mut self, now: Millis) {
         let is_ending =

@@ -1,4 +1,4 @@
-//! Places where a test can have the daemon killed. In ordinary builds they are nothing.
+//! Places where a test can have the daemon killed. In ordinary builds they do nothing.
 
 /// Kills this process, as `kill -9` does, when `$KMUTEX_FAILPOINT` is `PLACE:N` and this is the Nth time here.
 #[cfg(feature = "failpoints")]
@@ -19,7 +19,7 @@ pub(super) fn hit(place: &str) {
         && HITS.fetch_add(1, Ordering::Relaxed) + 1 == *number
     {
         let killed = nix::sys::signal::kill(nix::unistd::Pid::this(), nix::sys::signal::Signal::SIGKILL);
-        unreachable!("nobody survives SIGKILL: {killed:?}");
+        unreachable!("no process survives SIGKILL: {killed:?}");
     }
 }
 

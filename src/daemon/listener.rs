@@ -1,8 +1,8 @@
-//! The sockets that are listened on: making them without ever being open to more than was asked, and making sure that
-//! each Unix socket has one daemon.
+//! The listening sockets: making them so that at no moment more users can connect than intended, and making sure that each
+//! Unix socket has one daemon.
 //!
-//! What decides who may serve a path is a lock on a file beside it, `PATH.lock`, and never the look of the socket: a
-//! socket that refuses connections may belong to a daemon that is just starting.
+//! A lock on the file `PATH.lock` decides which daemon serves `PATH`. The state of the socket does not: a socket that
+//! refuses connections may belong to a daemon that is just starting.
 
 use std::fmt;
 use std::fs;
@@ -22,16 +22,16 @@ use super::socket_lock::SocketLock;
 use crate::addr::{self, Addr};
 use crate::lookup;
 
-/// Who may connect to a Unix socket.
+/// Which users may connect to a Unix socket.
 #[derive(Clone, Debug)]
 pub struct Access {
     /// The socket's permission bits.
     pub mode: u32,
-    /// The socket's group, by name or number; `None` leaves it as it is.
+    /// The socket's group, by name or number; `None`: the daemon's group.
     pub group: Option<String>,
 }
 
-/// A socket that is listened on. A Unix socket is removed when this is dropped.
+/// A listening socket. A Unix socket that was made here is removed when this is dropped.
 pub(super) struct Listener {
     socket: Socket,
     name: String,
@@ -42,7 +42,7 @@ enum Socket {
         listener: UnixListener,
         path: PathBuf,
         socket_lock: SocketLock,
-        /// It was made here, and goes with this daemon.
+        /// The socket was made here, and is removed with this daemon.
         ours: bool,
     },
     Tcp(TcpListener),
@@ -65,13 +65,13 @@ impl Listener {
         Ok(listeners)
     }
 
-    /// Takes over the sockets that systemd listens on already (sd_listen_fds(3)). None: it does not.
+    /// Takes over the sockets that systemd listens on already (sd_listen_fds(3)). Returns an empty list if there are none.
     pub(super) fn inherit() -> Result<Vec<Listener>, Error> {
         let error = |e| Error::Os("take over the sockets from systemd", e);
         let mut given = listenfd::ListenFd::from_env();
         let mut listeners = Vec::new();
         for index in 0..given.len() {
-            // Each kind is tried in turn; one that does not fit leaves the socket where it is.
+            // Each kind is tried in turn; an attempt with the wrong kind leaves the socket where it is.
             if let Ok(Some(listener)) = given.take_unix_listener(index) {
                 listeners.push(inherit_unix(listener)?);
             } else if let Some(listener) = given.take_tcp_listener(index).map_err(error)? {
@@ -83,14 +83,14 @@ impl Listener {
         Ok(listeners)
     }
 
-    /// Takes one connection, if there is one: `WouldBlock` says that there is none.
+    /// Accepts one connection. The error `WouldBlock` means that none is waiting.
     pub(super) fn accept(&self) -> io::Result<OwnedFd> {
         match &self.socket {
             Socket::Unix { listener, .. } => Ok(listener.accept()?.0.into()),
             Socket::Tcp(listener) => {
                 let (stream, _) = listener.accept()?;
-                // Answers are single bytes that somebody waits for: Nagle's algorithm would hold them back. It fails
-                // only where the client has gone already, which reading will tell.
+                // Clients wait for answers of a single byte, which Nagle's algorithm would delay. This fails only if the
+                // client has disconnected already, which the next read reports.
                 let _ = stream.set_nodelay(true);
                 Ok(stream.into())
             }
@@ -101,7 +101,7 @@ impl Listener {
         matches!(self.socket, Socket::Unix { .. })
     }
 
-    /// The path of a Unix socket.
+    /// Returns the path of a Unix socket.
     pub(super) fn path(&self) -> Option<&Path> {
         match &self.socket {
             Socket::Unix { path, .. } => Some(path),
@@ -109,12 +109,12 @@ impl Listener {
         }
     }
 
-    /// The address that is listened on, for the log.
+    /// Returns the address, for the log.
     pub(super) fn name(&self) -> &str {
         &self.name
     }
 
-    /// Writes this process's id into the lock file, for whoever is refused because of it.
+    /// Writes this process's id into the lock file, so that a second daemon can name the first.
     pub(super) fn write_pid(&mut self) -> Result<(), Error> {
         match &mut self.socket {
             Socket::Unix { socket_lock, .. } => socket_lock.write_pid(),
@@ -135,15 +135,15 @@ impl AsFd for Listener {
 impl Drop for Listener {
     fn drop(&mut self) {
         if let Socket::Unix { path, ours: true, .. } = &self.socket {
-            // The lock is still held, so the name is surely ours. Whoever comes next replaces a socket that could not
-            // be removed, so there is nothing to say of it.
+            // The lock file is still locked, so the path leads to this socket. If it cannot be removed, the next daemon
+            // replaces it, so the error needs no report.
             let _ = fs::remove_file(path);
         }
     }
 }
 
-/// True for errors of accept(2) that say something of the connection at the head of the line, and nothing of those
-/// behind it (accept(2), "Error handling").
+/// Returns `true` for errors of accept(2) that concern only the first waiting connection, and not the ones behind it
+/// (accept(2), "Error handling").
 pub(super) fn is_per_connection_error(error: &io::Error) -> bool {
     use nix::Error as E;
     matches!(
@@ -168,7 +168,7 @@ fn bind_unix(path: &Path, mode: u32, gid: Option<Gid>) -> Result<Listener, Error
     let error = |e| Error::bind(&Addr::Unix(path.into()), e);
     let socket_lock = SocketLock::take(path)?;
     remove_dead_socket(path)?;
-    // The mask, because a socket is connectable from the moment that it has a name.
+    // The mask matters because clients can connect as soon as the socket has a name.
     let old = umask(Mode::from_bits_truncate(0o177));
     let listener = UnixListener::bind(path);
     umask(old);
@@ -179,7 +179,7 @@ fn bind_unix(path: &Path, mode: u32, gid: Option<Gid>) -> Result<Listener, Error
         socket: Socket::Unix { listener, path: path.into(), socket_lock, ours: true },
         name: path.display().to_string(),
     };
-    // The group first: a mode that lets the group in must not let the old group in.
+    // The group is set first: a mode that admits the group must not admit the old group.
     if let Some(gid) = gid {
         nix::unistd::chown(path, None, Some(gid)).map_err(|e| error(e.into()))?;
     }
@@ -197,7 +197,7 @@ fn inherit_unix(listener: UnixListener) -> Result<Listener, Error> {
     Ok(Listener { socket: Socket::Unix { listener, path, socket_lock, ours: false }, name })
 }
 
-/// Makes room for a socket at a path that this process has claimed.
+/// Removes a dead socket from a path whose lock file this process has locked.
 fn remove_dead_socket(path: &Path) -> Result<(), Error> {
     let error = |e| Error::bind(&Addr::Unix(path.into()), e);
     match fs::symlink_metadata(path) {
@@ -208,7 +208,7 @@ fn remove_dead_socket(path: &Path) -> Result<(), Error> {
         }
         Ok(_) => {}
     }
-    // A daemon of another make takes no such lock, so the socket is asked as well.
+    // A daemon of another kind does not lock that file, so the socket is tried as well.
     match addr::who_serves(path) {
         Ok(peer) => Err(Error::Served { path: path.into(), pid: Some(peer.pid) }),
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(error),
@@ -221,11 +221,11 @@ fn bind_tcp(addr: &Addr, listeners: &mut Vec<Listener>) -> Result<(), Error> {
     let before = listeners.len();
     for mut socket in addr.resolve()? {
         if let (Some(first), 0) = (listeners.get(before), socket.port()) {
-            // Port 0 lets the kernel choose; all sockets of one address get what it chose for the first.
+            // Port 0 lets the kernel choose; all sockets of one address get the port that it chose for the first.
             socket.set_port(first.local_addr().map_err(error)?.port());
         }
         let listener = match TcpListener::bind(socket) {
-            // A machine without IPv6 has no ::1; whoever asked for a port, and not for an address, does not mind.
+            // A machine without IPv6 has no ::1. That is an error only if the user named an address, and not only a port.
             Err(e)
                 if *addr == Addr::Loopback(socket.port()) && e.kind() == io::ErrorKind::AddrNotAvailable =>
             {

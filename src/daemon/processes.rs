@@ -1,4 +1,4 @@
-//! The processes of this machine: which of them a journal's record means, and how to hear of its end.
+//! The processes of this machine: which one a record of the journal means, and how to notice its end.
 
 use std::fs;
 use std::io;
@@ -12,24 +12,28 @@ use crate::journal::Record;
 use crate::proto::Token;
 use crate::table::Millis;
 
-/// What can be watched of a holder.
+/// Whether a holder's process lives.
 pub(super) enum Liveness {
-    /// A process of it lives. The descriptor is readable when it has ended (pidfd_open(2)).
+    /// It lives. The descriptor becomes readable when it ends (pidfd_open(2)).
     Alive(OwnedFd),
-    /// Its processes have ended.
+    /// It has ended.
     Exited,
-    /// No process of it is known here, or this kernel has no way to watch it.
+    /// The daemon knows no process of the holder, or cannot watch it.
     Unknown,
 }
 
 impl Liveness {
-    /// Watches the process with this number, if it lives and is the one that was meant when it was recorded, and not a
-    /// later one that was given the same number. 0 is no process.
+    /// Finds the process that had the number `pid` when it was recorded. A process that was started later is another one
+    /// with the same number. 0 is no process.
+    ///
+    /// # Errors
+    /// As pidfd_open(2) gives them.
     pub(super) fn of_process(pid: u32, recorded: Millis) -> io::Result<Liveness> {
         let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(Liveness::Unknown) };
         match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(_) if start_time(pid).is_some_and(|start| start > recorded) => Ok(Liveness::Exited),
-            // Where it cannot be read when it started, it is taken for the right one, whose end is told.
+            // If the start time cannot be read, the process counts as the right one: a lock is held for too long rather
+            // than granted twice.
             Ok(process) => Ok(Liveness::Alive(process)),
             Err(rustix::io::Errno::SRCH) => Ok(Liveness::Exited),
             Err(rustix::io::Errno::NOSYS) => Ok(Liveness::Unknown),
@@ -37,7 +41,10 @@ impl Liveness {
         }
     }
 
-    /// Watches the command that has inherited the lock from a process that has ended.
+    /// Finds the command that has inherited the lock from a process that has ended.
+    ///
+    /// # Errors
+    /// As pidfd_open(2) gives them.
     pub(super) fn of_command(record: &Record) -> io::Result<Liveness> {
         match (record.child, record.held.terms.inherits) {
             (0, false) => Ok(Liveness::Exited),
@@ -47,11 +54,11 @@ impl Liveness {
     }
 }
 
-/// Watches the command of a kmutex that was killed before it could tell which process that is. It is known by the token
-/// in its environment; of its descendants, which inherit that too, it is the first.
+/// Finds the command of a kmutex that was killed before it could name the command's process. The command has the lock's
+/// token in its environment. Its descendants inherit the variable, so the command is the process that started first.
 ///
-/// Only root and the command's own user may read an environment (proc(5), /proc/PID/environ). What cannot be read may be
-/// the command, so if nothing is found the answer is that nobody knows, unless all was seen.
+/// Only root and the command's own user may read an environment (proc(5), /proc/PID/environ), and a process whose
+/// environment cannot be read may be the command. So the answer is [`Liveness::Exited`] only if every environment was read.
 fn find_command_by_token(record: &Record) -> io::Result<Liveness> {
     let mine = Uid::effective().as_raw();
     let mut all_seen = record.held.uid == Some(mine);
@@ -59,7 +66,7 @@ fn find_command_by_token(record: &Record) -> io::Result<Liveness> {
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         let pid = entry.file_name().to_str().and_then(|name| name.parse().ok()).and_then(Pid::from_raw);
         let Some(pid) = pid else { continue };
-        // Whoever wants to keep a lock of somebody else's from being free could put its token into an environment too.
+        // Another user could put the token into an environment to keep the lock from becoming free.
         let is_holders = |uid| Some(uid) == record.held.uid || uid == 0;
         if !entry.metadata().is_ok_and(|meta| is_holders(meta.uid())) {
             continue;
@@ -84,7 +91,8 @@ fn find_command_by_token(record: &Record) -> io::Result<Liveness> {
     }
 }
 
-/// An environment is `NAME=VALUE` after `NAME=VALUE`, each ended by a zero byte (proc(5)).
+/// Returns `true` if an environment names this token. (An environment is a list of `NAME=VALUE`, each ended by a zero
+/// byte, proc(5).)
 fn has_token(environment: &[u8], token: Token) -> bool {
     let wanted = token.to_string();
     environment.split(|&byte| byte == 0).any(|variable| {
@@ -94,14 +102,14 @@ fn has_token(environment: &[u8], token: Token) -> bool {
     })
 }
 
-/// How much earlier a process may seem to have started than it did: the kernel tells it in ticks of a clock, of which
-/// there are a hundred in a second, and never fewer.
+/// How much earlier a process may seem to have started than it did: the kernel gives the start time in clock ticks, and a
+/// tick is at most a hundredth of a second.
 const CLOCK_STEP: Millis = Millis(10);
 
-/// When a process was started, by the clock that counts from boot (proc(5), /proc/PID/stat, starttime).
+/// Returns when a process was started, by the clock that counts from boot (proc(5), /proc/PID/stat, starttime).
 fn start_time(pid: Pid) -> Option<Millis> {
     let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
-    // The second field is a name in brackets, which may have anything in it.
+    // The second field is a name in parentheses, which may contain any character.
     let (_, after_name) = stat.rsplit_once(')')?;
     let ticks: u64 = after_name.split_ascii_whitespace().nth(19)?.parse().ok()?;
     let hertz = sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|hertz| u64::try_from(hertz).ok())?;
@@ -113,7 +121,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_that_started_later_is_another_with_the_same_number() {
+    fn a_process_that_started_later_is_another_process_with_the_same_number() {
         let me = std::process::id();
         let start = start_time(Pid::from_raw(me as i32).unwrap()).unwrap();
         assert!(matches!(Liveness::of_process(me, start), Ok(Liveness::Alive(_))));

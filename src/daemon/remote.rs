@@ -7,6 +7,7 @@ use crate::proto::v2::Answer;
 
 /// What a client wants of etcd.
 #[derive(Debug)]
+#[cfg_attr(not(feature = "etcd"), expect(dead_code, reason = "without etcd, it is never read"))]
 pub(super) enum RemoteRequest {
     /// Read the locks of all hosts, from this key on; an empty key means from the beginning.
     List { from: Vec<u8> },

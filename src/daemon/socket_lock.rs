@@ -1,5 +1,5 @@
-//! The right to serve a socket or to use a journal: a lock on a file beside it, `PATH.lock`, which the kernel gives back
-//! when its process ends, however that happens.
+//! The right to serve a socket or to use a journal: a lock on the file `PATH.lock` beside it. The kernel releases the lock
+//! when the daemon ends, however it ends.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read, Seek, Write};
@@ -11,7 +11,7 @@ use nix::unistd::Uid;
 
 use super::Error;
 
-/// The right to serve a path: a lock on the file beside it, which the kernel gives back when this process ends.
+/// A locked lock file. Dropping it removes the file.
 pub(super) struct SocketLock {
     file: Flock<File>,
     path: PathBuf,
@@ -23,8 +23,8 @@ impl SocketLock {
         path.push(".lock");
         let path = PathBuf::from(path);
         let error = |e| Error::LockFile { path: path.clone(), error: e };
-        // The name may vanish between opening and locking, when the daemon that had it ends. Then it is not the file
-        // that the next one will look at, and the lock is worth nothing.
+        // If the previous daemon ends between opening and locking, it removes the file. Then the next daemon would look at
+        // another file, and this lock would be worth nothing.
         for _ in 0..100 {
             let file = open_own(&path).map_err(error)?;
             let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
@@ -38,7 +38,7 @@ impl SocketLock {
                 return Ok(socket_lock);
             }
         }
-        Err(error(io::Error::other("daemons come and go too fast")))
+        Err(error(io::Error::other("other daemons keep starting and ending")))
     }
 
     pub(super) fn write_pid(&mut self) -> Result<(), Error> {
@@ -55,13 +55,13 @@ impl SocketLock {
 
 impl Drop for SocketLock {
     fn drop(&mut self) {
-        // While the lock is still held, so that the name is surely ours. Whoever comes next takes over a file that
-        // could not be removed, so there is nothing to say of it.
+        // The lock is still held, so the path leads to this file. If it cannot be removed, the next daemon takes it over,
+        // so the error needs no report.
         let _ = fs::remove_file(&self.path);
     }
 }
 
-/// True when the path still leads to this file.
+/// Returns `true` if the path still leads to this file.
 fn is_named(file: &File, path: &Path) -> io::Result<bool> {
     let file = file.metadata()?;
     match fs::symlink_metadata(path) {
@@ -71,7 +71,7 @@ fn is_named(file: &File, path: &Path) -> io::Result<bool> {
     }
 }
 
-/// Opens the lock file, which must be a plain file of ours: in a directory like /tmp anybody could have put it there.
+/// Opens the lock file, which must be a plain file of this user: in a directory like /tmp any user could have made it.
 fn open_own(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
@@ -89,7 +89,7 @@ fn open_own(path: &Path) -> io::Result<File> {
 
 fn served(socket: &Path, mut lock_file: File) -> Error {
     let mut text = String::new();
-    // The pid is for people only; that the file is locked is what counts.
+    // The pid is only for the message; what counts is that the file is locked.
     let pid = lock_file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
     Error::Served { path: socket.into(), pid }
 }

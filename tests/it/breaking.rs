@@ -15,7 +15,7 @@ fn the_holder_is_stopped_and_whoever_is_next_gets_the_lock() {
     daemon.wait_for_counts("k", 1, 1);
     finish(&mut daemon.kmutex(&["break", "--yes", "k"])).quietly(0);
     assert_eq!(holder.wait(), 74);
-    assert!(holder.stderr().contains("it was broken"));
+    assert!(holder.stderr().contains("broken by `kmutex break`"));
     assert_eq!(next.wait(), 0);
     let uid = nix::unistd::Uid::current();
     assert!(daemon.wait_for_log("breaks the lock \"k\"").contains(&format!("uid {uid}")), "who did it");

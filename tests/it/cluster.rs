@@ -453,7 +453,7 @@ fn a_status_of_the_cluster_lists_all_hosts() {
     assert_eq!(status["holders"][0]["note"], "from a");
     // A host that shares nothing has nothing to say of others.
     let alone = Daemon::start();
-    finish(&mut alone.kmutex(&["status", "--cluster"])).complaining(64, &["shares no locks"]);
+    finish(&mut alone.kmutex(&["status", "--cluster"])).complaining(64, &["does not share its locks"]);
 }
 
 #[test]

@@ -204,7 +204,7 @@ fn a_client_that_cannot_be_sent_to_is_gone() {
         let injector = Injector::attach(&daemon, &format!("sendto:error={error}:when=1"));
         let mut client = daemon.wire();
         client.send([&PREAMBLE[..], ONCE.as_bytes(), b"\n"].concat());
-        daemon.wait_for_log("it is gone");
+        daemon.wait_for_log(": disconnected");
         injector.detach();
         client.expect_closed();
         daemon.wire().open(ONCE).answer_of("granted");

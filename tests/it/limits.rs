@@ -56,7 +56,7 @@ fn half_a_message_is_waited_for_for_ten_seconds_however_it_comes() {
     for end in ends {
         assert!((MESSAGE_WAIT..2 * MESSAGE_WAIT).contains(&end), "{ends:?}");
     }
-    assert_eq!(daemon.log().matches("it has not finished what it began to send").count(), 5);
+    assert_eq!(daemon.log().matches("incomplete message for too long").count(), 5);
     owner.send("R");
     waiter.expect("R");
 }

@@ -18,6 +18,7 @@ mod etcd_client;
 mod etcd_harness;
 mod faults;
 mod harness;
+mod imports;
 mod keyedmutex;
 mod library;
 mod like_flock;

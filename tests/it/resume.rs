@@ -142,7 +142,7 @@ fn a_command_whose_kmutex_was_killed_after_it_resumed_keeps_its_lock() {
     // The command has the old connection, which leads nowhere; only kmutex has the new one.
     run.signal(Signal::SIGKILL);
     run.wait();
-    daemon.wait_for_log("goes on and keeps");
+    daemon.wait_for_log("lives and keeps token");
     assert_eq!(daemon.run(&["-n", "k", "true"]).status().unwrap().code(), Some(75));
     child.kill();
     assert_eq!(daemon.run(&["--queue", "k", "true"]).status().unwrap().code(), Some(0));

@@ -1,5 +1,7 @@
 //! Protocol 2 in the daemon: its lines to the table, and the table's effects to its lines.
 
+use std::collections::btree_map::Entry;
+
 use ::log::warn;
 use nix::unistd::Uid;
 
@@ -210,12 +212,14 @@ impl Server {
     fn status_of_cluster(&mut self, client: ClientId) {
         if self.cluster.is_none() {
             let message = "status: this daemon does not share its locks with other hosts";
-            self.refuse(client, ErrorCode::BadRequest, message);
-        } else if self.listings.contains_key(&client) {
-            self.refuse(client, ErrorCode::WrongState, STATUS_UNDER_WAY);
-        } else {
-            self.listings.insert(client, Listing::new());
-            self.request_remote(client, RemoteRequest::List { from: Vec::new() });
+            return self.refuse(client, ErrorCode::BadRequest, message);
+        }
+        match self.listings.entry(client) {
+            Entry::Occupied(_) => self.refuse(client, ErrorCode::WrongState, STATUS_UNDER_WAY),
+            Entry::Vacant(entry) => {
+                entry.insert(Listing::new());
+                self.request_remote(client, RemoteRequest::List { from: Vec::new() });
+            }
         }
     }
 
