@@ -146,7 +146,7 @@ fn transactions(etcd: &Etcd, daemon: &Server, name: &str) -> Result<Row> {
             })?);
         }
         locker.release()?;
-        settle(etcd)?;
+        wait_for_empty(etcd)?;
         raw.round()?;
         for _ in 0..ROUNDS {
             took[1].push(micros(|| raw.round())?);
@@ -164,7 +164,7 @@ fn micros(act: impl FnOnce() -> Result<()>) -> Result<f64> {
 }
 
 /// Waits until no place is left in etcd.
-fn settle(etcd: &Etcd) -> Result<()> {
+fn wait_for_empty(etcd: &Etcd) -> Result<()> {
     let client = etcd.client()?;
     let all = Range { key: b"kmutex/".into(), end: b"kmutex0".into(), ..Range::default() };
     let give_up = Instant::now() + SETTLE_MAX;
@@ -207,7 +207,7 @@ fn at_once(etcd: &Etcd, daemon: &Server, name: &str) -> Result<Row> {
             })? / 1e3,
         );
         lockers.iter_mut().try_for_each(Locker::release)?;
-        settle(etcd)?;
+        wait_for_empty(etcd)?;
     }
     let what = format!("{KEYS} keys at once, {name} / one after the other");
     let [ours, theirs] = took.map(|took| median(&took));
@@ -236,7 +236,7 @@ fn steady(etcd: &Etcd, daemon: &Server, held: usize) -> Result<Row> {
         count += more;
     }
     lockers.iter_mut().try_for_each(Locker::release)?;
-    settle(etcd)?;
+    wait_for_empty(etcd)?;
     let what = format!("requests to etcd while {held} locks are held");
     let rate = count as f64 / WATCHED.as_secs_f64();
     Ok(Row::new(&what, rate, None, "a second", Target::AtMost(STEADY_MAX)))

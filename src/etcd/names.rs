@@ -111,17 +111,17 @@ impl Resolver for Names {
 mod tests {
     use super::*;
 
-    const PATIENCE: Duration = Duration::from_secs(30);
+    const TIMEOUT: Duration = Duration::from_secs(30);
 
     #[test]
     fn a_name_is_looked_up_once_and_a_number_never() {
         let names = Names::default();
-        assert_eq!(names.of("::1", PATIENCE).unwrap(), ["::1".parse::<IpAddr>().unwrap()]);
+        assert_eq!(names.of("::1", TIMEOUT).unwrap(), ["::1".parse::<IpAddr>().unwrap()]);
         assert!(names.0.hosts().is_empty());
-        let found = names.of("localhost", PATIENCE).unwrap();
+        let found = names.of("localhost", TIMEOUT).unwrap();
         assert!(!found.is_empty());
         let asked = names.0.hosts()["localhost"].asked;
-        assert_eq!(names.of("localhost", PATIENCE).unwrap(), found);
+        assert_eq!(names.of("localhost", TIMEOUT).unwrap(), found);
         assert_eq!(names.0.hosts()["localhost"].asked, asked);
     }
 
@@ -131,11 +131,11 @@ mod tests {
         let old = vec!["192.0.2.1".parse().unwrap()];
         let host = Host { addrs: old.clone(), asked: None, is_being_looked_up: false };
         names.0.hosts().insert("localhost".into(), host);
-        assert_eq!(names.of("localhost", PATIENCE).unwrap(), old);
+        assert_eq!(names.of("localhost", TIMEOUT).unwrap(), old);
     }
 
     #[test]
     fn a_name_that_is_not_known_has_no_address() {
-        assert!(Names::default().of("no.such.host.invalid", PATIENCE).unwrap().is_empty());
+        assert!(Names::default().of("no.such.host.invalid", TIMEOUT).unwrap().is_empty());
     }
 }

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use super::*;
 
 /// How long anything may take before a test fails. Far more than it needs, even on a busy machine.
-const PATIENCE: Duration = Duration::from_secs(30);
+const TIMEOUT: Duration = Duration::from_secs(30);
 const RANGE: &str = r#"{"header":{"revision":"7"}}"#;
 const REFUSAL: &str = r#"{"error":"m","message":"m","code":3}"#;
 
@@ -161,7 +161,7 @@ fn who_never_answers_may_have_done_it() {
     let begun = Instant::now();
     let error = range_at(&fake);
     assert_eq!(error, Error::Unknown { why: format!("{}: no answer within 1s", fake.endpoint()) });
-    assert!(begun.elapsed() < PATIENCE);
+    assert!(begun.elapsed() < TIMEOUT);
 }
 
 #[test]
@@ -342,9 +342,9 @@ fn hanging_up_ends_the_watches_and_only_those() {
         let mut watch = client.watch(b"k", b"", 1).unwrap();
         let (sender, replies) = mpsc::channel();
         thread::spawn(move || (0..2).try_for_each(|_| sender.send(watch.next())));
-        assert!(replies.recv_timeout(PATIENCE).unwrap().unwrap().created);
+        assert!(replies.recv_timeout(TIMEOUT).unwrap().unwrap().created);
         client.hang_up();
-        let error = replies.recv_timeout(PATIENCE).expect("it goes on").unwrap_err();
+        let error = replies.recv_timeout(TIMEOUT).expect("it goes on").unwrap_err();
         assert!(matches!(error, Error::Unknown { .. }), "{error:?}");
     }
     range(&client).unwrap();

@@ -11,14 +11,14 @@ const KEY: &str = "nightly";
 const LIMIT: Millis = Millis(30_000);
 
 /// A table and a clock that stands still unless a test moves it. Every call returns what clients are told by it.
-struct Scene {
+struct Fixture {
     table: Table,
     now: Millis,
 }
 
-impl Scene {
-    fn new() -> Scene {
-        Scene {
+impl Fixture {
+    fn new() -> Fixture {
+        Fixture {
             table: Table::new(Config {
                 hash_key: 1,
                 first_token: Token(100),
@@ -29,23 +29,23 @@ impl Scene {
         }
     }
 
-    fn told(&mut self, call: impl FnOnce(&mut Table, Millis, &mut Effects)) -> Vec<(u32, What)> {
+    fn notified(&mut self, call: impl FnOnce(&mut Table, Millis, &mut Effects)) -> Vec<(u32, What)> {
         let mut effects = Effects::default();
         call(&mut self.table, self.now, &mut effects);
-        let told = effects.tell.into_iter().map(|Effect { client, what, .. }| match what {
+        let notified = effects.tell.into_iter().map(|Effect { client, what, .. }| match what {
             // Places have a test of their own.
             What::Waiting { ahead, .. } => waiting(client.0, ahead),
             what => (client.0, what),
         });
-        told.collect()
+        notified.collect()
     }
 
     fn v1(&mut self, client: u32) -> Vec<(u32, What)> {
-        self.told(|table, now, effects| table.lock_v1(now, ClientId(client), key().id(), effects))
+        self.notified(|table, now, effects| table.lock_v1(now, ClientId(client), key().id(), effects))
     }
 
     fn ask(&mut self, client: u32, asked: LockRequest) -> Vec<(u32, What)> {
-        self.told(|table, now, effects| {
+        self.notified(|table, now, effects| {
             table
                 .lock(now, ClientId(client), None, Box::new(asked), effects)
                 .expect("it names no other's request");
@@ -53,15 +53,15 @@ impl Scene {
     }
 
     fn release(&mut self, client: u32, outcome: Outcome) -> Vec<(u32, What)> {
-        self.told(|table, now, effects| table.release(now, ClientId(client), outcome, effects))
+        self.notified(|table, now, effects| table.release(now, ClientId(client), outcome, effects))
     }
 
     fn gone(&mut self, client: u32) -> Vec<(u32, What)> {
-        self.told(|table, now, effects| table.gone(now, ClientId(client), effects))
+        self.notified(|table, now, effects| table.gone(now, ClientId(client), effects))
     }
 
     fn settle(&mut self) -> Vec<(u32, What)> {
-        self.told(|table, now, effects| {
+        self.notified(|table, now, effects| {
             if let Some(mark) = table.deferred() {
                 table.settle(now, mark, effects);
             }
@@ -103,144 +103,144 @@ fn finished(client: u32, outcome: Outcome, token: u64) -> (u32, What) {
 
 #[test]
 fn both_protocols_ask_for_the_same_lock() {
-    let mut scene = Scene::new();
-    assert_eq!(scene.v1(1), [granted(1, 100)]);
-    assert_eq!(scene.ask(2, queue()), [waiting(2, 0)]);
-    assert_eq!(scene.release(1, Outcome::Unknown), [granted(2, 101)]);
+    let mut fixture = Fixture::new();
+    assert_eq!(fixture.v1(1), [granted(1, 100)]);
+    assert_eq!(fixture.ask(2, queue()), [waiting(2, 0)]);
+    assert_eq!(fixture.release(1, Outcome::Unknown), [granted(2, 101)]);
 }
 
 #[test]
 fn a_release_tells_whoever_waits_for_it_and_moves_the_queue_on_by_one() {
-    let mut scene = Scene::new();
-    scene.ask(1, once());
-    scene.ask(2, once());
-    assert_eq!(scene.settle(), [waiting(2, 0)]);
-    scene.v1(3);
-    scene.ask(4, queue());
-    assert_eq!(scene.ask(5, queue()), [waiting(5, 1)]);
+    let mut fixture = Fixture::new();
+    fixture.ask(1, once());
+    fixture.ask(2, once());
+    assert_eq!(fixture.settle(), [waiting(2, 0)]);
+    fixture.v1(3);
+    fixture.ask(4, queue());
+    assert_eq!(fixture.ask(5, queue()), [waiting(5, 1)]);
     let exit = Outcome::Exit(3);
-    assert_eq!(scene.release(1, exit), [finished(3, exit, 100), finished(2, exit, 100), granted(4, 101)]);
+    assert_eq!(fixture.release(1, exit), [finished(3, exit, 100), finished(2, exit, 100), granted(4, 101)]);
 }
 
 #[test]
 fn a_refusal_waits_until_everything_pending_is_processed() {
     let nowait = || LockRequest { nowait: true, ..queue() };
-    let mut scene = Scene::new();
-    scene.ask(1, once());
-    assert_eq!(scene.ask(2, nowait()), []);
-    assert_eq!(scene.ask(3, nowait()), []);
-    assert_eq!(scene.release(1, Outcome::Exit(0)), []);
-    assert_eq!(scene.settle(), [granted(2, 101), (3, What::Busy)]);
-    assert_eq!(scene.table.state(ClientId(3)), State::Idle);
+    let mut fixture = Fixture::new();
+    fixture.ask(1, once());
+    assert_eq!(fixture.ask(2, nowait()), []);
+    assert_eq!(fixture.ask(3, nowait()), []);
+    assert_eq!(fixture.release(1, Outcome::Exit(0)), []);
+    assert_eq!(fixture.settle(), [granted(2, 101), (3, What::Busy)]);
+    assert_eq!(fixture.table.state(ClientId(3)), State::Idle);
 }
 
 #[test]
 fn a_once_waiter_is_not_told_of_a_release_that_came_before_it_waited() {
-    let mut scene = Scene::new();
-    scene.ask(1, once());
-    scene.ask(2, once());
-    assert_eq!(scene.release(1, Outcome::Exit(0)), []);
-    assert_eq!(scene.settle(), [granted(2, 101)]);
+    let mut fixture = Fixture::new();
+    fixture.ask(1, once());
+    fixture.ask(2, once());
+    assert_eq!(fixture.release(1, Outcome::Exit(0)), []);
+    assert_eq!(fixture.settle(), [granted(2, 101)]);
 }
 
 #[test]
 fn a_vanished_holder_is_succeeded_by_the_oldest_waiter_alone() {
-    let mut scene = Scene::new();
-    scene.ask(1, once());
-    scene.v1(2);
-    scene.ask(3, once());
-    scene.ask(4, once());
-    scene.settle();
-    scene.ask(5, queue());
-    assert_eq!(scene.gone(1), [finished(2, Outcome::Vanished, 100), granted(3, 101)]);
+    let mut fixture = Fixture::new();
+    fixture.ask(1, once());
+    fixture.v1(2);
+    fixture.ask(3, once());
+    fixture.ask(4, once());
+    fixture.settle();
+    fixture.ask(5, queue());
+    assert_eq!(fixture.gone(1), [finished(2, Outcome::Vanished, 100), granted(3, 101)]);
     let exit = Outcome::Exit(0);
-    assert_eq!(scene.release(3, exit), [finished(4, exit, 101), granted(5, 102)]);
+    assert_eq!(fixture.release(3, exit), [finished(4, exit, 101), granted(5, 102)]);
 }
 
 #[test]
 fn a_vanished_holder_is_succeeded_by_the_head_of_the_queue_when_that_is_older() {
-    let mut scene = Scene::new();
-    scene.ask(1, once());
-    scene.ask(2, queue());
-    scene.ask(3, once());
-    scene.settle();
-    assert_eq!(scene.gone(1), [granted(2, 101)]);
+    let mut fixture = Fixture::new();
+    fixture.ask(1, once());
+    fixture.ask(2, queue());
+    fixture.ask(3, once());
+    fixture.settle();
+    assert_eq!(fixture.gone(1), [granted(2, 101)]);
 }
 
 #[test]
 fn an_exec_holders_end_counts_as_unknown() {
-    let mut scene = Scene::new();
-    scene.ask(1, LockRequest { exec: true, ..once() });
-    scene.ask(2, once());
-    scene.settle();
-    assert_eq!(scene.gone(1), [finished(2, Outcome::Unknown, 100)]);
+    let mut fixture = Fixture::new();
+    fixture.ask(1, LockRequest { exec: true, ..once() });
+    fixture.ask(2, once());
+    fixture.settle();
+    assert_eq!(fixture.gone(1), [finished(2, Outcome::Unknown, 100)]);
 }
 
 #[test]
 fn a_shared_request_does_not_overtake_a_queued_exclusive_one() {
-    let mut scene = Scene::new();
-    assert_eq!(scene.ask(1, shared()), [granted(1, 100)]);
-    assert_eq!(scene.ask(2, shared()), [granted(2, 101)]);
-    assert_eq!(scene.ask(3, queue()), [waiting(3, 0)]);
-    assert_eq!(scene.ask(4, shared()), [waiting(4, 1)]);
-    assert_eq!(scene.release(1, Outcome::Exit(0)), []);
-    assert_eq!(scene.release(2, Outcome::Exit(0)), [granted(3, 102)]);
+    let mut fixture = Fixture::new();
+    assert_eq!(fixture.ask(1, shared()), [granted(1, 100)]);
+    assert_eq!(fixture.ask(2, shared()), [granted(2, 101)]);
+    assert_eq!(fixture.ask(3, queue()), [waiting(3, 0)]);
+    assert_eq!(fixture.ask(4, shared()), [waiting(4, 1)]);
+    assert_eq!(fixture.release(1, Outcome::Exit(0)), []);
+    assert_eq!(fixture.release(2, Outcome::Exit(0)), [granted(3, 102)]);
 }
 
 #[test]
 fn a_queued_exclusive_request_that_is_given_up_holds_back_nobody() {
-    let mut scene = Scene::new();
-    scene.ask(1, shared());
-    scene.ask(2, queue());
-    scene.ask(3, shared());
-    scene.ask(4, shared());
-    assert_eq!(scene.gone(2), [granted(3, 101), granted(4, 102)]);
+    let mut fixture = Fixture::new();
+    fixture.ask(1, shared());
+    fixture.ask(2, queue());
+    fixture.ask(3, shared());
+    fixture.ask(4, shared());
+    assert_eq!(fixture.gone(2), [granted(3, 101), granted(4, 102)]);
 }
 
 #[test]
 fn slots_let_so_many_in() {
-    let mut scene = Scene::new();
-    assert_eq!(scene.ask(1, slots(2)), [granted(1, 100)]);
-    assert_eq!(scene.ask(2, slots(2)), [granted(2, 101)]);
-    assert_eq!(scene.ask(3, slots(2)), [waiting(3, 0)]);
-    assert_eq!(scene.gone(1), [granted(3, 102)]);
+    let mut fixture = Fixture::new();
+    assert_eq!(fixture.ask(1, slots(2)), [granted(1, 100)]);
+    assert_eq!(fixture.ask(2, slots(2)), [granted(2, 101)]);
+    assert_eq!(fixture.ask(3, slots(2)), [waiting(3, 0)]);
+    assert_eq!(fixture.gone(1), [granted(3, 102)]);
 }
 
 #[test]
 fn an_exclusive_holder_is_alone_however_many_slots_others_ask_for() {
-    let mut scene = Scene::new();
-    scene.ask(1, queue());
-    assert_eq!(scene.ask(2, slots(4)), [waiting(2, 0)]);
-    assert_eq!(scene.release(1, Outcome::Exit(0)), [granted(2, 101)]);
-    assert_eq!(scene.v1(3), [waiting(3, 0)]);
+    let mut fixture = Fixture::new();
+    fixture.ask(1, queue());
+    assert_eq!(fixture.ask(2, slots(4)), [waiting(2, 0)]);
+    assert_eq!(fixture.release(1, Outcome::Exit(0)), [granted(2, 101)]);
+    assert_eq!(fixture.v1(3), [waiting(3, 0)]);
 }
 
 #[test]
 fn only_a_protocol_1_hold_expires() {
-    let mut scene = Scene::new();
-    scene.ask(1, queue());
-    assert_eq!(scene.table.next_deadline(), None);
-    scene.release(1, Outcome::Exit(0));
+    let mut fixture = Fixture::new();
+    fixture.ask(1, queue());
+    assert_eq!(fixture.table.next_deadline(), None);
+    fixture.release(1, Outcome::Exit(0));
 
-    scene.v1(2);
-    scene.ask(3, queue());
-    let deadline = Millis(scene.now.0 + LIMIT.0);
-    assert_eq!(scene.table.next_deadline(), Some(deadline));
-    scene.now = Millis(deadline.0 - 1);
-    assert_eq!(scene.told(Table::expire), []);
-    scene.now = deadline;
-    assert_eq!(scene.told(Table::expire), [(2, What::Expired), granted(3, 102)]);
-    assert_eq!(scene.table.next_deadline(), None);
+    fixture.v1(2);
+    fixture.ask(3, queue());
+    let deadline = Millis(fixture.now.0 + LIMIT.0);
+    assert_eq!(fixture.table.next_deadline(), Some(deadline));
+    fixture.now = Millis(deadline.0 - 1);
+    assert_eq!(fixture.notified(Table::expire), []);
+    fixture.now = deadline;
+    assert_eq!(fixture.notified(Table::expire), [(2, What::Expired), granted(3, 102)]);
+    assert_eq!(fixture.table.next_deadline(), None);
 }
 
 #[test]
 fn a_lock_is_forgotten_with_its_last_request() {
-    let mut scene = Scene::new();
-    scene.ask(1, once());
-    scene.ask(2, once());
-    scene.release(1, Outcome::Exit(0));
-    assert!(!scene.table.is_empty(), "an undecided request keeps it");
-    scene.gone(2);
-    assert!(scene.table.is_empty());
-    assert!(scene.table.find(key().id()).is_none());
+    let mut fixture = Fixture::new();
+    fixture.ask(1, once());
+    fixture.ask(2, once());
+    fixture.release(1, Outcome::Exit(0));
+    assert!(!fixture.table.is_empty(), "an undecided request keeps it");
+    fixture.gone(2);
+    assert!(fixture.table.is_empty());
+    assert!(fixture.table.find(key().id()).is_none());
 }

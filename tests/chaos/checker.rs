@@ -36,15 +36,15 @@ const INSIDE: f64 = f64::INFINITY;
 /// # Errors
 /// The first rule that it finds broken.
 pub fn check(log: &str) -> Result<usize, String> {
-    check_but(log, |_, _| false)
+    check_except(log, |_, _| false)
 }
 
-/// The same, but where `may_overtake` says so, the second may have entered while the first was inside; though with a
+/// The same, but where `may_overlap` says so, the second may have entered while the first was inside; though with a
 /// larger token, so that whatever both write to can tell who is late.
 ///
 /// # Errors
 /// The first rule that it finds broken.
-pub fn check_but<F>(log: &str, mut may_overtake: F) -> Result<usize, String>
+pub fn check_except<F>(log: &str, mut may_overlap: F) -> Result<usize, String>
 where
     F: FnMut(&Section<'_>, &Section<'_>) -> bool,
 {
@@ -55,16 +55,16 @@ where
     }
     for sections in by_key.values_mut() {
         sections.sort_by(|a, b| a.entered.total_cmp(&b.entered));
-        check_company(sections, &mut may_overtake)?;
+        check_exclusion(sections, &mut may_overlap)?;
         check_tokens(sections)?;
     }
     Ok(sections.len())
 }
 
 /// Whoever enters, enters beside only those whom it may be beside.
-fn check_company(
+fn check_exclusion(
     sections: &[&Section<'_>],
-    may_overtake: &mut impl FnMut(&Section<'_>, &Section<'_>) -> bool,
+    may_overlap: &mut impl FnMut(&Section<'_>, &Section<'_>) -> bool,
 ) -> Result<(), String> {
     let mut inside: Vec<&Section<'_>> = Vec::new();
     for section in sections {
@@ -73,7 +73,7 @@ fn check_company(
         for other in &inside {
             let shared = [section.kind, other.kind].map(|kind| kind == Kind::Shared);
             if alone(section.kind) || alone(other.kind) || shared[0] != shared[1] {
-                if may_overtake(other, section) {
+                if may_overlap(other, section) {
                     if let (Some(first), Some(second)) = (other.token, section.token)
                         && first >= second
                     {
@@ -326,9 +326,9 @@ mod tests {
             )
         };
         let may = |first: &Section<'_>, second: &Section<'_>| first.name == "a" && second.name == "b";
-        assert_eq!(check_but(&log(1), may), Ok(2));
-        assert!(check_but(&log(1), |first, _| first.name == "b").is_err());
-        assert!(check_but(&log(2), may).unwrap_err().contains("not larger than that of a"));
+        assert_eq!(check_except(&log(1), may), Ok(2));
+        assert!(check_except(&log(1), |first, _| first.name == "b").is_err());
+        assert!(check_except(&log(2), may).unwrap_err().contains("not larger than that of a"));
     }
 
     #[test]

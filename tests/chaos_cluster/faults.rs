@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use crate::Arena;
 use crate::chance::Chance;
-use crate::host::{Ailment, Host};
+use crate::host::{Host, HostFault};
 use crate::net::Cut;
 use crate::{HOSTS, TTL_SECS};
 
@@ -106,7 +106,7 @@ impl Arena {
     }
 
     /// Until it is over, one after the other.
-    pub fn ail_daemons(&self) {
+    pub fn inject_daemon_faults(&self) {
         let mut chance = Chance(self.seed ^ 1);
         loop {
             for fault in shuffled(DaemonFault::ALL, &mut chance) {
@@ -115,12 +115,12 @@ impl Arena {
                 if self.record.is_over() {
                     return;
                 }
-                self.ail_daemon(fault, &mut chance);
+                self.inject_daemon_fault(fault, &mut chance);
             }
         }
     }
 
-    fn ail_daemon(&self, fault: DaemonFault, chance: &mut Chance) {
+    fn inject_daemon_fault(&self, fault: DaemonFault, chance: &mut Chance) {
         let host = self.any_host(chance);
         let whose = format!("on host {}", host.number);
         self.begin(fault.name(), &whose);
@@ -145,7 +145,7 @@ impl Arena {
     }
 
     /// Until it is over, one after the other.
-    pub fn ail_etcd(&self) {
+    pub fn inject_etcd_faults(&self) {
         let mut chance = Chance(self.seed ^ 2);
         loop {
             for fault in shuffled(EtcdFault::ALL, &mut chance) {
@@ -170,11 +170,11 @@ impl Arena {
         let host = self.any_host(chance);
         let whose = format!("of host {}", host.number);
         self.begin(fault.name(), &whose);
-        host.begin(Ailment::Cut);
+        host.begin(HostFault::Cut);
         self.net.cut(host.number, how);
         pass(past_a_lease(chance));
         self.net.restore(host.number, how);
-        host.end(Ailment::Cut);
+        host.end(HostFault::Cut);
         self.end(fault.name(), &whose);
     }
 

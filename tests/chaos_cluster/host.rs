@@ -24,20 +24,20 @@ pub struct Host {
     daemon: Mutex<Option<Process>>,
     /// When the daemon said that what it held is lost.
     losses: Arc<Mutex<Vec<f64>>>,
-    spells: Mutex<Vec<Spell>>,
+    outages: Mutex<Vec<Outage>>,
 }
 
 /// A time in which something was wrong with a host.
 #[derive(Clone, Copy, Debug)]
-pub struct Spell {
-    pub what: Ailment,
+pub struct Outage {
+    pub what: HostFault,
     pub from: f64,
     /// Infinity: it is.
     pub to: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Ailment {
+pub enum HostFault {
     /// The daemon is dead.
     Dead,
     /// The daemon is stopped.
@@ -57,7 +57,7 @@ impl Host {
             endpoints,
             daemon: Mutex::default(),
             losses: Arc::default(),
-            spells: Mutex::default(),
+            outages: Mutex::default(),
         };
         host.start_daemon();
         host
@@ -148,7 +148,7 @@ impl Host {
 
     /// Kills the daemon, as `kill -9` does.
     pub fn kill_daemon(&self) {
-        self.begin(Ailment::Dead);
+        self.begin(HostFault::Dead);
         let mut process = self.daemon.lock().unwrap().take().expect("it runs");
         process.signal(Signal::SIGKILL);
         assert_eq!(process.wait(), 128 + 9, "{}", self.last_words());
@@ -157,18 +157,18 @@ impl Host {
     /// Starts it again, with what is in its journal.
     pub fn revive_daemon(&self) {
         self.start_daemon();
-        self.end(Ailment::Dead);
+        self.end(HostFault::Dead);
     }
 
     /// Stops the daemon, as if the machine slept.
     pub fn stop_daemon(&self) {
-        self.begin(Ailment::Stopped);
+        self.begin(HostFault::Stopped);
         self.signal(Signal::SIGSTOP);
     }
 
     pub fn continue_daemon(&self) {
         self.signal(Signal::SIGCONT);
-        self.end(Ailment::Stopped);
+        self.end(HostFault::Stopped);
     }
 
     fn signal(&self, signal: Signal) {
@@ -181,19 +181,19 @@ impl Host {
     }
 
     /// Noted before it begins.
-    pub fn begin(&self, what: Ailment) {
-        self.spells.lock().unwrap().push(Spell { what, from: now(), to: f64::INFINITY });
+    pub fn begin(&self, what: HostFault) {
+        self.outages.lock().unwrap().push(Outage { what, from: now(), to: f64::INFINITY });
     }
 
     /// Noted when it has ended.
-    pub fn end(&self, what: Ailment) {
-        let mut spells = self.spells.lock().unwrap();
-        let spell = spells.iter_mut().rev().find(|spell| spell.what == what).expect("it began");
-        spell.to = now();
+    pub fn end(&self, what: HostFault) {
+        let mut outages = self.outages.lock().unwrap();
+        let outage = outages.iter_mut().rev().find(|outage| outage.what == what).expect("it began");
+        outage.to = now();
     }
 
-    pub fn spells(&self) -> Vec<Spell> {
-        self.spells.lock().unwrap().clone()
+    pub fn outages(&self) -> Vec<Outage> {
+        self.outages.lock().unwrap().clone()
     }
 
     /// When the daemon said that what it held is lost.

@@ -4,7 +4,7 @@
 //! For a while (`KMUTEX_CHAOS_SECS`, 60), clients of all kinds and both protocols, and etcdctl, lock a few keys on all
 //! hosts, and note in a log when they are inside. Each host has a network of its own, with its member of etcd. Daemons,
 //! members of etcd and links fail as `faults.rs` says; commands and their kmutex are killed too. Then the checker of
-//! `tests/chaos` reads the log; `excuses.rs` says who may be overtaken. `KMUTEX_CHAOS_SEED` plays a seed again, as far as
+//! `tests/chaos` reads the log; `permitted_overlaps.rs` says who may be overtaken. `KMUTEX_CHAOS_SEED` plays a seed again, as far as
 //! the machine's own chance lets it.
 #![cfg(feature = "etcd")]
 #![allow(unreachable_pub)]
@@ -18,13 +18,13 @@ mod checker;
 #[path = "../it/etcd_harness.rs"]
 #[allow(dead_code)]
 mod etcd_harness;
-mod excuses;
 mod faults;
 #[path = "../it/harness.rs"]
 #[allow(dead_code)]
 mod harness;
 mod host;
 mod net;
+mod permitted_overlaps;
 #[path = "../chaos/record.rs"]
 mod record;
 
@@ -42,11 +42,11 @@ use tempfile::TempDir;
 
 use chance::Chance;
 use etcd_harness::Etcd;
-use excuses::{Life, Speaker};
 use faults::{DaemonFault, EtcdFault};
-use harness::{KMUTEX, PATIENCE, Process, wait_for, wait_until};
-use host::{Ailment, Host};
+use harness::{KMUTEX, Process, TIMEOUT, wait_for, wait_until};
+use host::{Host, HostFault};
 use net::Net;
+use permitted_overlaps::{Life, Speaker};
 use record::{CLIENT, Record, command_line, now, settings};
 
 const HOSTS: usize = 3;
@@ -181,7 +181,7 @@ impl Arena {
             // Of another's command that was killed, only to be told: as its own.
             137 => victim != Victim::Nobody,
             // Nobody has answered who would be there when it began.
-            69 if host.spells().iter().any(|s| s.what == Ailment::Dead && s.to >= began) => true,
+            69 if host.outages().iter().any(|s| s.what == HostFault::Dead && s.to >= began) => true,
             code => role.codes.contains(&code),
         };
         if !may_be {
@@ -204,7 +204,7 @@ impl Arena {
         }
         let mut command = None;
         if victim == Victim::Command || chance.percent(70) {
-            let limit = Instant::now() + PATIENCE;
+            let limit = Instant::now() + TIMEOUT;
             while command.is_none() && process.is_running() && Instant::now() < limit {
                 std::thread::sleep(Duration::from_millis(2));
                 command = command_of(process.pid()).filter(|pid| command_line(*pid).contains(name));
@@ -320,24 +320,24 @@ impl Arena {
 
     fn check(&self, log: &str) -> usize {
         let clients = self.clients.lock().unwrap();
-        let may_overtake = |first: &checker::Section<'_>, next: &checker::Section<'_>| {
+        let may_overlap = |first: &checker::Section<'_>, next: &checker::Section<'_>| {
             let client = &clients[first.name];
             let host = &self.hosts[client.host];
             let (speaker, is_orphan) = (client.speaker, client.is_orphan);
-            let life = Life { speaker, is_orphan, spells: host.spells(), losses: host.losses() };
-            let excuse = excuses::excuse(first, &life, next);
-            if let Some(excuse) = excuse {
-                self.record.count(format!("excuse: {excuse}"));
+            let life = Life { speaker, is_orphan, outages: host.outages(), losses: host.losses() };
+            let permitted = permitted_overlaps::permit(first, &life, next);
+            if let Some(reason) = permitted {
+                self.record.count(format!("permitted: {reason}"));
             }
-            excuse.is_some()
+            permitted.is_some()
         };
-        checker::check_but(log, may_overtake).unwrap_or_else(|broken| {
+        checker::check_except(log, may_overlap).unwrap_or_else(|broken| {
             let excerpt = checker::excerpt(log, &broken);
             let time = |line: &str| line.rsplit(' ').next().and_then(|time| time.parse::<f64>().ok());
             let times: Vec<f64> = excerpt.lines().filter_map(time).collect();
             let (from, to) = (times[0] - 2.0, times[times.len() - 1] + 2.0);
             for host in &self.hosts {
-                println!("--- host {}: {:?} ---\n{}", host.number, host.spells(), host.logged(from, to));
+                println!("--- host {}: {:?} ---\n{}", host.number, host.outages(), host.logged(from, to));
             }
             for word in broken.split(' ') {
                 if let Some(client) = clients.get(word) {
@@ -466,8 +466,8 @@ fn hosts_that_share_locks_let_nobody_enter_who_should_not_whatever_fails() {
             let arena = &arena;
             scope.spawn(move || arena.keep_busy(&arena.hosts[number % HOSTS], number + 16));
         }
-        scope.spawn(|| arena.record.ends_if_this_fails(|| arena.ail_daemons()));
-        scope.spawn(|| arena.record.ends_if_this_fails(|| arena.ail_etcd()));
+        scope.spawn(|| arena.record.ends_if_this_fails(|| arena.inject_daemon_faults()));
+        scope.spawn(|| arena.record.ends_if_this_fails(|| arena.inject_etcd_faults()));
         arena.record.run_for(span);
     });
 
@@ -475,7 +475,7 @@ fn hosts_that_share_locks_let_nobody_enter_who_should_not_whatever_fails() {
     if !findings.is_empty() {
         println!("{}", arena.whole_log());
         for host in &arena.hosts {
-            println!("--- host {}: {:?} ---\n{}", host.number, host.spells(), host.logged(0.0, f64::MAX));
+            println!("--- host {}: {:?} ---\n{}", host.number, host.outages(), host.logged(0.0, f64::MAX));
         }
     }
     assert!(findings.is_empty(), "{findings:#?}");

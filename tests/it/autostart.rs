@@ -95,10 +95,10 @@ fn stat(pid: Pid) -> Vec<String> {
 #[test]
 fn the_first_run_starts_a_daemon_and_the_next_ones_use_it() {
     let place = Place::new();
-    assert_eq!(finish(&mut place.run(&["k", "echo", "it works"])).quietly(0), "it works\n");
+    assert_eq!(finish(&mut place.run(&["k", "echo", "it works"])).assert_silent(0), "it works\n");
     let daemon = place.daemon();
     for _ in 0..3 {
-        finish(&mut place.run(&["k", "true"])).quietly(0);
+        finish(&mut place.run(&["k", "true"])).assert_silent(0);
     }
     assert_eq!(place.daemon(), daemon);
     let line = command_line(daemon);
@@ -153,7 +153,7 @@ fn a_pipe_that_it_was_started_in_closes() {
     place.daemon();
     let place = Place::new();
     let mut pipeline = place.shell(r#""$KMUTEX" run k -- echo through | cat"#);
-    assert_eq!(finish(&mut pipeline).quietly(0), "through\n");
+    assert_eq!(finish(&mut pipeline).assert_silent(0), "through\n");
     place.daemon();
 }
 
@@ -215,7 +215,7 @@ fn a_command_that_kmutex_becomes_has_no_child_that_it_does_not_know() {
     for option in ["-F", "-o"] {
         // `cat` itself is a child while it looks.
         assert_eq!(
-            finish(&mut place.run(&[option, "k", "perl", "-e", script])).quietly(0),
+            finish(&mut place.run(&[option, "k", "perl", "-e", script])).assert_silent(0),
             "-1 1",
             "{option}"
         );
@@ -229,7 +229,7 @@ fn a_command_that_kmutex_becomes_has_no_child_that_it_does_not_know() {
 fn none_is_started_when_that_is_not_wanted() {
     let place = Place::new();
     let sock = place.sock();
-    finish(&mut place.run(&["--no-autostart", "k", "true"])).complaining(69, &[sock.to_str().unwrap()]);
+    finish(&mut place.run(&["--no-autostart", "k", "true"])).assert_error(69, &[sock.to_str().unwrap()]);
     assert_eq!(place.daemons(), []);
     assert_eq!(fs::read_dir(place.folder.path()).unwrap().count(), 0);
 }
@@ -242,7 +242,7 @@ fn none_is_started_on_tcp() {
     let port = client.local_addr().unwrap().port().to_string();
     let place = Place::new();
     for sock in [port.clone(), format!("127.0.0.1:{port}"), format!("localhost:{port}")] {
-        finish(&mut place.run(&["--sock", &sock, "k", "true"])).complaining(69, &[&sock, "refused"]);
+        finish(&mut place.run(&["--sock", &sock, "k", "true"])).assert_error(69, &[&sock, "refused"]);
     }
     assert!(!processes().into_iter().any(|pid| command_line(pid).contains(&port)));
 }
@@ -252,7 +252,7 @@ fn the_socket_of_a_daemon_that_was_killed_is_replaced() {
     let place = Place::new();
     let mut seen = HashSet::new();
     for _ in 0..3 {
-        finish(&mut place.run(&["k", "true"])).quietly(0);
+        finish(&mut place.run(&["k", "true"])).assert_silent(0);
         let daemon = place.daemon();
         assert!(seen.insert(daemon), "a new one");
         kill(daemon, Signal::SIGKILL).unwrap();
@@ -261,15 +261,15 @@ fn the_socket_of_a_daemon_that_was_killed_is_replaced() {
     }
     // So it is when the lock file has gone too.
     fs::remove_file(place.folder.path().join("sock.lock")).unwrap();
-    finish(&mut place.run(&["k", "true"])).quietly(0);
+    finish(&mut place.run(&["k", "true"])).assert_silent(0);
     place.daemon();
 }
 
 #[test]
 fn who_waits_for_a_time_has_that_time_with_a_new_daemon_too() {
     let place = Place::new();
-    finish(&mut place.run(&["-w", "30", "k", "true"])).quietly(0);
-    finish(&mut place.run(&["-n", "k", "true"])).quietly(0);
+    finish(&mut place.run(&["-w", "30", "k", "true"])).assert_silent(0);
+    finish(&mut place.run(&["-n", "k", "true"])).assert_silent(0);
     place.daemon();
 }
 
@@ -286,7 +286,7 @@ fn a_run_that_meets_a_daemon_that_is_just_ending_does_not_fail() {
             std::hint::spin_loop();
         }
         for _ in 0..3 {
-            finish(&mut place.run(&["k", "true"])).quietly(0);
+            finish(&mut place.run(&["k", "true"])).assert_silent(0);
         }
         // If one of the runs has started a daemon, that one would stay.
         for daemon in place.daemons() {
@@ -302,6 +302,6 @@ fn a_run_that_meets_a_daemon_that_is_just_ending_does_not_fail() {
 fn a_daemon_that_is_killed_whenever_it_starts_is_given_up() {
     let place = Place::new();
     let mut run = place.run(&["k", "true"]);
-    finish(run.env("KMUTEX_FAILPOINT", "start:1")).complaining(69, &["cannot connect"]);
-    finish(&mut place.run(&["k", "true"])).quietly(0);
+    finish(run.env("KMUTEX_FAILPOINT", "start:1")).assert_error(69, &["cannot connect"]);
+    finish(&mut place.run(&["k", "true"])).assert_silent(0);
 }

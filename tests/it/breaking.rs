@@ -13,7 +13,7 @@ fn the_holder_is_stopped_and_whoever_is_next_gets_the_lock() {
     daemon.wait_for_counts("k", 1, 0);
     let mut next = Process::spawn(&mut daemon.run(&["--queue", "k", "true"]));
     daemon.wait_for_counts("k", 1, 1);
-    finish(&mut daemon.kmutex(&["break", "--yes", "k"])).quietly(0);
+    finish(&mut daemon.kmutex(&["break", "--yes", "k"])).assert_silent(0);
     assert_eq!(holder.wait(), 74);
     assert!(holder.stderr().contains("broken by `kmutex break`"));
     assert_eq!(next.wait(), 0);
@@ -28,26 +28,26 @@ fn a_holder_of_protocol_1_is_closed() {
     // The MD5 of "hello".
     let key = 0x5d41402abc4b2a76b9719d911017c592_u128.to_be_bytes();
     old.send(key).expect("O");
-    finish(&mut daemon.kmutex(&["break", "-y", "hello"])).quietly(0);
+    finish(&mut daemon.kmutex(&["break", "-y", "hello"])).assert_silent(0);
     old.expect_closed();
 }
 
 #[test]
 fn what_nobody_holds_cannot_be_broken() {
     let daemon = Daemon::start();
-    finish(&mut daemon.kmutex(&["break", "--yes", "k"])).complaining(65, &["no client holds", "\"k\""]);
-    finish(&mut daemon.kmutex(&["break", "--yes", ""])).complaining(65, &["key"]);
+    finish(&mut daemon.kmutex(&["break", "--yes", "k"])).assert_error(65, &["no client holds", "\"k\""]);
+    finish(&mut daemon.kmutex(&["break", "--yes", ""])).assert_error(65, &["key"]);
     let folder = tempfile::tempdir().unwrap();
     let mut nowhere = std::process::Command::new(KMUTEX);
     nowhere.args(["break", "--yes", "k", "--sock"]).arg(folder.path().join("sock"));
-    finish(&mut nowhere).complaining(69, &["cannot connect"]);
+    finish(&mut nowhere).assert_error(69, &["cannot connect"]);
 }
 
 #[test]
 fn without_a_terminal_it_must_be_said() {
     let daemon = Daemon::start();
     let holder = daemon.hold("k");
-    finish(&mut daemon.kmutex(&["break", "k"])).complaining(64, &["--yes"]);
+    finish(&mut daemon.kmutex(&["break", "k"])).assert_error(64, &["--yes"]);
     assert_eq!(holder.finish(0), 0);
 }
 
@@ -86,7 +86,7 @@ fn only_root_the_daemons_user_and_the_holders_may() {
     };
     // Root's lock, and that user.
     let holder = daemon.hold("k");
-    finish(&mut as_other(&["break", "--yes", "k"])).complaining(77, &["not permitted", "\"k\""]);
+    finish(&mut as_other(&["break", "--yes", "k"])).assert_error(77, &["not permitted", "\"k\""]);
     assert_eq!(daemon.counts("k"), (1, 0));
     assert_eq!(holder.finish(0), 0);
     // That user's lock, and that user; and root.
@@ -96,7 +96,7 @@ fn only_root_the_daemons_user_and_the_holders_may() {
         daemon.wait_for_counts("k", 1, 0);
         let mut breaker =
             if root { daemon.kmutex(&["break", "-y", "k"]) } else { as_other(&["break", "-y", "k"]) };
-        finish(&mut breaker).quietly(0);
+        finish(&mut breaker).assert_silent(0);
         assert_eq!(holder.wait(), 74);
     }
     // That user's daemon and that user, root's lock.

@@ -73,7 +73,7 @@ impl Other {
         Other { process: Process::spawn(command.stdout(Stdio::piped())), pipe }
     }
 
-    fn let_go(mut self) {
+    fn release(mut self) {
         // Waits until its command reads.
         std::fs::write(&self.pipe, "\n").unwrap();
         self.process.wait();
@@ -155,16 +155,16 @@ fn who_does_not_wait_or_not_for_long_is_refused() {
     let etcd = Etcd::single();
     let [a, b] = hosts(&etcd);
     let holder = a.hold("k");
-    finish(&mut b.run(&["-n", "k", "true"])).quietly(BUSY);
-    finish(&mut b.run(&["-w", "0.2", "k", "true"])).quietly(BUSY);
-    finish(&mut b.run(&["--queue", "-w", "0.2", "k", "true"])).quietly(BUSY);
+    finish(&mut b.run(&["-n", "k", "true"])).assert_silent(BUSY);
+    finish(&mut b.run(&["-w", "0.2", "k", "true"])).assert_silent(BUSY);
+    finish(&mut b.run(&["--queue", "-w", "0.2", "k", "true"])).assert_silent(BUSY);
     wait_until("nobody to stand in line but the holder", || standing(&etcd, "k") == 1);
     assert_eq!(holder.finish(0), 0);
     // The holder's kmutex has ended before its daemon has told etcd: whoever comes from another host may still be told of
     // it.
     wait_until("the lock to be free", || standing(&etcd, "k") == 0);
-    finish(&mut b.run(&["-n", "k", "true"])).quietly(0);
-    finish(&mut a.run(&["-n", "k", "true"])).quietly(0);
+    finish(&mut b.run(&["-n", "k", "true"])).assert_silent(0);
+    finish(&mut a.run(&["-n", "k", "true"])).assert_silent(0);
 }
 
 #[test]
@@ -172,8 +172,8 @@ fn on_one_host_the_second_of_two_that_follow_each_other_is_not_told_of_the_first
     let etcd = Etcd::single();
     let a = host(&etcd);
     for _ in 0..20 {
-        finish(&mut a.run(&["-n", "k", "true"])).quietly(0);
-        finish(&mut a.run(&["k", "true"])).quietly(0);
+        finish(&mut a.run(&["-n", "k", "true"])).assert_silent(0);
+        finish(&mut a.run(&["k", "true"])).assert_silent(0);
     }
 }
 
@@ -242,7 +242,7 @@ fn when_a_daemon_is_stopped_its_holders_notice_themselves() {
     old.expect_closed();
     a.wait_for_log("is lost");
     a.wait_for_logs("sharing locks under lease", 2);
-    finish(&mut a.run(&["k", "true"])).quietly(0);
+    finish(&mut a.run(&["k", "true"])).assert_silent(0);
 }
 
 #[test]
@@ -279,7 +279,7 @@ fn a_daemon_that_comes_back_too_late_says_so_to_its_holders() {
     assert_eq!(next.wait(), 0, "the lease has ended");
     restart(&mut a, &etcd);
     a.wait_for_log("sharing locks under lease");
-    finish(&mut a.run(&["-n", "k", "true"])).quietly(0);
+    finish(&mut a.run(&["-n", "k", "true"])).assert_silent(0);
     assert!(holder.process.is_running());
     assert_eq!(holder.finish(0), LOST);
 }
@@ -290,13 +290,13 @@ fn etcdctl_and_kmutex_wait_for_each_other() {
     let a = host(&etcd);
     let mut other = Other::lock(&etcd, "k", "pipe1");
     other.process.wait_for_line("holding");
-    finish(&mut a.run(&["-n", "k", "true"])).quietly(BUSY);
+    finish(&mut a.run(&["-n", "k", "true"])).assert_silent(BUSY);
     let mut once = waiter(&a, &[], "k", 0);
     let mut queued = waiter(&a, &["--queue"], "k", 1);
     wait_until("kmutex to stand in line", || standing(&etcd, "k") == 2);
     let mut behind = Other::lock(&etcd, "k", "pipe2");
     wait_until("etcdctl to stand in line", || standing(&etcd, "k") == 3);
-    other.let_go();
+    other.release();
     // How it ended, nobody knows; that it did is enough.
     assert_eq!((once.wait(), queued.wait()), (FINISHED, 0));
     behind.process.wait_for_line("holding");
@@ -314,7 +314,7 @@ fn etcdctl_gets_the_lock_of_a_host_that_dies() {
     wait_until("etcdctl to stand in line", || standing(&etcd, "k") == 2);
     a.kill();
     other.process.wait_for_line("holding");
-    other.let_go();
+    other.release();
 }
 
 #[test]
@@ -340,7 +340,7 @@ fn a_lease_that_is_revoked_by_hand_is_noticed_at_once() {
     assert_eq!(holders.each_mut().map(|holder| holder.process.wait()), [LOST, LOST]);
     assert_eq!(next.wait(), 0, "the holder has vanished");
     a.wait_for_logs("sharing locks under lease", 2);
-    finish(&mut a.run(&["l", "true"])).quietly(0);
+    finish(&mut a.run(&["l", "true"])).assert_silent(0);
 }
 
 #[test]
@@ -348,17 +348,17 @@ fn without_the_lease_for_records_nothing_is_lost() {
     let etcd = Etcd::single();
     let a = host(&etcd);
     let held = a.hold("held");
-    finish(&mut a.run(&["k", "true"])).quietly(0);
+    finish(&mut a.run(&["k", "true"])).assert_silent(0);
     // The second record is put with a lease of its own, if the first was too early for that.
     let all = || etcd.ctl(&["lease", "list"]).lines().skip(1).map(String::from).collect::<Vec<_>>();
     wait_until("a lease for records", || all().len() == 2);
-    finish(&mut a.run(&["k", "true"])).quietly(0);
+    finish(&mut a.run(&["k", "true"])).assert_silent(0);
     let log = a.log();
     let own = log.split("under lease ").nth(1).unwrap().split(',').next().unwrap();
     let records = all().into_iter().find(|lease| lease != own).unwrap();
     etcd.ctl(&["lease", "revoke", &records]);
-    finish(&mut a.run(&["k", "true"])).quietly(0);
-    finish(&mut a.run(&["k", "true"])).quietly(0);
+    finish(&mut a.run(&["k", "true"])).assert_silent(0);
+    finish(&mut a.run(&["k", "true"])).assert_silent(0);
     assert_eq!(held.finish(0), 0);
 }
 
@@ -369,11 +369,11 @@ fn while_etcd_is_away_new_requests_wait_or_fail_and_what_is_held_ends_in_time() 
     let mut holder = a.hold("held");
     etcd.kill(0);
     let unavailable = ["etcd cannot be asked"];
-    finish(&mut a.run(&["-n", "k", "true"])).complaining(UNAVAILABLE, &unavailable);
-    finish(&mut a.run(&["-w", "0.3", "k", "true"])).quietly(BUSY);
+    finish(&mut a.run(&["-n", "k", "true"])).assert_error(UNAVAILABLE, &unavailable);
+    finish(&mut a.run(&["-w", "0.3", "k", "true"])).assert_silent(BUSY);
     let mut patient = Process::spawn(&mut a.run(&["k", "true"]));
     assert_eq!(holder.process.wait(), LOST);
-    finish(&mut a.run(&["-n", "k", "true"])).complaining(UNAVAILABLE, &unavailable);
+    finish(&mut a.run(&["-n", "k", "true"])).assert_error(UNAVAILABLE, &unavailable);
     assert!(patient.is_running());
     etcd.restart(0);
     assert_eq!(patient.wait(), 0);
@@ -387,8 +387,8 @@ fn a_daemon_that_never_reaches_etcd_serves_and_says_why_it_gives_nothing() {
     // Nobody listens on port 1.
     let a = Daemon::with(&["--etcd", "http://127.0.0.1:1"]);
     a.wait_for_log("connection refused");
-    finish(&mut a.run(&["-n", "k", "true"])).complaining(UNAVAILABLE, &["etcd"]);
-    finish(&mut a.run(&["-w", "0.2", "k", "true"])).quietly(BUSY);
+    finish(&mut a.run(&["-n", "k", "true"])).assert_error(UNAVAILABLE, &["etcd"]);
+    finish(&mut a.run(&["-w", "0.2", "k", "true"])).assert_silent(BUSY);
     assert_eq!(a.status().len(), 0);
 }
 
@@ -402,7 +402,7 @@ fn of_three_members_one_may_die_or_hang() {
     etcd.stop(leader);
     assert_eq!(holder.finish(0), 0);
     assert_eq!(next.wait(), 0);
-    finish(&mut a.run(&["k", "true"])).quietly(0);
+    finish(&mut a.run(&["k", "true"])).assert_silent(0);
     etcd.cont(leader);
     let holder = a.hold("k");
     let mut next = waiter(&b, &["--queue"], "k", 0);
@@ -417,9 +417,9 @@ fn what_is_only_for_one_host_is_refused_and_not_done_here_alone() {
     let a = host(&etcd);
     for options in [&["--shared"][..], &["--slots", "2"]] {
         let mut run = a.run(options);
-        finish(run.args(["k", "true"])).complaining(64, &["one host"]);
+        finish(run.args(["k", "true"])).assert_error(64, &["one host"]);
     }
-    finish(&mut a.run(&["k", "true"])).quietly(0);
+    finish(&mut a.run(&["k", "true"])).assert_silent(0);
 }
 
 #[test]
@@ -431,7 +431,7 @@ fn a_status_of_the_cluster_lists_all_hosts() {
     wait_until("b to stand in line", || standing(&etcd, "k") == 2);
     let mut other = Other::lock(&etcd, "m", "pipe");
     other.process.wait_for_line("holding");
-    let lines = finish(&mut a.kmutex(&["status", "--cluster", "--json"])).quietly(0);
+    let lines = finish(&mut a.kmutex(&["status", "--cluster", "--json"])).assert_silent(0);
     let locks: Vec<serde_json::Value> =
         lines.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     let lock = |key: &str| {
@@ -445,7 +445,7 @@ fn a_status_of_the_cluster_lists_all_hosts() {
     assert_eq!(lock("k")["holders"][0]["host"], hostname);
     assert_eq!((&lock("k")["waiting"], &lock("k")["waiters"][0]["mode"]), (&1.into(), &"queue".into()));
     assert_eq!(lock("m")["holders"][0]["note"], "of another program");
-    let table = finish(&mut a.kmutex(&["status", "--cluster"])).quietly(0);
+    let table = finish(&mut a.kmutex(&["status", "--cluster"])).assert_silent(0);
     assert!(table.contains(&hostname), "{table}");
     // Who waits sees who holds, wherever that is.
     let status = b.status();
@@ -453,7 +453,7 @@ fn a_status_of_the_cluster_lists_all_hosts() {
     assert_eq!(status["holders"][0]["note"], "from a");
     // A host that shares nothing has nothing to say of others.
     let alone = Daemon::start();
-    finish(&mut alone.kmutex(&["status", "--cluster"])).complaining(64, &["does not share its locks"]);
+    finish(&mut alone.kmutex(&["status", "--cluster"])).assert_error(64, &["does not share its locks"]);
 }
 
 #[test]
@@ -465,7 +465,7 @@ fn a_status_of_many_locks_comes_in_pages() {
         wire.open(&format!(r#"{{"type":"lock","key":"key {number}"}}"#));
     }
     wires.iter_mut().for_each(|wire| drop(wire.answer_of("granted")));
-    let keys = finish(&mut a.kmutex(&["status", "--cluster", "--keys"])).quietly(0);
+    let keys = finish(&mut a.kmutex(&["status", "--cluster", "--keys"])).assert_silent(0);
     let mut keys: Vec<&str> = keys.lines().collect();
     keys.sort_unstable();
     keys.dedup();
@@ -478,14 +478,14 @@ fn breaking_a_lock_frees_it_for_all_hosts() {
     let [a, b] = hosts(&etcd);
     let mut holder = a.hold("k");
     let mut next = waiter(&b, &["--queue"], "k", 0);
-    finish(&mut a.kmutex(&["break", "--yes", "k"])).quietly(0);
+    finish(&mut a.kmutex(&["break", "--yes", "k"])).assert_silent(0);
     assert_eq!((holder.process.wait(), next.wait()), (LOST, 0));
     // From any host, if one is root or the daemon's user.
     let mut holder = a.hold("k");
-    finish(&mut b.kmutex(&["break", "--yes", "k"])).quietly(0);
+    finish(&mut b.kmutex(&["break", "--yes", "k"])).assert_silent(0);
     assert_eq!(holder.process.wait(), LOST);
     wait_until("the lock to be free", || standing(&etcd, "k") == 0);
-    finish(&mut b.kmutex(&["break", "--yes", "k"])).complaining(65, &["no client holds"]);
+    finish(&mut b.kmutex(&["break", "--yes", "k"])).assert_error(65, &["no client holds"]);
 }
 
 #[test]
@@ -494,8 +494,8 @@ fn a_shell_holds_a_lock_for_all_hosts() {
     let [a, b] = hosts(&etcd);
     let mut shell = Process::spawn(std::process::Command::new("sleep").arg("1000"));
     let pid = shell.pid().to_string();
-    finish(&mut a.kmutex(&["lock", "--no-autostart", "--pid", &pid, "k"])).quietly(0);
-    finish(&mut b.run(&["-n", "k", "true"])).quietly(BUSY);
+    finish(&mut a.kmutex(&["lock", "--no-autostart", "--pid", &pid, "k"])).assert_silent(0);
+    finish(&mut b.run(&["-n", "k", "true"])).assert_silent(BUSY);
     let mut next = waiter(&b, &["--queue"], "k", 0);
     shell.signal(Signal::SIGKILL);
     shell.wait();
@@ -508,21 +508,21 @@ fn where_locks_are_shared_no_client_starts_a_daemon_that_shares_nothing() {
     let mut a = host(&etcd);
     a.kill();
     let refused = ["shared with other hosts", "--etcd"];
-    finish(&mut a.kmutex(&["run", "k", "true"])).complaining(UNAVAILABLE, &refused);
+    finish(&mut a.kmutex(&["run", "k", "true"])).assert_error(UNAVAILABLE, &refused);
     // In good order too.
     restart(&mut a, &etcd);
     a.wait_for_log("sharing locks under lease");
     a.process().signal(Signal::SIGTERM);
     assert_eq!(a.process().wait(), 0);
-    finish(&mut a.kmutex(&["run", "k", "true"])).complaining(UNAVAILABLE, &refused);
+    finish(&mut a.kmutex(&["run", "k", "true"])).assert_error(UNAVAILABLE, &refused);
     // Whoever starts one by hand knows what is wanted.
     a.restart(&[]);
     a.wait_for_log("without --etcd, this one does not");
-    finish(&mut a.run(&["k", "true"])).quietly(0);
+    finish(&mut a.run(&["k", "true"])).assert_silent(0);
     a.process().signal(Signal::SIGTERM);
     assert_eq!(a.process().wait(), 0);
     let _autostarted = Autostarted(a.sock());
-    finish(&mut a.kmutex(&["run", "k", "true"])).quietly(0);
+    finish(&mut a.kmutex(&["run", "k", "true"])).assert_silent(0);
 }
 
 #[test]
@@ -569,7 +569,7 @@ fn with_certificates_and_users() {
     // Another prefix is not for this user, and without a name nothing is.
     let elsewhere = Daemon::with(&[&with[..], &["--etcd-prefix", "other"]].concat());
     elsewhere.wait_for_log("permission denied");
-    finish(&mut elsewhere.run(&["-n", "k", "true"])).complaining(UNAVAILABLE, &["etcd"]);
+    finish(&mut elsewhere.run(&["-n", "k", "true"])).assert_error(UNAVAILABLE, &["etcd"]);
     let nobody = Daemon::with(&options.iter().map(String::as_str).collect::<Vec<_>>());
     nobody.wait_for_log("new locks wait until it answers");
 }
@@ -581,7 +581,7 @@ fn what_is_wrong_with_the_options_is_said_before_anything_is_served() {
     let refused = |options: &[&str], code: i32, words: &[&str]| {
         let mut command = std::process::Command::new(KMUTEX);
         command.args(["serve", "--sock", "sock"]).args(options).current_dir(folder.path());
-        finish(&mut command).complaining(code, words);
+        finish(&mut command).assert_error(code, words);
     };
     refused(&["--etcd", "ftp://h"], 64, &["--etcd", "ftp://h"]);
     refused(&["--etcd", "http://h:x"], 64, &["--etcd", "http://h:x"]);

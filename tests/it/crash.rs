@@ -7,19 +7,19 @@ use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 
-use crate::harness::{Daemon, Process, Stray, wait_until};
+use crate::harness::{Daemon, KillOnDrop, Process, wait_until};
 
 /// A daemon that dies at a certain moment, and is followed by one that does not.
-struct Scene {
+struct Fixture {
     daemon: Daemon,
     died: bool,
 }
 
-impl Scene {
+impl Fixture {
     /// `moment` is `PLACE:N`: the Nth time that the daemon comes to a place.
-    fn new(moment: &str) -> Scene {
+    fn new(moment: &str) -> Fixture {
         let daemon = Daemon::made(&["--grace", "5"], |command| command.env("KMUTEX_FAILPOINT", moment));
-        Scene { daemon, died: false }
+        Fixture { daemon, died: false }
     }
 
     /// Waits until `look` says true, with a daemon there.
@@ -44,9 +44,9 @@ impl Scene {
 
     /// Starts one more client, and waits until so many wait.
     fn waiter(&mut self, waiters: usize, name: &str, options: &[&str]) -> Process {
-        self.with_a_daemon(|scene| {
-            let mut process = Process::spawn(&mut scene.client(name, options, ""));
-            scene.wait_until("one more to wait", |daemon| {
+        self.with_a_daemon(|fixture| {
+            let mut process = Process::spawn(&mut fixture.client(name, options, ""));
+            fixture.wait_until("one more to wait", |daemon| {
                 // The log begins anew with each daemon, to which all who wait come back.
                 !process.is_running() || daemon.log().matches("wait: ").count() == waiters
             });
@@ -56,9 +56,9 @@ impl Scene {
 
     /// Runs one more client to its end.
     fn run(&mut self, name: &str, options: &[&str]) -> i32 {
-        self.with_a_daemon(|scene| {
-            let mut process = Process::spawn(&mut scene.client(name, options, ""));
-            match scene.wait(&mut process) {
+        self.with_a_daemon(|fixture| {
+            let mut process = Process::spawn(&mut fixture.client(name, options, ""));
+            match fixture.wait(&mut process) {
                 69 => Err(69),
                 code => Ok(code),
             }
@@ -66,7 +66,7 @@ impl Scene {
     }
 
     /// Does it once more if it came when no daemon was there, which is once at the most.
-    fn with_a_daemon<T>(&mut self, mut act: impl FnMut(&mut Scene) -> Result<T, i32>) -> T {
+    fn with_a_daemon<T>(&mut self, mut act: impl FnMut(&mut Fixture) -> Result<T, i32>) -> T {
         if let Ok(done) = act(self) {
             return done;
         }
@@ -95,38 +95,38 @@ impl Scene {
 
 /// Plays it all with a daemon that dies then. False: it never came to that.
 fn survives(moment: &str) -> bool {
-    let mut scene = Scene::new(moment);
-    let mut holder = scene.client("holder", &["--queue"], "read line;");
+    let mut fixture = Fixture::new(moment);
+    let mut holder = fixture.client("holder", &["--queue"], "read line;");
     let mut holder = Process::spawn(holder.stdin(Stdio::piped()));
-    let holding = scene.file("holder");
-    scene.wait_until("the holder to hold", |_| holding.exists());
+    let holding = fixture.file("holder");
+    fixture.wait_until("the holder to hold", |_| holding.exists());
 
-    let mut once = scene.waiter(1, "once", &[]);
-    let mut queue = scene.waiter(2, "queue", &["--queue"]);
+    let mut once = fixture.waiter(1, "once", &[]);
+    let mut queue = fixture.waiter(2, "queue", &["--queue"]);
     // One that does not want to wait does not wait for another daemon either.
-    assert_eq!(scene.run("newcomer", &["-n"]), 75, "{moment}");
+    assert_eq!(fixture.run("newcomer", &["-n"]), 75, "{moment}");
 
-    assert!(!scene.file("queue").exists() && !scene.file("once").exists(), "{moment}");
+    assert!(!fixture.file("queue").exists() && !fixture.file("once").exists(), "{moment}");
     drop(holder.child.stdin.take());
-    assert_eq!(scene.wait(&mut holder), 0, "{moment}");
-    let once = scene.wait(&mut once);
+    assert_eq!(fixture.wait(&mut holder), 0, "{moment}");
+    let once = fixture.wait(&mut once);
     // Where the daemon died with the news that the holder is done, nobody knows it any more.
-    assert!(once == 79 || once == 0 && scene.died, "{moment}: {once}");
-    assert_eq!(once == 0, scene.file("once").exists(), "{moment}");
-    assert_eq!(scene.wait(&mut queue), 0, "{moment}");
-    assert!(scene.file("queue").exists(), "{moment}");
+    assert!(once == 79 || once == 0 && fixture.died, "{moment}: {once}");
+    assert_eq!(once == 0, fixture.file("once").exists(), "{moment}");
+    assert_eq!(fixture.wait(&mut queue), 0, "{moment}");
+    assert!(fixture.file("queue").exists(), "{moment}");
 
-    assert_eq!(scene.run("last", &["--queue"]), 0, "{moment}");
-    scene.wait_until("nothing to be held", |daemon| {
+    assert_eq!(fixture.run("last", &["--queue"]), 0, "{moment}");
+    fixture.wait_until("nothing to be held", |daemon| {
         let status = daemon.kmutex(&["status", "--json"]).output().unwrap();
         status.status.success() && status.stdout.is_empty()
     });
-    let violations = fs::read_to_string(scene.file("violations")).unwrap_or_default();
+    let violations = fs::read_to_string(fixture.file("violations")).unwrap_or_default();
     assert_eq!(violations, "", "{moment}");
-    let tokens = fs::read_to_string(scene.file("tokens")).unwrap();
+    let tokens = fs::read_to_string(fixture.file("tokens")).unwrap();
     let tokens: Vec<u64> = tokens.lines().map(|token| token.parse().unwrap()).collect();
     assert!(tokens.is_sorted_by(|a, b| a < b), "{moment}: {tokens:?}");
-    scene.died
+    fixture.died
 }
 
 /// Lets the daemon die the first time, the second time and so on, until it is not reached any more.
@@ -164,7 +164,7 @@ fn a_command_of_which_no_daemon_has_heard_keeps_its_lock() {
     let mut run = Process::spawn(command.stdout(Stdio::piped()));
     let pids = run.line().unwrap();
     let (below, child) = pids.split_once(' ').unwrap();
-    let (_below, child) = (Stray::new(below), Stray::new(child));
+    let (_below, child) = (KillOnDrop::new(below), KillOnDrop::new(child));
     assert_eq!(daemon.process().wait(), 128 + 9);
     run.signal(Signal::SIGKILL);
     run.wait();
@@ -183,7 +183,7 @@ fn a_command_of_which_no_daemon_has_heard_keeps_all_its_locks() {
     let mut daemon = Daemon::made(&[], |command| command.env("KMUTEX_FAILPOINT", "child:1"));
     let mut command = daemon.run(&["-k", "a", "-k", "b", "--", "sh", "-c", "echo $$; exec sleep 1000"]);
     let mut run = Process::spawn(command.stdout(Stdio::piped()));
-    let child = Stray::new(&run.line().unwrap());
+    let child = KillOnDrop::new(&run.line().unwrap());
     assert_eq!(daemon.process().wait(), 128 + 9);
     run.signal(Signal::SIGKILL);
     run.wait();
@@ -203,7 +203,7 @@ fn a_command_of_which_no_daemon_has_heard_keeps_its_lock_when_kmutex_is_killed_l
     let mut daemon = Daemon::made(&[], |command| command.env("KMUTEX_FAILPOINT", "child:1"));
     let mut command = daemon.run(&["k", "--", "sh", "-c", "echo $$; exec sleep 1000"]);
     let mut run = Process::spawn(command.stdout(Stdio::piped()));
-    let child = Stray::new(&run.line().unwrap());
+    let child = KillOnDrop::new(&run.line().unwrap());
     assert_eq!(daemon.process().wait(), 128 + 9);
     run.signal(Signal::SIGSTOP);
     daemon.restart(&["--grace", "0"]);

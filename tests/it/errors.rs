@@ -55,10 +55,10 @@ fn a_wrong_command_line_is_64() {
         (&["--sock", &long, "k", "touch", PROOF], &["108 bytes", "107"]),
     ];
     for (args, words) in cases {
-        finish(&mut daemon.run(args)).complaining(USAGE, words);
+        finish(&mut daemon.run(args)).assert_error(USAGE, words);
     }
-    finish(&mut daemon.kmutex::<&str>(&[])).complaining(USAGE, &["subcommand"]);
-    finish(&mut daemon.kmutex(&["walk"])).complaining(USAGE, &["walk"]);
+    finish(&mut daemon.kmutex::<&str>(&[])).assert_error(USAGE, &["subcommand"]);
+    finish(&mut daemon.kmutex(&["walk"])).assert_error(USAGE, &["walk"]);
     assert!(!daemon.folder().join(PROOF).exists());
 }
 
@@ -74,7 +74,7 @@ fn a_key_that_is_none_is_65() {
         (&not_utf8, &["key", "UTF-8"]),
     ];
     for (key, words) in cases {
-        finish(&mut daemon.run(&[key, OsStr::new("touch"), OsStr::new(PROOF)])).complaining(BAD_DATA, words);
+        finish(&mut daemon.run(&[key, OsStr::new("touch"), OsStr::new(PROOF)])).assert_error(BAD_DATA, words);
     }
     assert!(!daemon.folder().join(PROOF).exists());
     assert!(!daemon.log().contains("connect:"), "nobody was asked:\n{}", daemon.log());
@@ -87,13 +87,13 @@ fn no_daemon_is_69() {
     daemon.kill();
     let name = sock.to_str().unwrap();
     // The socket of a daemon that is dead, and then none at all.
-    finish(&mut daemon.run(&["k", "touch", PROOF])).complaining(UNAVAILABLE, &[name, "refused"]);
+    finish(&mut daemon.run(&["k", "touch", PROOF])).assert_error(UNAVAILABLE, &[name, "refused"]);
     fs::remove_file(&sock).unwrap();
-    finish(&mut daemon.run(&["k", "touch", PROOF])).complaining(UNAVAILABLE, &[name, "No such file"]);
+    finish(&mut daemon.run(&["k", "touch", PROOF])).assert_error(UNAVAILABLE, &[name, "No such file"]);
     let inside = daemon.folder().join("log/sock");
     let mut run = daemon.run(&["k", "touch", PROOF]);
     finish(run.env("KMUTEX_SOCK", &inside))
-        .complaining(UNAVAILABLE, &[inside.to_str().unwrap(), "Not a directory"]);
+        .assert_error(UNAVAILABLE, &[inside.to_str().unwrap(), "Not a directory"]);
     assert!(!daemon.folder().join(PROOF).exists());
     assert!(!sock.exists(), "--no-autostart starts none");
 }
@@ -101,7 +101,7 @@ fn no_daemon_is_69() {
 #[test]
 fn a_daemon_that_closes_without_a_word_is_69() {
     let server = FakeServer::start(|_| {});
-    finish(&mut server.run(&["k", "true"])).complaining(UNAVAILABLE, &["closed"]);
+    finish(&mut server.run(&["k", "true"])).assert_error(UNAVAILABLE, &["closed"]);
 }
 
 #[test]
@@ -127,7 +127,7 @@ fn a_daemon_that_does_not_speak_protocol_2_is_76() {
             let _ = stream.write_all(&answer);
             let _ = stream.read_to_end(&mut Vec::new());
         });
-        finish(&mut server.run(&["k", "true"])).complaining(PROTOCOL, words);
+        finish(&mut server.run(&["k", "true"])).assert_error(PROTOCOL, words);
     }
 }
 
@@ -136,7 +136,7 @@ fn a_daemon_that_says_nothing_is_not_waited_for_longer_than_was_asked() {
     let server = FakeServer::start(|stream| {
         let _ = stream.read_to_end(&mut Vec::new());
     });
-    finish(&mut server.run(&["-w", "0.2", "k", "true"])).quietly(75);
+    finish(&mut server.run(&["-w", "0.2", "k", "true"])).assert_silent(75);
 }
 
 #[test]
@@ -148,7 +148,7 @@ fn a_place_where_no_daemon_can_be_started_is_73() {
     for (path, words) in [(&nowhere, "No such file"), (&file, "not a socket")] {
         let mut command = Command::new(KMUTEX);
         command.args(["run", "--sock"]).arg(path).args(["k", "touch"]).arg(folder.path().join(PROOF));
-        finish(&mut command).complaining(CANNOT_CREATE, &[path.to_str().unwrap(), words]);
+        finish(&mut command).assert_error(CANNOT_CREATE, &[path.to_str().unwrap(), words]);
     }
     assert!(!folder.path().join(PROOF).exists());
     assert_eq!(fs::read_to_string(file).unwrap(), "precious");
@@ -164,7 +164,7 @@ fn a_command_that_is_not_there_is_127() {
             ["no-such-command", "/no/such/command", "./no-such-command", "", script.to_str().unwrap()]
         {
             let mut run = daemon.run(&[how, &["k", "--", command, "argument"]].concat());
-            finish(&mut run).complaining(NOT_FOUND, &[command, "No such file"]);
+            finish(&mut run).assert_error(NOT_FOUND, &[command, "No such file"]);
         }
     }
     daemon.wait_for_counts("k", 0, 0);
@@ -184,7 +184,7 @@ fn a_command_that_cannot_be_executed_is_126() {
         ] {
             let command = command.to_str().unwrap();
             let mut run = daemon.run(&[how, &["k", "--", command]].concat());
-            finish(&mut run).complaining(CANNOT_EXECUTE, &[command, why]);
+            finish(&mut run).assert_error(CANNOT_EXECUTE, &[command, why]);
         }
     }
     daemon.wait_for_counts("k", 0, 0);
@@ -206,9 +206,9 @@ fn who_waits_for_a_command_that_cannot_be_executed_is_told() {
 #[test]
 fn what_has_control_characters_is_named_without_them() {
     let daemon = Daemon::start();
-    finish(&mut daemon.run(&["k", "a\nb\x1b[2Jc"])).complaining(NOT_FOUND, &["a?b?[2Jc"]);
-    finish(&mut daemon.run(&["--a\nb", "k", "true"])).complaining(USAGE, &["--a"]);
-    finish(&mut daemon.run(&["--sock", "/a\n\nb", "k", "true"])).complaining(UNAVAILABLE, &["/a??b"]);
+    finish(&mut daemon.run(&["k", "a\nb\x1b[2Jc"])).assert_error(NOT_FOUND, &["a?b?[2Jc"]);
+    finish(&mut daemon.run(&["--a\nb", "k", "true"])).assert_error(USAGE, &["--a"]);
+    finish(&mut daemon.run(&["--sock", "/a\n\nb", "k", "true"])).assert_error(UNAVAILABLE, &["/a??b"]);
 }
 
 #[test]
@@ -231,7 +231,7 @@ fn what_the_kernel_refuses_is_71() {
     // The lock's descriptor is the fourth, and there may be no fifth.
     command.args(["-c", r#"ulimit -n 4 && exec "$0" run --no-autostart k true"#, KMUTEX]);
     let finished = finish(command.env("KMUTEX_SOCK", daemon.sock()).stdin(Stdio::null()));
-    finished.complaining(OS, &["cannot", "open files"]);
+    finished.assert_error(OS, &["cannot", "open files"]);
     daemon.wait_for_counts("k", 0, 0);
 }
 
@@ -269,7 +269,7 @@ fn a_socket_that_one_may_not_use_is_77() {
     let _daemon = other.serve(Command::new(other.kmutex()), &sock, &["--mode", "600"]);
     let mut command = other.command(other.kmutex());
     command.args(["run", "--sock"]).arg(&sock).args(["k", "true"]);
-    finish(&mut command).complaining(NOT_PERMITTED, &[sock.to_str().unwrap(), "Permission denied"]);
+    finish(&mut command).assert_error(NOT_PERMITTED, &[sock.to_str().unwrap(), "Permission denied"]);
 }
 
 #[test]
@@ -285,13 +285,13 @@ fn a_daemon_of_somebody_else_is_trusted_only_when_that_is_said() {
     };
     let uid = OtherUser::UID.to_string();
     let whose = format!("uid {uid}");
-    run(&[]).complaining(NOT_PERMITTED, &[sock.to_str().unwrap(), &whose, "--trust-uid"]);
-    run(&["--trust-uid", "1"]).complaining(NOT_PERMITTED, &[&whose]);
-    run(&["--trust-uid", &uid]).quietly(0);
-    run(&["--trust-uid", "1", "--trust-uid", &uid]).quietly(0);
+    run(&[]).assert_error(NOT_PERMITTED, &[sock.to_str().unwrap(), &whose, "--trust-uid"]);
+    run(&["--trust-uid", "1"]).assert_error(NOT_PERMITTED, &[&whose]);
+    run(&["--trust-uid", &uid]).assert_silent(0);
+    run(&["--trust-uid", "1", "--trust-uid", &uid]).assert_silent(0);
     let mut status = Command::new(KMUTEX);
     status.args(["status", "--sock"]).arg(&sock);
-    finish(&mut status).complaining(NOT_PERMITTED, &[&whose]);
+    finish(&mut status).assert_error(NOT_PERMITTED, &[&whose]);
 }
 
 #[test]
@@ -302,7 +302,7 @@ fn roots_daemon_is_trusted_by_everybody() {
     let _daemon = other.serve(Command::new(other.kmutex()), &sock, &["--mode", "666"]);
     let mut command = other.command(other.kmutex());
     command.args(["run", "--sock"]).arg(&sock).args(["k", "sh", "-c", "exit 4"]);
-    finish(&mut command).quietly(4);
+    finish(&mut command).assert_silent(4);
 }
 
 /// A server that is no daemon, in a folder of its own. It does the same with each connection, and ends with the test.

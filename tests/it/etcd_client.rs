@@ -10,7 +10,7 @@ use kmutex::etcd::{
 };
 
 use crate::etcd_harness::Etcd;
-use crate::harness::{PATIENCE, wait_for, wait_until};
+use crate::harness::{TIMEOUT, wait_for, wait_until};
 
 fn put(key: &str, value: &str) -> Op {
     Op::Put { key: key.into(), value: value.into(), lease: None }
@@ -60,7 +60,7 @@ impl Reader {
     }
 
     fn next(&self) -> Result<WatchReply, Error> {
-        self.0.recv_timeout(PATIENCE).expect("the watch says nothing")
+        self.0.recv_timeout(TIMEOUT).expect("the watch says nothing")
     }
 
     fn events(&self) -> Vec<Event> {

@@ -8,7 +8,7 @@ use std::process::Stdio;
 
 use nix::sys::signal::Signal;
 
-use crate::harness::{Daemon, PATIENCE, PREAMBLE, Process, Wire, finish, tool, wait_until};
+use crate::harness::{Daemon, PREAMBLE, Process, TIMEOUT, Wire, finish, tool, wait_until};
 
 const OLD_KEY: &[u8; 16] = b"0123456789abcdef";
 const PING: &str = r#"{"type":"ping"}"#;
@@ -149,7 +149,7 @@ fn a_lock_that_cannot_be_recorded_is_not_given() {
 
         let injector = Injector::attach(&daemon, &format!("pwrite64:error={error}"));
         let mut newcomer = daemon.run(&["other", "true"]);
-        finish(&mut newcomer).complaining(69, &["cannot be recorded"]);
+        finish(&mut newcomer).assert_error(69, &["cannot be recorded"]);
         old.send(OLD_KEY).expect_closed();
         holder.request(RELEASE).answer_of("released");
         assert_eq!(waiter.answer_of("error")["code"], "cannot_record");
@@ -225,7 +225,7 @@ fn a_client_that_cannot_be_heard_is_gone() {
         let bystanders = Bystanders::of(&daemon);
         let injector = Injector::attach(&daemon, &format!("{fault}:when=1"));
         let mut client = UnixStream::connect(daemon.sock()).unwrap();
-        client.set_read_timeout(Some(PATIENCE)).unwrap();
+        client.set_read_timeout(Some(TIMEOUT)).unwrap();
         // It may be closed already.
         let _ = client.write_all(&[&PREAMBLE[..], ONCE.as_bytes(), b"\n"].concat());
         let end = client.read(&mut [0]);

@@ -1,6 +1,6 @@
 //! A daemon of one's own in a private folder, commands that use it, raw connections to it, and waiting for what is to
 //! happen. Nothing here sleeps for a time that "should do": everything waits for a state, and gives up after
-//! [`PATIENCE`] with the reason.
+//! [`TIMEOUT`] with the reason.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -17,7 +17,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 /// How long anything may take before the test fails. Far more than it needs, even on a busy machine.
-pub const PATIENCE: Duration = Duration::from_secs(30);
+pub const TIMEOUT: Duration = Duration::from_secs(30);
 
 /// The program under test.
 pub const KMUTEX: &str = env!("CARGO_BIN_EXE_kmutex");
@@ -32,7 +32,7 @@ pub fn tool(name: &str) -> Command {
 
 /// Waits until `look` finds something, and returns it. `what` is for the failure.
 pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
-    let give_up = Instant::now() + PATIENCE;
+    let give_up = Instant::now() + TIMEOUT;
     loop {
         if let Some(found) = look() {
             return found;
@@ -320,7 +320,7 @@ pub struct Finished {
     pub stderr: String,
 }
 
-/// Runs a command to its end, for which it has [`PATIENCE`]. It may leave processes behind that have its output open.
+/// Runs a command to its end, for which it has [`TIMEOUT`]. It may leave processes behind that have its output open.
 pub fn finish(command: &mut Command) -> Finished {
     let [mut stdout, mut stderr] = [tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap()];
     command.stdout(stdout.try_clone().unwrap()).stderr(stderr.try_clone().unwrap());
@@ -332,14 +332,14 @@ pub fn finish(command: &mut Command) -> Finished {
 impl Finished {
     /// It ended with this code and had nothing to say. Returns its output.
     #[track_caller]
-    pub fn quietly(self, code: i32) -> String {
+    pub fn assert_silent(self, code: i32) -> String {
         assert_eq!((self.code, self.stderr.as_str()), (code, ""), "{self:?}");
         self.stdout
     }
 
     /// It ended with this code, and with one line that names what is wrong.
     #[track_caller]
-    pub fn complaining(self, code: i32, words: &[&str]) {
+    pub fn assert_error(self, code: i32, words: &[&str]) {
         assert_eq!(self.code, code, "{self:?}");
         let is_one_line = self.stderr.lines().count() == 1 && self.stderr.ends_with('\n');
         assert!(is_one_line && self.stderr.starts_with("kmutex: "), "not one line of kmutex: {self:?}");
@@ -351,7 +351,7 @@ impl Finished {
     }
 }
 
-/// A raw connection, for tests of the protocols themselves. Whatever it waits for, it waits [`PATIENCE`] at the most.
+/// A raw connection, for tests of the protocols themselves. Whatever it waits for, it waits [`TIMEOUT`] at the most.
 pub struct Wire<S: Stream> {
     stream: S,
     pending: Vec<u8>,
@@ -359,13 +359,13 @@ pub struct Wire<S: Stream> {
 
 /// What a raw connection can be made of.
 pub trait Stream: Read + Write {
-    fn set_patience(&self);
+    fn set_timeout(&self);
     fn end(&self);
 }
 
 impl Stream for UnixStream {
-    fn set_patience(&self) {
-        self.set_read_timeout(Some(PATIENCE)).unwrap();
+    fn set_timeout(&self) {
+        self.set_read_timeout(Some(TIMEOUT)).unwrap();
     }
     fn end(&self) {
         self.shutdown(Shutdown::Write).unwrap();
@@ -373,8 +373,8 @@ impl Stream for UnixStream {
 }
 
 impl Stream for Box<dyn Stream> {
-    fn set_patience(&self) {
-        self.as_ref().set_patience();
+    fn set_timeout(&self) {
+        self.as_ref().set_timeout();
     }
     fn end(&self) {
         self.as_ref().end();
@@ -382,9 +382,9 @@ impl Stream for Box<dyn Stream> {
 }
 
 impl Stream for TcpStream {
-    fn set_patience(&self) {
+    fn set_timeout(&self) {
         self.set_nodelay(true).unwrap();
-        self.set_read_timeout(Some(PATIENCE)).unwrap();
+        self.set_read_timeout(Some(TIMEOUT)).unwrap();
     }
     fn end(&self) {
         self.shutdown(Shutdown::Write).unwrap();
@@ -396,7 +396,7 @@ pub const PREAMBLE: &[u8; 16] = b"\0kmutex proto 2\n";
 
 impl<S: Stream> Wire<S> {
     pub fn new(stream: S) -> Wire<S> {
-        stream.set_patience();
+        stream.set_timeout();
         Wire { stream, pending: Vec::new() }
     }
 
@@ -510,14 +510,14 @@ pub fn open_to_all(folder: &Path) {
 }
 
 /// A process that is nobody's child here. It is killed, by pid, when this is dropped.
-pub struct Stray(Pid);
+pub struct KillOnDrop(Pid);
 
-impl Stray {
+impl KillOnDrop {
     /// From its pid, as it was printed.
-    pub fn new(pid: &str) -> Stray {
+    pub fn new(pid: &str) -> KillOnDrop {
         let pid = pid.trim().parse().unwrap_or_else(|_| panic!("no process id: {pid:?}"));
         assert!(pid > 1, "{pid}");
-        Stray(Pid::from_raw(pid))
+        KillOnDrop(Pid::from_raw(pid))
     }
 
     pub fn kill(&self) {
@@ -525,7 +525,7 @@ impl Stray {
     }
 }
 
-impl Drop for Stray {
+impl Drop for KillOnDrop {
     fn drop(&mut self) {
         // It may have ended already.
         let _ = kill(self.0, Signal::SIGKILL);

@@ -51,7 +51,7 @@ impl Tool {
 
     #[track_caller]
     fn ends(&self, options: &[&str], command: &[&str], code: i32) -> String {
-        finish(&mut self.run(options, command)).quietly(code)
+        finish(&mut self.run(options, command)).assert_silent(code)
     }
 
     /// Whether the lock is free.
@@ -177,7 +177,7 @@ fn the_exit_status_is_the_commands() {
     both(|tool| {
         for status in [0, 1, 2, 75, 79, 127, 128, 255] {
             tool.ends(&[], &["sh", "-c", &format!("exit {status}")], status);
-            finish(&mut tool.shell(&format!("exit {status}"))).quietly(status);
+            finish(&mut tool.shell(&format!("exit {status}"))).assert_silent(status);
         }
         for signal in [1, 2, 9, 13, 15, 34, 64] {
             tool.ends(&[], &["perl", "-e", &format!("kill {signal}, $$; exit 0")], 128 + signal);
@@ -192,11 +192,11 @@ fn a_shell_command_goes_to_the_users_shell() {
         write_script(&shell, "#!/bin/sh\nprintf '%s|' mine \"$@\"\n");
         let command = "echo $((40 + 2)); exit 3";
         assert_eq!(
-            finish(tool.shell(command).env("SHELL", &shell)).quietly(0),
+            finish(tool.shell(command).env("SHELL", &shell)).assert_silent(0),
             format!("mine|-c|{command}|")
         );
-        assert_eq!(finish(tool.shell(command).env("SHELL", "")).quietly(3), "42\n");
-        assert_eq!(finish(tool.shell(command).env_remove("SHELL")).quietly(3), "42\n");
+        assert_eq!(finish(tool.shell(command).env("SHELL", "")).assert_silent(3), "42\n");
+        assert_eq!(finish(tool.shell(command).env_remove("SHELL")).assert_silent(3), "42\n");
     });
 }
 
@@ -226,9 +226,9 @@ fn a_script_without_a_first_line_is_given_to_sh() {
         let expected = format!("{}|a b|c\n", script.display());
         for how in [&[][..], &["-o"], &["-F"]] {
             let mut by_path = tool.run(how, &[script.to_str().unwrap(), "a b", "c"]);
-            assert_eq!(finish(&mut by_path).quietly(8), expected);
+            assert_eq!(finish(&mut by_path).assert_silent(8), expected);
             let mut by_name = tool.run(how, &["script-of-mine", "a b", "c"]);
-            assert_eq!(finish(by_name.env("PATH", &path)).quietly(8), expected);
+            assert_eq!(finish(by_name.env("PATH", &path)).assert_silent(8), expected);
         }
     });
 }
@@ -253,7 +253,8 @@ fn the_command_inherits_the_lock_and_what_was_open_and_nothing_else() {
                 .arg(inner.get_program())
                 .args(inner.get_args());
             command.envs(inner.get_envs().filter_map(|(name, value)| Some((name, value?))));
-            let said = finish(command.current_dir(tool.daemon.folder()).stdin(Stdio::null())).quietly(0);
+            let said =
+                finish(command.current_dir(tool.daemon.folder()).stdin(Stdio::null())).assert_silent(0);
             // Output and error are other files each time.
             said.lines()
                 .filter(|line| !line.starts_with("1=") && !line.starts_with("2="))
@@ -279,13 +280,13 @@ fn the_command_inherits_the_lock_and_what_was_open_and_nothing_else() {
 fn what_the_command_leaves_behind_keeps_a_lock_of_flock_but_not_of_kmutex() {
     both(|tool| {
         let said = tool.ends(&[], &["sh", "-c", "sleep 600 & echo $!"], 0);
-        let sleeper = Stray::new(said.trim());
+        let sleeper = KillOnDrop::new(said.trim());
         assert_eq!(tool.is_free(), tool.name == "kmutex");
         drop(sleeper);
         wait_until("the lock to be free", || tool.is_free());
         // Without a fork nobody is left to release: there it is the same.
         let said = tool.ends(&["-F"], &["sh", "-c", "sleep 600 & echo $!"], 0);
-        let sleeper = Stray::new(said.trim());
+        let sleeper = KillOnDrop::new(said.trim());
         assert!(!tool.is_free());
         drop(sleeper);
         wait_until("the lock to be free", || tool.is_free());

@@ -17,10 +17,10 @@ fn a_run_under_a_run_of_the_same_key_fails_at_once_and_says_why() {
     for options in ["", "--queue", "-n"] {
         let script = format!("\"$KMUTEX\" run {options} k true");
         finish(&mut under(&daemon, &[], "k", &script))
-            .complaining(75, &["\"k\"", "held by the command", "--reentrant"]);
+            .assert_error(75, &["\"k\"", "held by the command", "--reentrant"]);
     }
     let deep = r#""$KMUTEX" run other -- sh -c '"$KMUTEX" run --queue k true'"#;
-    finish(&mut under(&daemon, &[], "k", deep)).complaining(75, &["\"k\"", "held by the command"]);
+    finish(&mut under(&daemon, &[], "k", deep)).assert_error(75, &["\"k\"", "held by the command"]);
 }
 
 #[test]
@@ -30,27 +30,27 @@ fn a_reentrant_run_goes_on_under_the_outer_lock() {
     let inner = finish(&mut under(&daemon, &[], "k", script));
     assert_eq!((inner.code, inner.stdout.as_str()), (4, "inner\n"), "{inner:?}");
     finish(daemon.run(&["--reentrant", "k", "true"]).env_remove("KMUTEX_TOKEN"))
-        .complaining(64, &["--reentrant"]);
+        .assert_error(64, &["--reentrant"]);
     let script = r#""$KMUTEX" run --reentrant --status-file report k sh -c 'exit 5'; cat report"#;
-    let report = finish(&mut under(&daemon, &[], "k", script)).quietly(0);
+    let report = finish(&mut under(&daemon, &[], "k", script)).assert_silent(0);
     assert!(report.contains(r#""verdict":"ran","outcome":{"exit":5},"token":null"#), "{report}");
     // Of a lock that nobody above holds it is an ordinary run.
     let script = r#""$KMUTEX" run --reentrant free -- sh -c '"$KMUTEX" status --json free'"#;
-    assert!(finish(&mut under(&daemon, &[], "k", script)).quietly(0).contains("\"holding\":1"));
+    assert!(finish(&mut under(&daemon, &[], "k", script)).assert_silent(0).contains("\"holding\":1"));
 }
 
 #[test]
 fn a_token_of_another_daemon_means_nothing() {
     let (outer, inner) = (Daemon::start(), Daemon::start());
     let script = format!(r#""$KMUTEX" run --sock {} k echo fine"#, inner.sock().display());
-    assert_eq!(finish(&mut under(&outer, &[], "k", &script)).quietly(0), "fine\n");
+    assert_eq!(finish(&mut under(&outer, &[], "k", &script)).assert_silent(0), "fine\n");
 }
 
 #[test]
 fn a_shared_lock_may_be_shared_again() {
     let daemon = Daemon::start();
     let script = r#""$KMUTEX" run -s k echo fine"#;
-    assert_eq!(finish(&mut under(&daemon, &["-s"], "k", script)).quietly(0), "fine\n");
+    assert_eq!(finish(&mut under(&daemon, &["-s"], "k", script)).assert_silent(0), "fine\n");
 }
 
 #[test]

@@ -26,7 +26,7 @@ impl OtherUser {
         open_to_all(folder.path());
         // By another process, as in `write_script`.
         let mut copy = Command::new("install");
-        finish(copy.args(["-m", "755", KMUTEX]).arg(folder.path().join("kmutex"))).quietly(0);
+        finish(copy.args(["-m", "755", KMUTEX]).arg(folder.path().join("kmutex"))).assert_silent(0);
         let home = folder.path().join("home");
         fs::create_dir(&home).unwrap();
         open_to_all(&home);

@@ -131,7 +131,7 @@ fn without_a_terminal_nothing_is_said_of_waiting() {
     let daemon = Daemon::start();
     let holder = daemon.hold("k");
     let mut run = daemon.run(&["-w", "1.5", "--queue", "k", "true"]);
-    finish(&mut run).quietly(75);
+    finish(&mut run).assert_silent(75);
     drop(holder);
 }
 
@@ -169,9 +169,9 @@ fn a_report_tells_programs_what_happened() {
     assert_eq!(waiter.wait(), 79);
     let finished: serde_json::Value = serde_json::from_str(&fs::read_to_string(file).unwrap()).unwrap();
     assert_eq!((&finished["verdict"], &finished["outcome"]["exit"]), (&"finished".into(), &5.into()));
-    finish(&mut run).complaining(64, &["--status-fd 3"]);
+    finish(&mut run).assert_error(64, &["--status-fd 3"]);
     finish(daemon.run(&["--status-file", "/no/such/folder/file", "k", "true"]).stdin(Stdio::null()))
-        .complaining(73, &["/no/such/folder/file"]);
+        .assert_error(73, &["/no/such/folder/file"]);
 }
 
 #[test]
@@ -203,7 +203,7 @@ fn sigterm_and_a_lost_lock_reach_the_whole_tree() {
         let mut tree = Process::spawn(run.stdout(Stdio::piped()).stderr(Stdio::null()));
         tree.wait_for_line("ready");
         if lost {
-            finish(&mut daemon.kmutex(&["break", "--yes", "k"])).quietly(0);
+            finish(&mut daemon.kmutex(&["break", "--yes", "k"])).assert_silent(0);
         } else {
             tree.signal(nix::sys::signal::Signal::SIGTERM);
         }

@@ -8,7 +8,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use serde_json::json;
 
-use crate::harness::{Daemon, Process, Stray, Wire, wait_for, wait_until};
+use crate::harness::{Daemon, KillOnDrop, Process, Wire, wait_for, wait_until};
 
 const KEY: &[u8; 16] = b"0123456789abcdef";
 
@@ -105,10 +105,10 @@ fn a_command_without_kmutex_keeps_its_lock_until_it_ends() {
 }
 
 /// Starts a holder whose kmutex is killed while its command lives: the command's pid.
-fn abandoned(daemon: &Daemon, resumes: impl FnOnce()) -> Stray {
+fn abandoned(daemon: &Daemon, resumes: impl FnOnce()) -> KillOnDrop {
     let mut command = daemon.run(&["k", "--", "sh", "-c", "echo $$; exec sleep 1000"]);
     let mut run = Process::spawn(command.stdout(Stdio::piped()));
-    let child = Stray::new(&run.line().unwrap());
+    let child = KillOnDrop::new(&run.line().unwrap());
     // The daemon knows the command when its journal does: two records of the grant, after the header.
     let journal = daemon.folder().join("sock.journal");
     wait_until("the child's name", || fs::metadata(&journal).unwrap().len() >= 3 * 88);
@@ -136,7 +136,7 @@ fn a_command_whose_kmutex_was_killed_after_it_resumed_keeps_its_lock() {
     let mut daemon = Daemon::start();
     let mut command = daemon.run(&["k", "--", "sh", "-c", "echo $$; exec sleep 1000"]);
     let mut run = Process::spawn(command.stdout(Stdio::piped()));
-    let child = Stray::new(&run.line().unwrap());
+    let child = KillOnDrop::new(&run.line().unwrap());
     daemon.restart(&[]);
     wait_for_resumption(&daemon);
     // The command has the old connection, which leads nowhere; only kmutex has the new one.

@@ -78,9 +78,9 @@ fn once_and_queue_wait_side_by_side() {
 fn other_keys_are_other_locks() {
     let daemon = Daemon::start();
     let _holder = daemon.hold("k");
-    finish(&mut daemon.run(&["-n", "K", "true"])).quietly(0);
-    finish(&mut daemon.run(&["-n", "k ", "true"])).quietly(0);
-    finish(&mut daemon.run(&["-n", "k", "true"])).quietly(BUSY);
+    finish(&mut daemon.run(&["-n", "K", "true"])).assert_silent(0);
+    finish(&mut daemon.run(&["-n", "k ", "true"])).assert_silent(0);
+    finish(&mut daemon.run(&["-n", "k", "true"])).assert_silent(BUSY);
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn who_does_not_want_to_wait_is_refused_at_once() {
     for way in ways {
         for (code, number) in [(&[][..], BUSY), (&["-E", "0"], 0), (&["--conflict-exit-code", "255"], 255)] {
             let args = [way, code, &["k", "touch", "ran"]].concat();
-            finish(&mut daemon.run(&args)).quietly(number);
+            finish(&mut daemon.run(&args)).assert_silent(number);
         }
     }
     assert!(!daemon.folder().join("ran").exists());
@@ -114,7 +114,7 @@ fn who_waits_for_a_time_is_refused_when_it_is_up() {
         [(&["-w", "0.25"][..], BUSY), (&["--queue", "--timeout", ".25"], BUSY), (&["-w0.25", "-E4"], 4)]
     {
         let begin = Instant::now();
-        finish(&mut daemon.run(&[options, &["k", "touch", "ran"]].concat())).quietly(code);
+        finish(&mut daemon.run(&[options, &["k", "touch", "ran"]].concat())).assert_silent(code);
         assert!(begin.elapsed() >= Duration::from_millis(250), "too early: {:?}", begin.elapsed());
     }
     assert!(!daemon.folder().join("ran").exists());
@@ -138,10 +138,10 @@ fn a_time_to_wait_that_is_long_enough_changes_nothing() {
 fn one_after_the_other_never_collide() {
     let daemon = Daemon::start();
     for _ in 0..200 {
-        finish(&mut daemon.run(&["-n", "k", "true"])).quietly(0);
+        finish(&mut daemon.run(&["-n", "k", "true"])).assert_silent(0);
     }
     for _ in 0..200 {
-        finish(&mut daemon.run(&["k", "true"])).quietly(0);
+        finish(&mut daemon.run(&["k", "true"])).assert_silent(0);
     }
 }
 
@@ -153,18 +153,18 @@ fn a_lock_can_be_shared() {
     assert_eq!(daemon.counts("k"), (2, 0));
     for exclusive in [&["-n"][..], &["-n", "-x"], &["-n", "-e"], &["-n", "--exclusive"], &["-n", "--slots=9"]]
     {
-        finish(&mut daemon.run(&[exclusive, &["k", "true"]].concat())).quietly(BUSY);
+        finish(&mut daemon.run(&[exclusive, &["k", "true"]].concat())).assert_silent(BUSY);
     }
     let mut writer = Process::spawn(&mut daemon.run(&["-x", "--queue", "k", "true"]));
     daemon.wait_for_counts("k", 2, 1);
     // A writer that waits comes before the readers that come later.
-    finish(&mut daemon.run(&["-s", "-n", "k", "true"])).quietly(BUSY);
+    finish(&mut daemon.run(&["-s", "-n", "k", "true"])).assert_silent(BUSY);
     first.finish(0);
     daemon.wait_for_counts("k", 1, 1);
     second.finish(0);
     assert_eq!(writer.wait(), 0);
     let exclusive = daemon.hold_with(&["-x"], "k");
-    finish(&mut daemon.run(&["-s", "-n", "k", "true"])).quietly(BUSY);
+    finish(&mut daemon.run(&["-s", "-n", "k", "true"])).assert_silent(BUSY);
     exclusive.finish(0);
 }
 
@@ -173,12 +173,12 @@ fn slots_let_that_many_in() {
     let daemon = Daemon::start();
     let first = daemon.hold_with(&["--slots", "2"], "k");
     let second = daemon.hold_with(&["--slots", "2"], "k");
-    finish(&mut daemon.run(&["--slots", "2", "-n", "k", "true"])).quietly(BUSY);
+    finish(&mut daemon.run(&["--slots", "2", "-n", "k", "true"])).assert_silent(BUSY);
     let mut third = Process::spawn(&mut daemon.run(&["--slots", "2", "--queue", "k", "sh", "-c", "exit 6"]));
     daemon.wait_for_counts("k", 2, 1);
     first.finish(0);
     assert_eq!(third.wait(), 6);
-    finish(&mut daemon.run(&["-n", "k", "true"])).quietly(BUSY);
+    finish(&mut daemon.run(&["-n", "k", "true"])).assert_silent(BUSY);
     second.finish(0);
 }
 
@@ -219,10 +219,13 @@ fn the_command_gets_its_arguments_as_they_are() {
 fn options_may_stand_behind_the_key_but_not_behind_the_command() {
     let daemon = Daemon::start();
     let _holder = daemon.hold("k");
-    finish(&mut daemon.run(&["k", "-n", "true"])).quietly(BUSY);
-    finish(&mut daemon.run(&["k", "-n", "-E", "3", "--", "true"])).quietly(3);
-    assert_eq!(finish(&mut daemon.run(&["free", "echo", "-n", "hi"])).quietly(0), "hi");
-    assert_eq!(finish(&mut daemon.run(&["--", "-key", "sh", "-c", "echo $KMUTEX_KEY"])).quietly(0), "-key\n");
+    finish(&mut daemon.run(&["k", "-n", "true"])).assert_silent(BUSY);
+    finish(&mut daemon.run(&["k", "-n", "-E", "3", "--", "true"])).assert_silent(3);
+    assert_eq!(finish(&mut daemon.run(&["free", "echo", "-n", "hi"])).assert_silent(0), "hi");
+    assert_eq!(
+        finish(&mut daemon.run(&["--", "-key", "sh", "-c", "echo $KMUTEX_KEY"])).assert_silent(0),
+        "-key\n"
+    );
 }
 
 #[test]
@@ -233,10 +236,10 @@ fn a_shell_command_is_run_with_the_users_shell() {
     let command = "echo $((40 + 2)) && exit 9";
     for option in ["-c", "--command"] {
         let mut run = daemon.run(&["k", option, command]);
-        let said = finish(run.env("SHELL", &shell)).quietly(0);
+        let said = finish(run.env("SHELL", &shell)).assert_silent(0);
         assert_eq!(said, format!("my-shell|-c|{command}|"));
-        assert_eq!(finish(run.env_remove("SHELL")).quietly(9), "42\n", "without $SHELL it is /bin/sh");
-        assert_eq!(finish(run.env("SHELL", "")).quietly(9), "42\n", "nor is an empty one of use");
+        assert_eq!(finish(run.env_remove("SHELL")).assert_silent(9), "42\n", "without $SHELL it is /bin/sh");
+        assert_eq!(finish(run.env("SHELL", "")).assert_silent(9), "42\n", "nor is an empty one of use");
     }
 }
 
@@ -244,7 +247,7 @@ fn a_shell_command_is_run_with_the_users_shell() {
 fn the_exit_status_is_the_commands_own() {
     let daemon = Daemon::start();
     for status in 0..=255 {
-        finish(&mut daemon.run(&["k", "sh", "-c", &format!("exit {status}")])).quietly(status);
+        finish(&mut daemon.run(&["k", "sh", "-c", &format!("exit {status}")])).assert_silent(status);
     }
 }
 
@@ -254,8 +257,8 @@ fn the_exit_status_of_a_command_that_died_of_a_signal_is_128_and_the_signal() {
     // Those that dump a core, those that kmutex passes on, and real-time signals, which have no names.
     for signal in [1, 2, 3, 6, 7, 9, 10, 11, 12, 13, 14, 15, 34, 50, 64] {
         let script = format!("ulimit -c 0; exec perl -e 'kill {signal}, $$; exit 0'");
-        finish(&mut daemon.run(&["k", "sh", "-c", &script])).quietly(128 + signal);
-        finish(&mut daemon.run(&["-n", "k", "true"])).quietly(0);
+        finish(&mut daemon.run(&["k", "sh", "-c", &script])).assert_silent(128 + signal);
+        finish(&mut daemon.run(&["-n", "k", "true"])).assert_silent(0);
     }
 }
 
@@ -266,7 +269,7 @@ fn the_command_knows_its_key_its_token_and_the_socket() {
     let mut last = 0;
     for sock in [&["--sock", "sock"][..], &["--sock", "./sock"], &[]] {
         let key = "a key, with = and \n and é";
-        let said = finish(&mut daemon.run(&[sock, &[key], &print].concat())).quietly(0);
+        let said = finish(&mut daemon.run(&[sock, &[key], &print].concat())).assert_silent(0);
         let parts: Vec<&str> = said.split('|').collect();
         assert_eq!(parts[0], key);
         let token: u64 = parts[1].parse().unwrap();
@@ -294,7 +297,8 @@ fn the_socket_of_a_tcp_daemon_is_told_as_it_was_given() {
     let line = daemon.wait_for_log("serving on 127.0.0.1:");
     let port = line.rsplit(':').next().unwrap().trim();
     for sock in [port.to_string(), format!("127.0.0.1:{port}")] {
-        let said = finish(&mut daemon.run(&["--sock", &sock, "k", "printenv", "KMUTEX_SOCK"])).quietly(0);
+        let said =
+            finish(&mut daemon.run(&["--sock", &sock, "k", "printenv", "KMUTEX_SOCK"])).assert_silent(0);
         assert_eq!(said.trim_end(), sock);
     }
 }
@@ -304,7 +308,7 @@ fn tokens_grow() {
     let daemon = Daemon::start();
     let mut last = 0;
     for key in ["a", "b", "a", "b", "a"] {
-        let said = finish(&mut daemon.run(&[key, "printenv", "KMUTEX_TOKEN"])).quietly(0);
+        let said = finish(&mut daemon.run(&[key, "printenv", "KMUTEX_TOKEN"])).assert_silent(0);
         let token: u64 = said.trim_end().parse().unwrap();
         assert!(token > last, "{token} after {last}");
         last = token;
@@ -356,6 +360,6 @@ fn a_key_may_be_1024_bytes_of_anything_that_is_text() {
     for key in ["k".repeat(1024), "é".repeat(512), "\u{1}\n\t".into(), " ".into()] {
         let said =
             finish(&mut daemon.run(&[OsStr::new(&key), OsStr::new("printenv"), OsStr::new("KMUTEX_KEY")]));
-        assert_eq!(said.quietly(0), format!("{key}\n"));
+        assert_eq!(said.assert_silent(0), format!("{key}\n"));
     }
 }

@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::harness::{Daemon, KMUTEX, PATIENCE, Process, Wire, tool, wait_for, wait_until};
+use crate::harness::{Daemon, KMUTEX, Process, TIMEOUT, Wire, tool, wait_for, wait_until};
 
 const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/systemd");
 const KEY: &[u8; 16] = b"0123456789abcdef";
@@ -60,7 +60,7 @@ fn it_serves_a_socket_that_somebody_else_listens_on_and_a_restart_loses_no_lock(
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let notify = UnixDatagram::bind(path("notify")).unwrap();
-    notify.set_read_timeout(Some(PATIENCE)).unwrap();
+    notify.set_read_timeout(Some(TIMEOUT)).unwrap();
     let mut manager = tool("perl");
     manager.arg(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/activate.pl"));
     manager.args([path("sock"), path("notify"), path("log")]).args([KMUTEX, "serve", "--log-level", "debug"]);

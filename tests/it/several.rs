@@ -30,9 +30,9 @@ fn all_of_them_are_held_while_the_command_runs() {
     drop(holder.child.stdin.take());
     assert_eq!((holder.wait(), once.wait(), queue.wait()), (5, 79, 0));
     assert!(daemon.status().is_empty());
-    assert_eq!(finish(&mut run(&daemon, &[], &["a"], &["echo", "-n", "one"])).quietly(0), "one");
+    assert_eq!(finish(&mut run(&daemon, &[], &["a"], &["echo", "-n", "one"])).assert_silent(0), "one");
     assert_eq!(
-        finish(daemon.run(&["-k", "a", "-k", "b", "-c", "echo shell"]).stdin(Stdio::null())).quietly(0),
+        finish(daemon.run(&["-k", "a", "-k", "b", "-c", "echo shell"]).stdin(Stdio::null())).assert_silent(0),
         "shell\n"
     );
 }
@@ -41,8 +41,8 @@ fn all_of_them_are_held_while_the_command_runs() {
 fn if_one_is_not_to_be_had_none_is_kept_and_nobody_is_told_that_it_was_done() {
     let daemon = Daemon::start();
     let holder = daemon.hold("b");
-    finish(&mut run(&daemon, &["-n"], &["a", "b"], &["true"])).quietly(75);
-    finish(&mut run(&daemon, &["-w", "0.1"], &["a", "b"], &["true"])).quietly(75);
+    finish(&mut run(&daemon, &["-n"], &["a", "b"], &["true"])).assert_silent(75);
+    finish(&mut run(&daemon, &["-w", "0.1"], &["a", "b"], &["true"])).assert_silent(75);
     let mut both = Process::spawn(&mut run(&daemon, &[], &["a", "b"], &["true"]));
     daemon.wait_for_counts("b", 1, 1);
     let mut other = Process::spawn(&mut daemon.run(&["a", "true"]));
@@ -89,7 +89,7 @@ fn they_outlive_the_daemon_and_are_lost_together() {
             status.iter().any(|lock| lock["key"] == key && lock["holders"][0]["orphan"].is_null())
         });
     }
-    finish(&mut daemon.kmutex(&["break", "-y", "a"])).quietly(0);
+    finish(&mut daemon.kmutex(&["break", "-y", "a"])).assert_silent(0);
     assert_eq!(holder.wait(), 74);
     daemon.wait_for_counts("b", 0, 0);
 }
@@ -115,19 +115,22 @@ fn each_of_them_is_held_above_what_runs_under_them() {
     for key in ["a", "b"] {
         let script = format!("{KMUTEX} run --queue {key} true");
         finish(&mut run(&daemon, &[], &["a", "b"], &["sh", "-c", &script]))
-            .complaining(75, &[key, "held by the command"]);
+            .assert_error(75, &[key, "held by the command"]);
         let script = format!("{KMUTEX} run --reentrant -k {key} -k free echo fine");
-        assert_eq!(finish(&mut run(&daemon, &[], &["a", "b"], &["sh", "-c", &script])).quietly(0), "fine\n");
+        assert_eq!(
+            finish(&mut run(&daemon, &[], &["a", "b"], &["sh", "-c", &script])).assert_silent(0),
+            "fine\n"
+        );
     }
 }
 
 #[test]
 fn what_is_missing_is_named() {
     let daemon = Daemon::start();
-    finish(&mut daemon.run(&["-k", "a", "-k", "b"])).complaining(64, &["nothing to run"]);
-    finish(&mut daemon.run(&["-k", "a", "-c", "true", "b", "true"])).complaining(64, &["COMMAND"]);
-    finish(&mut daemon.run(&["-k", "a", "-k", "", "--", "true"])).complaining(65, &["key"]);
+    finish(&mut daemon.run(&["-k", "a", "-k", "b"])).assert_error(64, &["nothing to run"]);
+    finish(&mut daemon.run(&["-k", "a", "-c", "true", "b", "true"])).assert_error(64, &["COMMAND"]);
+    finish(&mut daemon.run(&["-k", "a", "-k", "", "--", "true"])).assert_error(65, &["key"]);
     finish(&mut daemon.run(&["-k", "a", "-k", "b", "-k", "a", "--", "true"]))
-        .complaining(64, &["-k", "\"a\"", "twice"]);
-    finish(&mut daemon.run::<&str>(&[])).complaining(64, &["KEY"]);
+        .assert_error(64, &["-k", "\"a\"", "twice"]);
+    finish(&mut daemon.run::<&str>(&[])).assert_error(64, &["KEY"]);
 }

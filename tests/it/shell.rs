@@ -42,7 +42,7 @@ fn a_shell_holds_a_lock_until_it_unlocks_it() {
             "$KMUTEX" run -n k true; echo $?
         "#;
         let done = finish(shell(&daemon, program, script).stdin(Stdio::null()));
-        assert_eq!(done.quietly(0), "75\n0\n", "{program}");
+        assert_eq!(done.assert_silent(0), "75\n0\n", "{program}");
     }
 }
 
@@ -73,7 +73,11 @@ fn in_once_mode_the_second_shell_is_told_that_it_is_done() {
     daemon.wait_for_counts("k", 1, 1);
     drop(holder.child.stdin.take());
     assert_eq!((holder.wait(), second.wait()), (3, 79));
-    assert_eq!(sh(&daemon, r#""$KMUTEX" lock --finished-exit-code 9 -n k"#).quietly(0), "", "it is free");
+    assert_eq!(
+        sh(&daemon, r#""$KMUTEX" lock --finished-exit-code 9 -n k"#).assert_silent(0),
+        "",
+        "it is free"
+    );
 }
 
 #[test]
@@ -88,7 +92,7 @@ fn a_shells_lock_outlives_the_daemon() {
         assert!(status["orphan"].is_null(), "nobody is to come back: {status}");
     }
     let pid = holder.pid().to_string();
-    assert_eq!(finish(&mut daemon.kmutex(&["unlock", "--pid", &pid, "k"])).quietly(0), "");
+    assert_eq!(finish(&mut daemon.kmutex(&["unlock", "--pid", &pid, "k"])).assert_silent(0), "");
     assert!(is_free(&daemon));
     drop(holder.child.stdin.take());
     holder.wait();
@@ -97,12 +101,12 @@ fn a_shells_lock_outlives_the_daemon() {
 #[test]
 fn what_a_shell_does_not_hold_it_cannot_unlock() {
     let daemon = Daemon::start();
-    sh(&daemon, r#""$KMUTEX" unlock k"#).complaining(77, &["does not hold", "\"k\""]);
+    sh(&daemon, r#""$KMUTEX" unlock k"#).assert_error(77, &["does not hold", "\"k\""]);
     let run = daemon.hold("k");
-    sh(&daemon, r#""$KMUTEX" unlock k"#).complaining(77, &["does not hold"]);
+    sh(&daemon, r#""$KMUTEX" unlock k"#).assert_error(77, &["does not hold"]);
     run.finish(0);
     let mut holder = holder(&daemon, "sh");
-    sh(&daemon, r#""$KMUTEX" unlock k"#).complaining(77, &["does not hold"]);
+    sh(&daemon, r#""$KMUTEX" unlock k"#).assert_error(77, &["does not hold"]);
     assert!(!is_free(&daemon));
     drop(holder.child.stdin.take());
     holder.wait();
@@ -113,7 +117,7 @@ fn a_shell_that_holds_a_lock_is_not_made_to_wait_for_itself() {
     let daemon = Daemon::start();
     for options in ["", "--queue", "-n"] {
         let script = format!(r#""$KMUTEX" lock k || exit 1; "$KMUTEX" lock {options} k"#);
-        sh(&daemon, &script).complaining(75, &["\"k\"", "held by process", "already"]);
+        sh(&daemon, &script).assert_error(75, &["\"k\"", "held by process", "already"]);
     }
 }
 
@@ -121,14 +125,14 @@ fn a_shell_that_holds_a_lock_is_not_made_to_wait_for_itself() {
 fn options_are_those_of_run() {
     let daemon = Daemon::start();
     let mut first = holder(&daemon, "sh");
-    assert_eq!(sh(&daemon, r#""$KMUTEX" lock -w 0.2 k"#).quietly(75), "");
-    assert_eq!(sh(&daemon, r#""$KMUTEX" lock -n -E 9 k"#).quietly(9), "");
+    assert_eq!(sh(&daemon, r#""$KMUTEX" lock -w 0.2 k"#).assert_silent(75), "");
+    assert_eq!(sh(&daemon, r#""$KMUTEX" lock -n -E 9 k"#).assert_silent(9), "");
     drop(first.child.stdin.take());
     first.wait();
     let script = r#""$KMUTEX" lock -s k && "$KMUTEX" run -s -n k echo shared"#;
-    assert_eq!(sh(&daemon, script).quietly(0), "shared\n");
+    assert_eq!(sh(&daemon, script).assert_silent(0), "shared\n");
     let script = r#""$KMUTEX" lock --note "job 7" k && "$KMUTEX" status --json k"#;
-    assert!(sh(&daemon, script).quietly(0).contains("\"note\":\"job 7\""));
+    assert!(sh(&daemon, script).assert_silent(0).contains("\"note\":\"job 7\""));
 }
 
 #[test]
@@ -137,9 +141,9 @@ fn a_process_that_cannot_hold_is_named() {
     let line = daemon.wait_for_log("serving on 127.0.0.1:");
     let addr = line.rsplit(' ').next().unwrap();
     for command in ["lock", "unlock"] {
-        finish(&mut daemon.kmutex(&[command, "--sock", addr, "k"])).complaining(64, &["Unix socket", addr]);
-        finish(&mut daemon.kmutex(&[command, "--pid", "4194305", "k"])).complaining(65, &["--pid 4194305"]);
-        finish(&mut daemon.kmutex(&[command, "--pid", "0", "k"])).complaining(64, &["--pid"]);
+        finish(&mut daemon.kmutex(&[command, "--sock", addr, "k"])).assert_error(64, &["Unix socket", addr]);
+        finish(&mut daemon.kmutex(&[command, "--pid", "4194305", "k"])).assert_error(65, &["--pid 4194305"]);
+        finish(&mut daemon.kmutex(&[command, "--pid", "0", "k"])).assert_error(64, &["--pid"]);
     }
 }
 
@@ -150,5 +154,5 @@ fn a_process_of_somebody_else_cannot_hold() {
     let _daemon = other.serve(other.command(other.kmutex()), &sock, &[]);
     let mut lock = other.command(other.kmutex());
     lock.args(["lock", "--pid", &std::process::id().to_string(), "k", "--sock"]).arg(&sock);
-    finish(&mut lock).complaining(77, &["--pid", "belongs to uid 0", "uid 0"]);
+    finish(&mut lock).assert_error(77, &["--pid", "belongs to uid 0", "uid 0"]);
 }

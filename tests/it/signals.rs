@@ -68,7 +68,7 @@ impl Counter<'_> {
 
     /// Waits until kmutex has dealt with whatever it was sent before: it looks through what it has got in one fixed
     /// order, in which TERM comes before USR1, so that when this TERM is passed on, the round with that USR1 is over.
-    fn settle(&self) {
+    fn barrier(&self) {
         self.send(Signal::SIGUSR1);
         self.send(Signal::SIGTERM);
     }
@@ -102,7 +102,7 @@ fn a_signal_to_kmutex_reaches_the_command_once() {
         for (signal, _) in ALL {
             counter.send(signal);
         }
-        counter.settle();
+        counter.barrier();
         for (_, name) in ALL {
             let settled = usize::from(matches!(name, "USR1" | "TERM"));
             assert_eq!(counter.count(name), 1 + settled, "{name}");
@@ -168,7 +168,7 @@ fn what_the_command_sends_to_its_group_is_not_passed_on_to_it() {
     command.current_dir(daemon.folder()).env("KMUTEX_SOCK", daemon.sock());
     let mut process = Process::spawn(command.stdin(Stdio::piped()));
     let counter = Counter::ready(&daemon);
-    counter.settle();
+    counter.barrier();
     assert_eq!(counter.count("USR1"), 2, "its own, and the one of the test");
     drop(process.child.stdin.take());
     assert_eq!(process.wait(), 5);
@@ -202,7 +202,7 @@ fn what_is_ignored_stays_ignored_for_the_command() {
             .args(["-c", &format!("{start} exec \"$@\""), "sh"])
             .args(how)
             .args(["cat", "/proc/self/status"]);
-        let said = finish(command.env("KMUTEX_SOCK", daemon.sock()).stdin(Stdio::null())).quietly(0);
+        let said = finish(command.env("KMUTEX_SOCK", daemon.sock()).stdin(Stdio::null())).assert_silent(0);
         let lines = said.lines().filter(|line| line.starts_with("SigIgn") || line.starts_with("SigBlk"));
         lines.map(String::from).collect::<Vec<_>>()
     };
@@ -230,7 +230,7 @@ fn a_signal_that_is_ignored_does_not_reach_the_command() {
     let mut process = Process::spawn(command.stdin(Stdio::piped()));
     let counter = Counter::ready(&daemon);
     process.signal(Signal::SIGHUP);
-    counter.settle();
+    counter.barrier();
     assert_eq!(counter.count("HUP"), 0);
     drop(process.child.stdin.take());
     assert_eq!(process.wait(), 5);
@@ -247,7 +247,7 @@ fn a_command_that_is_stopped_from_outside_does_not_stop_kmutex() {
     process.signal(Signal::SIGUSR1);
     kill(counter.command(), Signal::SIGCONT).unwrap();
     counter.wait_for("USR1", 1);
-    counter.settle();
+    counter.barrier();
     assert_eq!(counter.count("USR1"), 2);
     assert_ne!(state_of(process.pid()), 'T');
     drop(process.child.stdin.take());
@@ -293,7 +293,7 @@ fn what_is_typed_at_a_terminal_reaches_the_command_once() {
         type_in(&mut terminal, key);
         counter.wait_for(name, 1);
         kill(counter.kmutex, Signal::SIGCONT).unwrap();
-        counter.settle();
+        counter.barrier();
         assert_eq!(counter.count(name), 1, "{name}");
         type_in(&mut terminal, "quit\n");
         assert_eq!(terminal.wait(), 5);
@@ -340,7 +340,7 @@ fn ctrl_z_stops_the_job_and_fg_continues_it() {
         assert_eq!((state_of(counter.kmutex), state_of(counter.command())), ('T', 'T'));
         fs::write(counter.file(&format!("go{round}")), "").unwrap();
         counter.wait_for("CONT", round);
-        counter.settle();
+        counter.barrier();
         assert_eq!(counter.count("CONT"), round, "one for each time");
     }
     let stops = fs::read_to_string(counter.file("stops")).unwrap();
@@ -369,7 +369,7 @@ fn a_stop_sent_to_kmutex_alone_stops_the_command_and_a_continue_continues_both()
         }
         process.signal(Signal::SIGCONT);
         counter.wait_for("CONT", round);
-        counter.settle();
+        counter.barrier();
         assert_eq!(counter.count("CONT"), round);
     }
     drop(process.child.stdin.take());

@@ -6,7 +6,7 @@ use crate::harness::{Daemon, KMUTEX, Process, finish};
 
 /// The rows of the table, cut into words.
 fn table(daemon: &Daemon, args: &[&str]) -> Vec<Vec<String>> {
-    let text = finish(daemon.kmutex(&["status"]).args(args)).quietly(0);
+    let text = finish(daemon.kmutex(&["status"]).args(args)).assert_silent(0);
     text.lines().map(|line| line.split_whitespace().map(String::from).collect()).collect()
 }
 
@@ -39,7 +39,7 @@ fn the_table_tells_who_holds_and_who_waits() {
 #[test]
 fn json_is_one_object_a_lock() {
     let daemon = Daemon::start();
-    assert_eq!(finish(&mut daemon.kmutex(&["status", "--json"])).quietly(0), "");
+    assert_eq!(finish(&mut daemon.kmutex(&["status", "--json"])).assert_silent(0), "");
     let holder = daemon.hold("nightly");
     let lock = &daemon.status()[0];
     assert_eq!(lock["key"], "nightly");
@@ -70,7 +70,7 @@ fn no_terminal_obeys_what_is_in_a_key_or_a_command() {
     let mut run = daemon.run(&[key, "--", "sh", "-c", "echo holding; read line # \x1b]0;title\x07"]);
     let mut holder = Process::spawn(run.stdin(Stdio::piped()).stdout(Stdio::piped()));
     holder.wait_for_line("holding");
-    let text = finish(&mut daemon.kmutex(&["status"])).quietly(0);
+    let text = finish(&mut daemon.kmutex(&["status"])).assert_silent(0);
     assert!(!text.contains(|char: char| char.is_control() && char != '\n'), "{text:?}");
     assert!(text.contains("a?[31m?b"), "{text}");
     assert_eq!(daemon.status()[0]["key"], key, "programs get it as it is");
@@ -81,7 +81,7 @@ fn without_a_daemon_there_is_no_status_and_none_is_started() {
     let folder = tempfile::tempdir().unwrap();
     let mut command = Command::new(KMUTEX);
     command.args(["status", "--sock"]).arg(folder.path().join("sock"));
-    finish(&mut command).complaining(69, &["cannot connect", "sock"]);
+    finish(&mut command).assert_error(69, &["cannot connect", "sock"]);
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 0);
 }
 
@@ -116,7 +116,7 @@ fn a_reader_that_has_enough_ends_it_quietly() {
 fn the_keys_alone_are_one_a_line() {
     let daemon = Daemon::start();
     let _holders = ["b b", "a", "two\nlines"].map(|key| daemon.hold(key));
-    let text = finish(&mut daemon.kmutex(&["status", "--keys"])).quietly(0);
+    let text = finish(&mut daemon.kmutex(&["status", "--keys"])).assert_silent(0);
     let mut keys: Vec<_> = text.lines().collect();
     keys.sort_unstable();
     assert_eq!(keys, ["a", "b b"]);
@@ -138,7 +138,7 @@ fn watching_goes_on_across_a_restart_of_the_daemon() {
     let folder = tempfile::tempdir().unwrap();
     let mut nowhere = Command::new(KMUTEX);
     nowhere.args(["status", "--watch", "--sock"]).arg(folder.path().join("sock"));
-    finish(&mut nowhere).complaining(69, &["cannot connect"]);
+    finish(&mut nowhere).assert_error(69, &["cannot connect"]);
 }
 
 #[test]

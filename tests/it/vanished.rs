@@ -75,7 +75,7 @@ fn a_killed_kmutex_has_not_vanished_while_its_command_lives() {
     let mut holder = daemon.hold("k");
     let mut waiters = waiters(&daemon, 3);
     kill_9(&mut holder.process);
-    finish(&mut daemon.run(&["-n", "k", "true"])).quietly(75);
+    finish(&mut daemon.run(&["-n", "k", "true"])).assert_silent(75);
     assert_eq!(daemon.counts("k"), (1, 3), "nobody got the lock");
     // The end of its input ends the command.
     drop(holder.process.child.stdin.take());
@@ -116,12 +116,12 @@ fn who_waited_is_told_though_something_was_left_in_the_background() {
     let mut command = daemon.run(&["k", "sh", "-c", "sleep 600 & echo $!; echo holding; read line; exit 0"]);
     let mut holder = Process::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
     let pid = holder.wait_for_line("holding").concat();
-    let _sleeper = Stray::new(&pid);
+    let _sleeper = KillOnDrop::new(&pid);
     let mut waiters = waiters(&daemon, 2);
     drop(holder.child.stdin.take());
     assert_eq!(holder.wait(), 0);
     assert_did_not_run(&mut waiters);
-    finish(&mut daemon.run(&["-n", "k", "true"])).quietly(0);
+    finish(&mut daemon.run(&["-n", "k", "true"])).assert_silent(0);
 }
 
 #[test]

@@ -16,72 +16,72 @@ fn deadlock(client: u32, within: u64) -> (u32, What) {
 
 #[test]
 fn a_lock_that_is_held_above_is_refused_at_once_in_every_mode() {
-    let mut scene = Scene::new();
-    scene.ask(1, of("a"));
-    scene.ask(2, within(100, "b"));
+    let mut fixture = Fixture::new();
+    fixture.ask(1, of("a"));
+    fixture.ask(2, within(100, "b"));
     for asked in [
         within(100, "a"),
         within(101, "a"),
         LockRequest { mode: Mode::Once, ..within(101, "a") },
         LockRequest { nowait: true, ..within(101, "a") },
     ] {
-        assert_eq!(scene.ask(3, asked), [(3, What::HeldAbove)]);
+        assert_eq!(fixture.ask(3, asked), [(3, What::HeldAbove)]);
     }
-    assert_eq!(scene.ask(3, within(99, "a")), [waiting(3, 0)], "a token that is not above");
+    assert_eq!(fixture.ask(3, within(99, "a")), [waiting(3, 0)], "a token that is not above");
 }
 
 #[test]
 fn the_request_that_closes_a_cycle_of_two_is_refused_and_no_other() {
-    let mut scene = Scene::new();
-    scene.ask(1, of("a"));
-    scene.ask(2, of("b"));
-    assert_eq!(scene.ask(3, within(100, "b")), [waiting(3, 0)]);
-    assert_eq!(scene.ask(4, within(101, "a")), [deadlock(4, 101)]);
+    let mut fixture = Fixture::new();
+    fixture.ask(1, of("a"));
+    fixture.ask(2, of("b"));
+    assert_eq!(fixture.ask(3, within(100, "b")), [waiting(3, 0)]);
+    assert_eq!(fixture.ask(4, within(101, "a")), [deadlock(4, 101)]);
     // The one that is refused can release what it holds.
-    assert_eq!(scene.release(2, Outcome::Exit(75)), [granted(3, 102)]);
+    assert_eq!(fixture.release(2, Outcome::Exit(75)), [granted(3, 102)]);
 }
 
 #[test]
 fn a_cycle_of_three_with_a_lock_in_between_is_seen_and_told() {
-    let mut scene = Scene::new();
-    scene.ask(1, of("a"));
-    scene.ask(2, of("b"));
-    scene.ask(3, of("c"));
+    let mut fixture = Fixture::new();
+    fixture.ask(1, of("a"));
+    fixture.ask(2, of("b"));
+    fixture.ask(3, of("c"));
     // Under b runs d, and under d somebody waits for c.
-    scene.ask(4, within(101, "d"));
-    scene.ask(5, within(103, "c"));
-    scene.ask(6, within(100, "b"));
-    assert_eq!(scene.ask(7, within(102, "a")), [deadlock(7, 102)]);
+    fixture.ask(4, within(101, "d"));
+    fixture.ask(5, within(103, "c"));
+    fixture.ask(6, within(100, "b"));
+    assert_eq!(fixture.ask(7, within(102, "a")), [deadlock(7, 102)]);
     let id = |key: &str| Key::new(key).unwrap().id();
-    let cycle = scene.table.cycle(Token(102), id("a")).unwrap();
+    let cycle = fixture.table.cycle(Token(102), id("a")).unwrap();
     let steps = [("a", 100), ("b", 101), ("d", 103), ("c", 102)];
     assert_eq!(cycle, steps.map(|(key, token)| (id(key), Token(token))));
-    assert_eq!(scene.table.cycle(Token(102), id("unheard of")), None);
+    assert_eq!(fixture.table.cycle(Token(102), id("unheard of")), None);
 }
 
 #[test]
 fn a_once_request_is_refused_when_it_would_begin_to_wait() {
-    let mut scene = Scene::new();
-    scene.ask(1, of("a"));
-    scene.ask(2, of("b"));
-    scene.ask(3, within(100, "b"));
-    assert_eq!(scene.ask(4, LockRequest { mode: Mode::Once, ..within(101, "a") }), []);
-    assert_eq!(scene.settle(), [deadlock(4, 101)]);
-    assert_eq!(scene.ask(5, LockRequest { nowait: true, ..within(101, "a") }), []);
-    assert_eq!(scene.settle(), [(5, What::Busy)], "one that does not wait cannot wait for ever");
+    let mut fixture = Fixture::new();
+    fixture.ask(1, of("a"));
+    fixture.ask(2, of("b"));
+    fixture.ask(3, within(100, "b"));
+    assert_eq!(fixture.ask(4, LockRequest { mode: Mode::Once, ..within(101, "a") }), []);
+    assert_eq!(fixture.settle(), [deadlock(4, 101)]);
+    assert_eq!(fixture.ask(5, LockRequest { nowait: true, ..within(101, "a") }), []);
+    assert_eq!(fixture.settle(), [(5, What::Busy)], "one that does not wait cannot wait for ever");
 }
 
 #[test]
 fn what_is_over_is_in_no_cycle() {
-    let mut scene = Scene::new();
-    scene.ask(1, of("a"));
-    scene.ask(2, of("b"));
-    scene.ask(3, within(100, "b"));
-    assert_eq!(scene.gone(3), []);
-    assert_eq!(scene.ask(4, within(101, "a")), [waiting(4, 0)]);
-    assert_eq!(scene.release(1, Outcome::Exit(0)), [granted(4, 102)]);
-    assert!(scene.table.cycle(Token(101), Key::new("a").unwrap().id()).is_none());
-    scene.gone(4);
-    scene.gone(2);
-    assert!(scene.table.is_empty());
+    let mut fixture = Fixture::new();
+    fixture.ask(1, of("a"));
+    fixture.ask(2, of("b"));
+    fixture.ask(3, within(100, "b"));
+    assert_eq!(fixture.gone(3), []);
+    assert_eq!(fixture.ask(4, within(101, "a")), [waiting(4, 0)]);
+    assert_eq!(fixture.release(1, Outcome::Exit(0)), [granted(4, 102)]);
+    assert!(fixture.table.cycle(Token(101), Key::new("a").unwrap().id()).is_none());
+    fixture.gone(4);
+    fixture.gone(2);
+    assert!(fixture.table.is_empty());
 }

@@ -6,7 +6,7 @@ use crate::proto::Nonce;
 const NONCE: Nonce = Nonce(0xfeed);
 const UID: Option<u32> = Some(1000);
 
-impl Scene {
+impl Fixture {
     fn ask_as(
         &mut self,
         client: u32,
@@ -14,10 +14,10 @@ impl Scene {
         asked: LockRequest,
     ) -> Result<Vec<(u32, What)>, NotYours> {
         let mut result = Ok(());
-        let told = self.told(|table, now, effects| {
+        let notified = self.notified(|table, now, effects| {
             result = table.lock(now, ClientId(client), uid, Box::new(asked), effects);
         });
-        result.map(|()| told)
+        result.map(|()| notified)
     }
 
     fn restore(&mut self, held: Held) -> bool {
@@ -25,7 +25,7 @@ impl Scene {
     }
 
     fn orphan_ended(&mut self, token: u64) -> Vec<(u32, What)> {
-        self.told(|table, now, effects| table.orphan_ended(now, Token(token), effects))
+        self.notified(|table, now, effects| table.orphan_ended(now, Token(token), effects))
     }
 }
 
@@ -41,74 +41,74 @@ fn resuming(token: u64) -> LockRequest {
 
 #[test]
 fn a_restored_hold_is_held_until_it_is_resumed_and_released() {
-    let mut scene = Scene::new();
-    assert!(scene.restore(held(7)));
-    assert_eq!(scene.ask(2, queue()), [waiting(2, 0)]);
-    assert_eq!(scene.ask_as(1, UID, resuming(7)), Ok(vec![granted(1, 7)]));
-    assert_eq!(scene.orphan_ended(7), [], "it is no orphan any more");
-    assert_eq!(scene.release(1, Outcome::Exit(0)), [granted(2, 100)]);
+    let mut fixture = Fixture::new();
+    assert!(fixture.restore(held(7)));
+    assert_eq!(fixture.ask(2, queue()), [waiting(2, 0)]);
+    assert_eq!(fixture.ask_as(1, UID, resuming(7)), Ok(vec![granted(1, 7)]));
+    assert_eq!(fixture.orphan_ended(7), [], "it is no orphan any more");
+    assert_eq!(fixture.release(1, Outcome::Exit(0)), [granted(2, 100)]);
 }
 
 #[test]
 fn a_restored_hold_whose_process_ends_has_vanished() {
-    let mut scene = Scene::new();
-    scene.restore(held(7));
-    scene.ask(1, once());
-    scene.ask(2, once());
-    scene.settle();
+    let mut fixture = Fixture::new();
+    fixture.restore(held(7));
+    fixture.ask(1, once());
+    fixture.ask(2, once());
+    fixture.settle();
     assert_eq!(
-        scene.orphan_ended(7),
+        fixture.orphan_ended(7),
         [granted(1, 100)],
         "one of those who wait, and not a word to the others"
     );
-    assert_eq!(scene.ask_as(3, UID, resuming(7)), Ok(vec![(3, What::Lost(Loss::Unknown))]));
+    assert_eq!(fixture.ask_as(3, UID, resuming(7)), Ok(vec![(3, What::Lost(Loss::Unknown))]));
 }
 
 #[test]
 fn a_restored_hold_of_a_client_that_became_its_command_ends_with_an_outcome() {
-    let mut scene = Scene::new();
+    let mut fixture = Fixture::new();
     let terms = Terms { exec: true, ..held(7).terms };
-    scene.restore(Held { terms, ..held(7) });
-    scene.ask(1, once());
-    scene.settle();
-    assert_eq!(scene.orphan_ended(7), [finished(1, Outcome::Unknown, 7)]);
+    fixture.restore(Held { terms, ..held(7) });
+    fixture.ask(1, once());
+    fixture.settle();
+    assert_eq!(fixture.orphan_ended(7), [finished(1, Outcome::Unknown, 7)]);
 }
 
 #[test]
 fn a_restored_hold_with_a_limit_ends_then_unless_it_is_resumed() {
     let until = Millis(9_000);
-    let mut scene = Scene::new();
-    scene.restore(Held { until: Some(until), ..held(7) });
-    scene.ask(2, queue());
-    scene.now = until;
-    assert_eq!(scene.told(Table::expire), [granted(2, 100)]);
+    let mut fixture = Fixture::new();
+    fixture.restore(Held { until: Some(until), ..held(7) });
+    fixture.ask(2, queue());
+    fixture.now = until;
+    assert_eq!(fixture.notified(Table::expire), [granted(2, 100)]);
 
-    let mut scene = Scene::new();
-    scene.restore(Held { until: Some(until), ..held(7) });
-    scene.ask_as(1, UID, resuming(7)).unwrap();
-    assert_eq!(scene.table.next_deadline(), None);
+    let mut fixture = Fixture::new();
+    fixture.restore(Held { until: Some(until), ..held(7) });
+    fixture.ask_as(1, UID, resuming(7)).unwrap();
+    assert_eq!(fixture.table.next_deadline(), None);
 }
 
 #[test]
 fn an_orphan_may_be_given_less_time_and_never_more() {
-    let mut scene = Scene::new();
-    scene.restore(held(7));
-    scene.table.limit_orphan(Token(7), Millis(9_000));
-    assert_eq!(scene.table.next_deadline(), Some(Millis(9_000)));
-    scene.table.limit_orphan(Token(7), Millis(20_000));
-    assert_eq!(scene.table.next_deadline(), Some(Millis(9_000)));
-    scene.table.limit_orphan(Token(8), Millis(1));
-    assert_eq!(scene.table.next_deadline(), Some(Millis(9_000)));
-    assert_eq!(scene.ask_as(1, UID, resuming(7)), Ok(vec![granted(1, 7)]));
-    assert_eq!(scene.table.next_deadline(), None);
+    let mut fixture = Fixture::new();
+    fixture.restore(held(7));
+    fixture.table.limit_orphan(Token(7), Millis(9_000));
+    assert_eq!(fixture.table.next_deadline(), Some(Millis(9_000)));
+    fixture.table.limit_orphan(Token(7), Millis(20_000));
+    assert_eq!(fixture.table.next_deadline(), Some(Millis(9_000)));
+    fixture.table.limit_orphan(Token(8), Millis(1));
+    assert_eq!(fixture.table.next_deadline(), Some(Millis(9_000)));
+    assert_eq!(fixture.ask_as(1, UID, resuming(7)), Ok(vec![granted(1, 7)]));
+    assert_eq!(fixture.table.next_deadline(), None);
 }
 
 #[test]
 fn of_two_holds_that_cannot_be_together_only_the_first_is_restored() {
-    let mut scene = Scene::new();
+    let mut fixture = Fixture::new();
     let mut restore = |token, asked: LockRequest, nonce| {
         let terms = Terms::from(&asked);
-        scene.restore(Held { terms, nonce: Some(Nonce(nonce)), ..held(token) })
+        fixture.restore(Held { terms, nonce: Some(Nonce(nonce)), ..held(token) })
     };
     assert!(restore(1, shared(), 1));
     assert!(restore(2, shared(), 2));
@@ -118,61 +118,61 @@ fn of_two_holds_that_cannot_be_together_only_the_first_is_restored() {
 
 #[test]
 fn a_hold_is_resumed_only_by_whose_it_is_and_as_what_it_is() {
-    let mut scene = Scene::new();
-    scene.restore(held(7));
+    let mut fixture = Fixture::new();
+    fixture.restore(held(7));
     let other_key = LockRequest { key: Key::new("weekly").unwrap(), ..resuming(7) };
     for (uid, asked) in [(Some(1001), resuming(7)), (None, resuming(7)), (UID, resuming(8)), (UID, other_key)]
     {
-        assert_eq!(scene.ask_as(1, uid, asked), Err(NotYours));
+        assert_eq!(fixture.ask_as(1, uid, asked), Err(NotYours));
     }
-    assert_eq!(scene.ask_as(1, UID, resuming(7)), Ok(vec![granted(1, 7)]));
+    assert_eq!(fixture.ask_as(1, UID, resuming(7)), Ok(vec![granted(1, 7)]));
 }
 
 #[test]
 fn a_second_connection_takes_over_from_the_first() {
-    let mut scene = Scene::new();
+    let mut fixture = Fixture::new();
     let asked = LockRequest { nonce: Some(NONCE), ..queue() };
-    scene.ask_as(1, UID, asked).unwrap();
-    assert_eq!(scene.ask_as(2, UID, resuming(100)), Ok(vec![(1, What::Superseded), granted(2, 100)]));
-    assert_eq!(scene.gone(1), [], "it is nobody now");
-    scene.ask(3, queue());
-    assert_eq!(scene.release(2, Outcome::Exit(0)), [granted(3, 101)]);
+    fixture.ask_as(1, UID, asked).unwrap();
+    assert_eq!(fixture.ask_as(2, UID, resuming(100)), Ok(vec![(1, What::Superseded), granted(2, 100)]));
+    assert_eq!(fixture.gone(1), [], "it is nobody now");
+    fixture.ask(3, queue());
+    assert_eq!(fixture.release(2, Outcome::Exit(0)), [granted(3, 101)]);
 }
 
 #[test]
 fn a_detached_hold_goes_on_without_its_client() {
-    let mut scene = Scene::new();
-    scene.ask(1, queue());
-    scene.ask(2, queue());
-    scene.table.detach(ClientId(1));
-    assert_eq!(scene.gone(1), []);
-    scene.table.detach(ClientId(2));
-    assert_eq!(scene.orphan_ended(100), [granted(2, 101)], "one that only waits cannot be detached");
+    let mut fixture = Fixture::new();
+    fixture.ask(1, queue());
+    fixture.ask(2, queue());
+    fixture.table.detach(ClientId(1));
+    assert_eq!(fixture.gone(1), []);
+    fixture.table.detach(ClientId(2));
+    assert_eq!(fixture.orphan_ended(100), [granted(2, 101)], "one that only waits cannot be detached");
 }
 
 #[test]
 fn those_who_waited_before_come_before_those_who_come_later() {
-    let mut scene = Scene::new();
-    scene.restore(held(7));
-    scene.ask(10, queue());
+    let mut fixture = Fixture::new();
+    fixture.restore(held(7));
+    fixture.ask(10, queue());
     // In the order of their places, not in that of their coming, and before whoever is new.
     for (client, place) in [(12, 22), (11, 21)] {
-        scene.ask(client, LockRequest { place: Some(place), nonce: Some(Nonce(place.into())), ..queue() });
+        fixture.ask(client, LockRequest { place: Some(place), nonce: Some(Nonce(place.into())), ..queue() });
     }
-    assert_eq!(scene.orphan_ended(7), [granted(11, 100)]);
-    assert_eq!(scene.gone(11), [granted(12, 101)]);
-    assert_eq!(scene.gone(12), [granted(10, 102)]);
+    assert_eq!(fixture.orphan_ended(7), [granted(11, 100)]);
+    assert_eq!(fixture.gone(11), [granted(12, 101)]);
+    assert_eq!(fixture.gone(12), [granted(10, 102)]);
 }
 
 #[test]
 fn a_lock_that_is_broken_is_the_next_ones() {
-    let mut scene = Scene::new();
-    scene.ask(1, shared());
-    scene.ask(2, shared());
-    scene.ask(3, queue());
-    let told = scene.told(|table, now, effects| table.break_lock(now, key().id(), effects));
-    assert_eq!(told, [(1, What::Lost(Loss::Broken)), (2, What::Lost(Loss::Broken)), granted(3, 100 + 2)]);
-    assert_eq!(scene.release(1, Outcome::Exit(0)), [], "it holds nothing");
+    let mut fixture = Fixture::new();
+    fixture.ask(1, shared());
+    fixture.ask(2, shared());
+    fixture.ask(3, queue());
+    let notified = fixture.notified(|table, now, effects| table.break_lock(now, key().id(), effects));
+    assert_eq!(notified, [(1, What::Lost(Loss::Broken)), (2, What::Lost(Loss::Broken)), granted(3, 100 + 2)]);
+    assert_eq!(fixture.release(1, Outcome::Exit(0)), [], "it holds nothing");
     let unheard_of = Key::new("weekly").unwrap().id();
-    assert_eq!(scene.told(|table, now, effects| table.break_lock(now, unheard_of, effects)), []);
+    assert_eq!(fixture.notified(|table, now, effects| table.break_lock(now, unheard_of, effects)), []);
 }

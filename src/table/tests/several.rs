@@ -22,7 +22,7 @@ struct Job {
 
 /// A world of such jobs. Each lock that a job holds has a connection of its own.
 struct World {
-    scene: Scene,
+    fixture: Fixture,
     jobs: BTreeMap<u32, Job>,
     /// Whose each connection is.
     owner: BTreeMap<u32, u32>,
@@ -45,12 +45,12 @@ impl World {
         let connection = self.next_connection;
         self.next_connection += 1;
         self.owner.insert(connection, number);
-        let told = self.scene.ask(connection, asked);
-        self.hear(told);
+        let notified = self.fixture.ask(connection, asked);
+        self.hear(notified);
     }
 
-    fn hear(&mut self, told: Vec<(u32, What)>) {
-        for (connection, what) in told {
+    fn hear(&mut self, notified: Vec<(u32, What)>) {
+        for (connection, what) in notified {
             let number = self.owner[&connection];
             match what {
                 What::Granted(token) => {
@@ -71,7 +71,7 @@ impl World {
 
     fn new(wants: &mut impl FnMut() -> Vec<u64>) -> World {
         let mut world = World {
-            scene: Scene::new(),
+            fixture: Fixture::new(),
             jobs: BTreeMap::new(),
             owner: BTreeMap::new(),
             next_connection: 1,
@@ -100,9 +100,9 @@ impl World {
         self.done += 1;
         job.asked_at = self.done;
         for (connection, _) in holds {
-            let told = self.scene.release(connection, Outcome::Exit(0));
-            self.hear(told);
-            self.scene.gone(connection);
+            let notified = self.fixture.release(connection, Outcome::Exit(0));
+            self.hear(notified);
+            self.fixture.gone(connection);
         }
     }
 }

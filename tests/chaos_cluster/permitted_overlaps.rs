@@ -12,7 +12,7 @@
 //! protocol 1 whose daemon is killed or cut off.
 
 use crate::checker::Section;
-use crate::host::{Ailment, Spell};
+use crate::host::{HostFault, Outage};
 
 /// What the checker must know of a client.
 #[derive(Clone, Debug)]
@@ -21,7 +21,7 @@ pub struct Life {
     /// Its `kmutex run` was killed.
     pub is_orphan: bool,
     /// What was wrong with its host.
-    pub spells: Vec<Spell>,
+    pub outages: Vec<Outage>,
     /// When its host's daemon said that what it held is lost, in order.
     pub losses: Vec<f64>,
 }
@@ -45,13 +45,13 @@ const FINDING_OUT: f64 = 2.0 * crate::TTL_SECS as f64 + 4.0;
 const NOTICING: f64 = 0.5;
 
 /// Why `next` may have entered while `first` was inside, if it may.
-pub fn excuse(first: &Section<'_>, life: &Life, next: &Section<'_>) -> Option<&'static str> {
-    let spells = &life.spells;
-    // Not before the lease can have run out, which was relied on when the spell began.
-    let is_over_since = |spell: &&Spell| spell.from + MARGIN <= next.entered;
-    let at_next = || spells.iter().filter(is_over_since).filter(|spell| next.entered <= spell.to);
+pub fn permit(first: &Section<'_>, life: &Life, next: &Section<'_>) -> Option<&'static str> {
+    let outages = &life.outages;
+    // Not before the lease can have run out, which was relied on when the outage began.
+    let is_over_since = |outage: &&Outage| outage.from + MARGIN <= next.entered;
+    let at_next = || outages.iter().filter(is_over_since).filter(|outage| next.entered <= outage.to);
     if life.speaker == Speaker::Protocol1 {
-        let stopped = at_next().find(|spell| spell.what == Ailment::Stopped)?;
+        let stopped = at_next().find(|outage| outage.what == HostFault::Stopped)?;
         return (first.left <= stopped.to + NOTICING).then_some("a client that cannot be told is overtaken");
     }
     if !life.is_orphan {
@@ -61,8 +61,8 @@ pub fn excuse(first: &Section<'_>, life: &Life, next: &Section<'_>) -> Option<&'
     let loss = life.losses.iter().copied().find(|&loss| loss > first.entered)?;
     let was_told_in_time = next.entered >= loss - PERIOD;
     let could_not_be_told = || {
-        let mut before = spells.iter().filter(is_over_since);
-        before.any(|spell| next.entered <= loss && loss <= spell.to + FINDING_OUT)
+        let mut before = outages.iter().filter(is_over_since);
+        before.any(|outage| next.entered <= loss && loss <= outage.to + FINDING_OUT)
     };
     (was_told_in_time || could_not_be_told()).then_some("a command without its kmutex is overtaken")
 }
@@ -70,38 +70,38 @@ pub fn excuse(first: &Section<'_>, life: &Life, next: &Section<'_>) -> Option<&'
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::checker::check_but;
+    use crate::checker::check_except;
 
     const FROM: f64 = 100.0;
     const TO: f64 = 106.0;
 
-    /// Somebody on a host with this ailment from 100 to 106 is inside from 99 on, another enters then.
-    fn is_excused(ailment: Ailment, speaker: Speaker, is_orphan: bool, times: [f64; 3]) -> bool {
+    /// Somebody on a host with this fault from 100 to 106 is inside from 99 on, another enters then.
+    fn is_permitted(fault: HostFault, speaker: Speaker, is_orphan: bool, times: [f64; 3]) -> bool {
         let [entered, left, lost] = times;
-        let spells = vec![Spell { what: ailment, from: FROM, to: TO }];
-        let life = Life { speaker, is_orphan, spells, losses: vec![50.0, lost] };
+        let outages = vec![Outage { what: fault, from: FROM, to: TO }];
+        let life = Life { speaker, is_orphan, outages, losses: vec![50.0, lost] };
         let log = format!(
             "enter a k exclusive - 1 99\nenter b k exclusive - 2 {entered}\n\
              leave a k exclusive - 1 {left}\nleave b k exclusive - 2 200\n"
         );
-        check_but(&log, |first, next| excuse(first, &life, next).is_some()).is_ok()
+        check_except(&log, |first, next| permit(first, &life, next).is_some()).is_ok()
     }
 
     #[test]
     fn a_client_of_protocol_1_is_excused_while_its_daemon_is_stopped() {
-        let is = |ailment, times| is_excused(ailment, Speaker::Protocol1, false, times);
-        assert!(is(Ailment::Stopped, [104.0, 106.1, 106.0]));
-        assert!(!is(Ailment::Stopped, [100.5, 106.1, 106.0]), "the lease was relied on");
-        assert!(!is(Ailment::Stopped, [106.2, 106.3, 106.0]), "it could be told");
-        assert!(!is(Ailment::Stopped, [104.0, 107.0, 106.0]), "it was told");
-        for other in [Ailment::Cut, Ailment::Dead] {
+        let is = |fault, times| is_permitted(fault, Speaker::Protocol1, false, times);
+        assert!(is(HostFault::Stopped, [104.0, 106.1, 106.0]));
+        assert!(!is(HostFault::Stopped, [100.5, 106.1, 106.0]), "the lease was relied on");
+        assert!(!is(HostFault::Stopped, [106.2, 106.3, 106.0]), "it could be told");
+        assert!(!is(HostFault::Stopped, [104.0, 107.0, 106.0]), "it was told");
+        for other in [HostFault::Cut, HostFault::Dead] {
             assert!(!is(other, [104.0, 106.1, 106.0]), "{other:?}");
         }
     }
 
     #[test]
     fn a_command_is_excused_that_nobody_can_stop_when_the_lease_is_lost() {
-        let is = |is_orphan, times| is_excused(Ailment::Cut, Speaker::KmutexRun, is_orphan, times);
+        let is = |is_orphan, times| is_permitted(HostFault::Cut, Speaker::KmutexRun, is_orphan, times);
         assert!(is(true, [104.0, 110.0, 103.0]));
         assert!(is(true, [104.0, 110.0, 106.5]), "the daemon finds out later");
         assert!(!is(true, [100.5, 110.0, 103.0]), "the lease was relied on");
@@ -112,8 +112,8 @@ mod tests {
 
     #[test]
     fn etcdctl_is_not_excused() {
-        for ailment in [Ailment::Stopped, Ailment::Cut, Ailment::Dead] {
-            assert!(!is_excused(ailment, Speaker::Etcdctl, false, [104.0, 106.1, 103.0]));
+        for fault in [HostFault::Stopped, HostFault::Cut, HostFault::Dead] {
+            assert!(!is_permitted(fault, Speaker::Etcdctl, false, [104.0, 106.1, 103.0]));
         }
     }
 }
