@@ -1,8 +1,8 @@
 //! How this host stands among the hosts that share their locks: a line for each lock, in etcd, in which the first holds.
 //!
 //! A state machine like the table, without input or output: it is told what the table needs ([`Stir`]), what etcd has
-//! answered ([`Cluster::answered`]) and what the watch has seen ([`Cluster::heard`]); it tells the table who holds what
-//! elsewhere and what this host has won, and says what etcd is to be asked next ([`Cluster::take_asks`]). Nothing here
+//! answered ([`Cluster::answered`]) and what the watch has seen ([`Cluster::watch_event`]); it tells the table who holds what
+//! elsewhere and what this host has won, and says what etcd is to be asked next ([`Cluster::take_requests`]). Nothing here
 //! knows of connections, threads or encodings, so that `cluster/simulation.rs` can drive three hosts through every
 //! kind of failure.
 //!
@@ -16,7 +16,7 @@
 //! - What a place is called is never used again. A place of this host that it does not know of (a question that was
 //!   given up for lost, and came through after all) is removed.
 
-mod contest;
+mod queue;
 #[cfg(test)]
 mod simulation;
 
@@ -27,7 +27,7 @@ use serde::{Deserialize, Serialize};
 use crate::proto::v2::{Mode, Text, Who};
 use crate::proto::{LockId, Outcome, Token};
 use crate::table::{Effects, Mark, Millis, RequestView, Stir, Table};
-use contest::Contest;
+use queue::LockQueue;
 
 /// When etcd cannot be asked, how long until it is asked again.
 const PAUSE: Millis = Millis(500);
@@ -53,7 +53,7 @@ impl LeaseName {
 
 /// Who has a place, for people on other hosts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Claim {
+pub struct Owner {
     /// The lock's key, if it is known here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
@@ -77,7 +77,7 @@ pub struct Claim {
 
 /// How a hold has ended: what a host leaves behind for those who waited.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Record {
+pub struct OutcomeRecord {
     /// Which hold.
     pub token: Token,
     /// How.
@@ -86,77 +86,77 @@ pub struct Record {
 
 /// A place in the line of a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Contender {
+pub struct Entry {
     /// What the place is called.
     pub place: String,
     /// When it was taken. The lowest of a line holds the lock, and this is its token.
     pub revision: Revision,
     /// Whose it is. `None`: not kmutex's.
-    pub claim: Option<Claim>,
+    pub owner: Option<Owner>,
 }
 
 /// The line of a lock, as it was at a revision.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Line {
+pub struct QueueSnapshot {
     /// When.
     pub revision: Revision,
     /// Who stands in it.
-    pub contenders: Vec<Contender>,
+    pub entries: Vec<Entry>,
     /// How the last hold ended that somebody has told of.
-    pub last: Option<Record>,
+    pub last: Option<OutcomeRecord>,
 }
 
 /// What the watch has seen of a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Heard {
+pub enum WatchEvent {
     /// Somebody has taken a place.
-    Joined(Contender),
+    Added(Entry),
     /// The place of this name is gone.
-    Left(String),
-    /// Somebody has told how a hold ended.
-    Recorded(Record),
+    Removed(String),
+    /// A host recorded how a hold ended.
+    Outcome(OutcomeRecord),
 }
 
-/// A question to etcd, about the line of one lock. The answer is its [`Line`] afterwards.
+/// A question to etcd, about the line of one lock. The answer is its [`QueueSnapshot`] afterwards.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Ask {
+pub struct ClusterRequest {
     /// To be named in the answer.
     pub id: u64,
     /// Which lock.
     pub lock: LockId,
     /// What.
-    pub what: Question,
+    pub what: QueueOp,
 }
 
 /// What etcd is to do before it reads the line.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Question {
+pub enum QueueOp {
     /// Nothing.
     Read,
     /// Take this place if nobody has one.
-    Try {
+    TryAcquire {
         /// What it is called.
         place: String,
         /// Whose it is.
-        claim: Box<Claim>,
+        owner: Box<Owner>,
     },
     /// Take this place behind all others.
-    Stand {
+    Enqueue {
         /// What it is called.
         place: String,
         /// Whose it is.
-        claim: Box<Claim>,
+        owner: Box<Owner>,
     },
     /// Give up this place, if it is the one that was taken at this revision, and all in one:
-    Leave {
+    Release {
         /// What it is called.
         place: String,
         /// When it was taken.
         revision: Revision,
         /// How the hold ended, to be left behind.
-        record: Option<Record>,
+        record: Option<OutcomeRecord>,
         /// Where to stand next, behind all others.
-        next: Option<(String, Box<Claim>)>,
+        next: Option<(String, Box<Owner>)>,
     },
 }
 
@@ -177,12 +177,12 @@ pub struct Cluster {
     lease: Option<LeaseName>,
     /// Until when the lease, and so all that is held here, may be relied upon.
     good_until: Millis,
-    contests: BTreeMap<LockId, Contest>,
+    queues: BTreeMap<LockId, LockQueue>,
     /// Those to be looked at.
     stirred: BTreeSet<LockId>,
     /// Those that have something to ask, and cannot at the moment.
     pending: BTreeSet<LockId>,
-    asks: Vec<Ask>,
+    requests: Vec<ClusterRequest>,
     /// The last question did not come through: when to try again, with one question first.
     retry_at: Option<Millis>,
     next_id: u64,
@@ -195,10 +195,10 @@ impl Cluster {
         Cluster {
             lease: None,
             good_until: Millis(0),
-            contests: BTreeMap::new(),
+            queues: BTreeMap::new(),
             stirred: BTreeSet::new(),
             pending: BTreeSet::new(),
-            asks: Vec::new(),
+            requests: Vec::new(),
             retry_at: None,
             next_id: 0,
             next_place: first_place,
@@ -227,10 +227,10 @@ impl Cluster {
         for lock in held {
             table.lose(now, lock, effects);
         }
-        for (lock, contest) in &mut self.contests {
-            contest.lose_place();
+        for (lock, queue) in &mut self.queues {
+            queue.lose_place();
             // The next lease may be of another store, whose revisions begin anew.
-            contest.forget_line(Revision(0));
+            queue.forget_line(Revision(0));
             self.stirred.insert(*lock);
         }
     }
@@ -267,8 +267,8 @@ impl Cluster {
         let lock = match stir {
             Stir::Wants(lock) => lock,
             Stir::Ended(lock, token, outcome) => {
-                if let Some(contest) = self.contests.get_mut(&lock) {
-                    contest.ended(token, outcome);
+                if let Some(queue) = self.queues.get_mut(&lock) {
+                    queue.ended(token, outcome);
                 }
                 lock
             }
@@ -277,14 +277,14 @@ impl Cluster {
     }
 
     /// The watch has seen this of a lock, at this revision.
-    pub fn heard(&mut self, lock: LockId, revision: Revision, what: Heard) {
-        if let Some(contest) = self.contests.get_mut(&lock) {
-            contest.heard(revision, what);
-        } else if let (Heard::Joined(contender), Some(lease)) = (&what, &self.lease)
-            && lease.is_of(&contender.place)
+    pub fn watch_event(&mut self, lock: LockId, revision: Revision, what: WatchEvent) {
+        if let Some(queue) = self.queues.get_mut(&lock) {
+            queue.watch_event(revision, what);
+        } else if let (WatchEvent::Added(entry), Some(lease)) = (&what, &self.lease)
+            && lease.is_of(&entry.place)
         {
             // Given up for lost, and come through after all. It is looked into.
-            self.contests.insert(lock, Contest::unread());
+            self.queues.insert(lock, LockQueue::unread());
         } else {
             return;
         }
@@ -294,15 +294,15 @@ impl Cluster {
     /// In the lines of these locks this host's lease has places, whether it knows of them or not.
     pub fn has_places(&mut self, locks: impl IntoIterator<Item = LockId>) {
         for lock in locks {
-            self.contests.entry(lock).or_insert_with(Contest::unread);
+            self.queues.entry(lock).or_insert_with(LockQueue::unread);
             self.stirred.insert(lock);
         }
     }
 
     /// The watch has missed something up to this revision, and sees all that comes after.
-    pub fn missed(&mut self, revision: Revision) {
-        for (lock, contest) in &mut self.contests {
-            contest.forget_line(revision);
+    pub fn watch_gap(&mut self, revision: Revision) {
+        for (lock, queue) in &mut self.queues {
+            queue.forget_line(revision);
             self.stirred.insert(*lock);
         }
     }
@@ -313,18 +313,18 @@ impl Cluster {
         table: &mut Table,
         now: Millis,
         (lock, id): (LockId, u64),
-        answer: Result<Line, Failure>,
+        answer: Result<QueueSnapshot, Failure>,
         effects: &mut Effects,
     ) {
-        let Some(contest) = self.contests.get_mut(&lock) else { return };
+        let Some(queue) = self.queues.get_mut(&lock) else { return };
         self.stirred.insert(lock);
         match answer {
             Ok(line) => {
-                contest.answered(id, line);
+                queue.answered(id, line);
                 self.can_ask_again();
             }
             Err(failure) => {
-                if let Some(mark) = contest.not_answered(id, failure) {
+                if let Some(mark) = queue.not_answered(id, failure) {
                     table.unavailable(lock, mark, effects);
                 }
                 if failure != Failure::LeaseGone {
@@ -335,81 +335,81 @@ impl Cluster {
     }
 
     /// Looks at all that was stirred: tells the table what is true, and makes up the questions that follow.
-    pub fn review(&mut self, table: &mut Table, now: Millis, effects: &mut Effects) {
+    pub fn poll(&mut self, table: &mut Table, now: Millis, effects: &mut Effects) {
         let may_probe = self.retry_at.is_none_or(|at| at <= now);
         if may_probe {
             self.stirred.append(&mut self.pending);
         }
         for lock in std::mem::take(&mut self.stirred) {
-            self.contests.entry(lock).or_default().sync(table, now, lock, effects);
+            self.queues.entry(lock).or_default().update_table(table, now, lock, effects);
             // One question tells whether the others have a chance.
-            let has_probed = self.is_away() && !self.asks.is_empty();
+            let has_probed = self.is_away() && !self.requests.is_empty();
             if self.lease.is_some() && may_probe && !has_probed {
                 self.ask(table, lock);
-            } else if self.contests[&lock].needs(table, lock, self.lease.as_ref()) {
+            } else if self.queues[&lock].needs(table, lock, self.lease.as_ref()) {
                 self.pending.insert(lock);
                 if self.is_away() {
                     table.unavailable(lock, table.mark(), effects);
                 }
             }
-            if self.contests[&lock].is_over(table, lock, self.lease.as_ref()) {
-                self.contests.remove(&lock);
+            if self.queues[&lock].is_over(table, lock, self.lease.as_ref()) {
+                self.queues.remove(&lock);
             }
         }
-        if self.is_away() && !self.asks.is_empty() {
+        if self.is_away() && !self.requests.is_empty() {
             self.retry_at = Some(now.plus(PAUSE));
         }
     }
 
     /// What etcd is to be asked.
-    pub fn take_asks(&mut self) -> Vec<Ask> {
-        std::mem::take(&mut self.asks)
+    pub fn take_requests(&mut self) -> Vec<ClusterRequest> {
+        std::mem::take(&mut self.requests)
     }
 
-    /// True when [`Cluster::review`] has something to look at now.
+    /// True when [`Cluster::poll`] has something to look at now.
     pub fn is_stirred(&self, now: Millis) -> bool {
         !self.stirred.is_empty() || self.retry_at().is_some_and(|at| at <= now)
     }
 
     /// Who has the first place of a lock, as far as it is known.
-    pub fn holder(&self, lock: LockId) -> Option<&Contender> {
-        self.contests.get(&lock)?.first()
+    pub fn holder(&self, lock: LockId) -> Option<&Entry> {
+        self.queues.get(&lock)?.first()
     }
 
     fn ask(&mut self, table: &Table, lock: LockId) {
-        let (Some(contest), Some(lease)) = (self.contests.get_mut(&lock), &self.lease) else { return };
+        let (Some(queue), Some(lease)) = (self.queues.get_mut(&lock), &self.lease) else { return };
         let place = lease.place(self.next_place);
-        let Some(what) = contest.question(table, lock, lease, place) else { return };
+        let Some(what) = queue.question(table, lock, lease, place) else { return };
         self.next_place += 1;
         self.next_id += 1;
-        contest.asked(self.next_id, table.mark(), &what);
-        self.asks.push(Ask { id: self.next_id, lock, what });
+        queue.asked(self.next_id, table.mark(), &what);
+        self.requests.push(ClusterRequest { id: self.next_id, lock, what });
     }
 }
 
-impl Question {
+impl QueueOp {
     /// For whom a place is to be taken.
-    pub fn claim_mut(&mut self) -> Option<&mut Claim> {
+    pub fn owner_mut(&mut self) -> Option<&mut Owner> {
         match self {
-            Question::Try { claim, .. }
-            | Question::Stand { claim, .. }
-            | Question::Leave { next: Some((_, claim)), .. } => Some(claim),
-            Question::Read | Question::Leave { .. } => None,
+            QueueOp::TryAcquire { owner, .. }
+            | QueueOp::Enqueue { owner, .. }
+            | QueueOp::Release { next: Some((_, owner)), .. } => Some(owner),
+            QueueOp::Read | QueueOp::Release { .. } => None,
         }
     }
 }
 
-impl Claim {
+impl Owner {
     /// On behalf of a request. Host and time are for the caller to fill in.
-    fn of(key: Option<&str>, request: &RequestView<'_>) -> Claim {
+    fn of(key: Option<&str>, request: &RequestView<'_>) -> Owner {
         let asked = request.asked;
-        Claim {
+        Owner {
             key: key.map(Into::into),
             uid: request.uid,
             protocol: request.terms.protocol,
             mode: asked.map_or(Mode::Once, |asked| asked.mode),
             who: asked.map(|asked| asked.who.clone()).unwrap_or_default(),
-            ..Claim::default()
+            ..Owner::default()
         }
     }
 }

@@ -14,7 +14,7 @@ mod endpoint;
 mod error;
 mod http;
 mod kv;
-mod names;
+mod resolver;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -35,7 +35,7 @@ pub use kv::{
     Compare, Event, KeptAlive, KeyValue, Lease, LeaseId, Op, Range, RangeReply, Sort, Txn, TxnReply,
     WatchReply,
 };
-use names::Names;
+use resolver::HostResolver;
 pub use watch::Watch;
 
 /// A client of one cluster of etcd. Threads may share it; each call blocks the one that makes it.
@@ -59,7 +59,7 @@ impl Client {
         if config.endpoints.is_empty() {
             return Err(ConfigError::NoEndpoint);
         }
-        let agents = Agents { tls: config::tls(config)?, names: Names::default() };
+        let agents = Agents { tls: config::tls(config)?, resolver: HostResolver::default() };
         Ok(Client {
             endpoints: config.endpoints.clone(),
             current: AtomicUsize::new(0),
@@ -140,7 +140,7 @@ impl Client {
                 let (tokens, token) = (Arc::clone(&self.tokens), token.map(String::from));
                 Ok(Watch::new(endpoint.clone(), response.into_body(), tokens, token))
             };
-            self.tokens.with(|user| self.authenticate(endpoint, user), open)
+            self.tokens.with_token(|user| self.authenticate(endpoint, user), open)
         })
     }
 
@@ -191,7 +191,7 @@ impl Client {
 
     fn attempt(&self, endpoint: &Endpoint, path: &str, body: &str) -> Result<Vec<u8>, Failure> {
         let call = |token: Option<&str>| self.post(endpoint, path, body, token);
-        self.tokens.with(|user| self.authenticate(endpoint, user), call)
+        self.tokens.with_token(|user| self.authenticate(endpoint, user), call)
     }
 
     fn authenticate(&self, endpoint: &Endpoint, user: &User) -> Result<String, Failure> {

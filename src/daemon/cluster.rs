@@ -4,8 +4,8 @@
 //! Nothing here happens without `--etcd`.
 
 mod layout;
-mod link;
 mod listing;
+mod threads;
 
 use std::io;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -19,13 +19,13 @@ use super::connection::ConnectionId;
 use super::remote::{RemoteReply, RemoteRequest};
 use super::source::Source;
 use crate::clock;
-use crate::cluster::{Cluster, Contender, Failure, LeaseName, Question};
+use crate::cluster::{Cluster, Entry, Failure, LeaseName, QueueOp};
 use crate::etcd::{self, Client, LeaseId};
 use crate::proto::v2::{Answer, ErrorCode, LeaseTerms, Party, Text, error};
 use crate::proto::{LockId, Token};
 use crate::table::{Effects, Millis, Stir, Table};
 use layout::{Layout, Leases};
-use link::{Link, Order, Report};
+use threads::{Command, EtcdThreads, Event};
 
 /// How long the end of the daemon may wait for etcd.
 const STOP_WAIT: Duration = Duration::from_millis(80);
@@ -46,7 +46,7 @@ pub struct Config {
 /// What the daemon has for it.
 pub(super) struct Clustering {
     cluster: Cluster,
-    link: Link,
+    threads: EtcdThreads,
     host: Text,
     ttl_secs: u64,
     lease: Option<LeaseId>,
@@ -82,7 +82,7 @@ pub(super) fn share(
     resume: Option<u64>,
 ) -> Result<Clustering, super::Error> {
     let resume = resume.filter(|&lease| lease != 0).map(|lease| LeaseId(lease as i64));
-    let link = Link::start(client, Layout::new(&config.prefix), config.ttl_secs, resume)
+    let threads = EtcdThreads::start(client, Layout::new(&config.prefix), config.ttl_secs, resume)
         .map_err(|e| super::Error::Os("start the threads for etcd", e))?;
     let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_micros() as u64);
     let host = nix::unistd::gethostname().unwrap_or_default();
@@ -92,7 +92,7 @@ pub(super) fn share(
     Ok(Clustering {
         // Whatever the daemon before has called its places, it had not so many.
         cluster: Cluster::new(micros),
-        link,
+        threads,
         host: (&*host.to_string_lossy()).into(),
         ttl_secs: config.ttl_secs,
         lease: None,
@@ -115,7 +115,7 @@ impl Clustering {
     pub(super) fn register(&self, epoll: &Epoll) -> io::Result<()> {
         // Edge-triggered: neither of them is ever read.
         let event = EpollEvent::new(EpollFlags::EPOLLIN | EpollFlags::EPOLLET, Source::Cluster.pack());
-        epoll.add(self.link.readable(), event)?;
+        epoll.add(self.threads.readable(), event)?;
         epoll.add(&self.alarm, event)?;
         Ok(())
     }
@@ -143,11 +143,11 @@ impl Clustering {
             warn!("etcd: the lease was not kept in time; what is held is lost");
             return Some(vec![self.lose_lease(table, now, effects)]);
         }
-        if let Some(report) = self.link.report() {
-            return Some(self.handle(report, table, now, effects).into_iter().collect());
+        if let Some(event) = self.threads.next_event() {
+            return Some(self.handle(event, table, now, effects).into_iter().collect());
         }
         if self.cluster.is_stirred(now) {
-            self.cluster.review(table, now, effects);
+            self.cluster.poll(table, now, effects);
             self.send(now);
             return Some(Vec::new());
         }
@@ -156,7 +156,7 @@ impl Clustering {
 
     /// Asks etcd something for a client. [`Clustering::poll`] returns the answer.
     pub(super) fn request(&mut self, from: ConnectionId, request: RemoteRequest) {
-        self.link.order(Order::Remote(from, request));
+        self.threads.command(Command::Remote(from, request));
     }
 
     /// Returns how long what a client holds may be relied on.
@@ -175,9 +175,9 @@ impl Clustering {
     pub(super) fn stop(&mut self, table: &Table) -> bool {
         let until = Instant::now() + STOP_WAIT;
         while self.under_way > 0
-            && let Some(report) = self.link.wait(until)
+            && let Some(event) = self.threads.wait(until)
         {
-            self.under_way -= usize::from(matches!(report, Report::Answer { .. }));
+            self.under_way -= usize::from(matches!(event, Event::Answer { .. }));
         }
         let mut cursor = 0;
         while let Some((lock, next)) = table.next_lock(cursor) {
@@ -186,14 +186,14 @@ impl Clustering {
             }
             cursor = next;
         }
-        self.link.stop(self.lease, until);
+        self.threads.stop(self.lease, until);
         true
     }
 
     fn lose_lease(&mut self, table: &mut Table, now: Millis, effects: &mut Effects) -> RemoteReply {
         self.cluster.lost_lease(table, now, effects);
         if let Some(lease) = self.lease.take() {
-            self.link.abandon(lease);
+            self.threads.abandon(lease);
             self.abandoned = Some(lease);
         }
         // The next daemon must not resume it either: it would give up places in whose remaining time holders are stopping.
@@ -203,28 +203,28 @@ impl Clustering {
     /// Handles what one of the threads reports.
     fn handle(
         &mut self,
-        report: Report,
+        event: Event,
         table: &mut Table,
         now: Millis,
         effects: &mut Effects,
     ) -> Option<RemoteReply> {
-        match report {
-            Report::Leased { lease, .. } if self.abandoned == Some(lease) => None,
-            Report::Leased { lease, sent, ttl_secs, revision } => {
+        match event {
+            Event::Leased { lease, .. } if self.abandoned == Some(lease) => None,
+            Event::Leased { lease, sent, ttl_secs, revision } => {
                 self.no_trouble();
                 self.leased(lease, sent, ttl_secs, revision).then(|| {
                     info!("etcd: sharing locks under lease {:016x}, of {ttl_secs} s", lease.0);
                     // A resumed lease may have places that this daemon does not know of.
-                    self.link.order(Order::Places(lease));
+                    self.threads.command(Command::ListEntries(lease));
                     RemoteReply::RecordLease(lease.0 as u64)
                 })
             }
-            Report::LeaseGone(lease) => (self.lease.is_none() || self.lease == Some(lease)).then(|| {
+            Event::LeaseGone(lease) => (self.lease.is_none() || self.lease == Some(lease)).then(|| {
                 warn!("etcd: lease {:016x} is gone; what was held under it is lost", lease.0);
                 self.lease = None;
                 self.lose_lease(table, now, effects)
             }),
-            Report::Answer { lock, id, lease, answer, trouble } => {
+            Event::Answer { lock, id, lease, answer, trouble } => {
                 self.under_way -= 1;
                 match &trouble {
                     Some(error) => self.trouble(error),
@@ -238,10 +238,10 @@ impl Clustering {
                     self.lose_lease(table, now, effects)
                 })
             }
-            Report::Page { to, page } => {
+            Event::Page { to, page } => {
                 Some(RemoteReply::Page { to, page: page.map_err(|e| format!("etcd: {e}")) })
             }
-            Report::Broken { to, broken } => {
+            Event::Broken { to, broken } => {
                 let answer = match broken {
                     Ok(true) => Answer::Broken,
                     Ok(false) => error(ErrorCode::NotHeld, "break: this lock is not held"),
@@ -257,62 +257,62 @@ impl Clustering {
     }
 
     /// Takes note of a report that has no effect on the table by itself.
-    fn observe(&mut self, report: Report, now: Millis) {
-        match report {
-            Report::Trouble(error) => {
+    fn observe(&mut self, event: Event, now: Millis) {
+        match event {
+            Event::Trouble(error) => {
                 self.wants_records = false;
                 self.trouble(&error);
                 if self.lease.is_none() {
                     self.cluster.cannot_ask(now);
                 }
             }
-            Report::Places(locks) => self.cluster.has_places(locks),
-            Report::NoPlaces(lease) => {
+            Event::Entries(locks) => self.cluster.has_places(locks),
+            Event::NoEntries(lease) => {
                 if self.lease == Some(lease) {
-                    self.link.order(Order::Places(lease));
+                    self.threads.command(Command::ListEntries(lease));
                 }
             }
-            Report::RecordsLease { lease, sent } => {
+            Event::RecordsLease { lease, sent } => {
                 self.records = Some((lease, sent));
                 self.wants_records = false;
             }
-            Report::RecordsGone(lease) => {
+            Event::RecordsGone(lease) => {
                 self.records.take_if(|(records, _)| *records == lease);
             }
-            Report::Heard { revision, events } => {
+            Event::Watch { revision, events } => {
                 self.watched = self.watched.max(revision);
                 for (lock, revision, what) in events {
-                    self.cluster.heard(lock, revision, what);
+                    self.cluster.watch_event(lock, revision, what);
                 }
             }
-            Report::Missed(revision) => {
+            Event::WatchGap(revision) => {
                 self.watched = self.watched.max(revision.0);
-                self.cluster.missed(revision);
+                self.cluster.watch_gap(revision);
                 if let Some(lease) = self.lease {
-                    self.link.order(Order::Places(lease));
+                    self.threads.command(Command::ListEntries(lease));
                 }
             }
-            Report::Leased { .. }
-            | Report::LeaseGone(_)
-            | Report::Answer { .. }
-            | Report::Page { .. }
-            | Report::Broken { .. } => unreachable!("these are handled"),
+            Event::Leased { .. }
+            | Event::LeaseGone(_)
+            | Event::Answer { .. }
+            | Event::Page { .. }
+            | Event::Broken { .. } => unreachable!("these are handled"),
         }
     }
 
     fn send(&mut self, now: Millis) {
-        for mut ask in self.cluster.take_asks() {
+        for mut ask in self.cluster.take_requests() {
             let Some(places) = self.lease else { return };
-            if let Some(claim) = ask.what.claim_mut() {
-                claim.host = self.host.clone();
-                claim.since_ms = unix_ms();
+            if let Some(owner) = ask.what.owner_mut() {
+                owner.host = self.host.clone();
+                owner.since_ms = unix_ms();
             }
-            if let Question::Leave { record: Some(_), .. } = ask.what {
+            if let QueueOp::Release { record: Some(_), .. } = ask.what {
                 self.renew_records(now);
             }
             let records = self.records.map_or(places, |(lease, _)| lease);
             self.under_way += 1;
-            self.link.order(Order::Ask(ask, Leases { places, records }));
+            self.threads.command(Command::Request(ask, Leases { places, records }));
         }
     }
 
@@ -326,7 +326,7 @@ impl Clustering {
         }
         let is_fresh = self.records.is_some_and(|(_, sent)| now < sent.plus(RECORDS_LEASE_EVERY));
         if !is_fresh && !std::mem::replace(&mut self.wants_records, true) {
-            self.link.order(Order::RecordsLease);
+            self.threads.command(Command::GrantRecordsLease);
         }
     }
 
@@ -345,7 +345,7 @@ impl Clustering {
         // says nothing any more.
         if self.kept > self.watched {
             debug!("etcd: the watch is silent, opening it anew");
-            self.link.watch_anew();
+            self.threads.watch_anew();
         }
         self.kept = revision;
         is_new
@@ -365,25 +365,25 @@ impl Clustering {
 }
 
 /// A holder or waiter on another host.
-fn party(contender: &Contender) -> Party {
-    let claim = contender.claim.clone().unwrap_or_default();
-    let mut who = claim.who;
-    if !claim.host.is_empty() {
-        who.host = claim.host;
+fn party(entry: &Entry) -> Party {
+    let owner = entry.owner.clone().unwrap_or_default();
+    let mut who = owner.who;
+    if !owner.host.is_empty() {
+        who.host = owner.host;
     }
     // Its number says nothing of a user here, and its name may not be known there.
-    if let (true, Some(uid)) = (who.user.is_empty(), claim.uid) {
+    if let (true, Some(uid)) = (who.user.is_empty(), owner.uid) {
         who.user = format!("uid {uid}").into();
     }
-    if contender.claim.is_none() {
+    if entry.owner.is_none() {
         who.note = "of another program".into();
     }
     Party {
-        protocol: claim.protocol,
+        protocol: owner.protocol,
         uid: None,
         who,
-        for_ms: if claim.since_ms == 0 { 0 } else { unix_ms().saturating_sub(claim.since_ms) },
-        token: Some(Token(contender.revision.0 as u64)),
+        for_ms: if owner.since_ms == 0 { 0 } else { unix_ms().saturating_sub(owner.since_ms) },
+        token: Some(Token(entry.revision.0 as u64)),
         mode: None,
         shared: false,
         orphan: false,

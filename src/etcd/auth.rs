@@ -28,7 +28,7 @@ impl Tokens {
 
     /// Makes an attempt with the token, and another one with a new token if it was for the token that the first failed.
     /// `ask` gets a token for a user.
-    pub(super) fn with<T>(
+    pub(super) fn with_token<T>(
         &self,
         ask: impl Fn(&User) -> Result<String, Failure>,
         attempt: impl Fn(Option<&str>) -> Result<T, Failure>,
@@ -104,17 +104,17 @@ mod tests {
             Ok(format!("t{}", asked.get()))
         };
         let used = |token: Option<&str>| Ok(token.unwrap_or_default().to_string());
-        assert_eq!(tokens.with(ask, used).unwrap(), "t1");
-        assert_eq!(tokens.with(ask, used).unwrap(), "t1");
+        assert_eq!(tokens.with_token(ask, used).unwrap(), "t1");
+        assert_eq!(tokens.with_token(ask, used).unwrap(), "t1");
         let only_t2 = |token: Option<&str>| match token {
             Some("t2") => Ok(()),
             _ => Err(refused(16, "etcdserver: invalid auth token")),
         };
-        tokens.with(ask, only_t2).unwrap();
+        tokens.with_token(ask, only_t2).unwrap();
         assert_eq!(asked.get(), 2);
         // One renewal at the most for each attempt.
         let never = |_: Option<&str>| Err::<(), _>(refused(16, "etcdserver: invalid auth token"));
-        assert_eq!(tokens.with(ask, never), Err(refused(16, "etcdserver: invalid auth token")));
+        assert_eq!(tokens.with_token(ask, never), Err(refused(16, "etcdserver: invalid auth token")));
         assert_eq!(asked.get(), 3);
     }
 
@@ -122,19 +122,19 @@ mod tests {
     fn an_etcd_without_users_needs_no_token_until_it_has_some() {
         let tokens = tokens();
         let disabled = |_: &User| Err(refused(9, "etcdserver: authentication is not enabled"));
-        assert_eq!(tokens.with(disabled, |token| Ok(token.is_none())), Ok(true));
+        assert_eq!(tokens.with_token(disabled, |token| Ok(token.is_none())), Ok(true));
         let needs = |token: Option<&str>| match token {
             Some("t") => Ok(()),
             _ => Err(refused(3, "etcdserver: user name is empty")),
         };
-        assert_eq!(tokens.with(|_| Ok("t".into()), needs), Ok(()));
+        assert_eq!(tokens.with_token(|_| Ok("t".into()), needs), Ok(()));
     }
 
     #[test]
     fn a_thread_does_not_forget_the_token_that_another_has_renewed() {
         let tokens = tokens();
         let ask = |_: &User| Ok("new".to_string());
-        tokens.with(ask, |_| Ok(())).unwrap();
+        tokens.with_token(ask, |_| Ok(())).unwrap();
         tokens.forget(Some("old"));
         assert_eq!(*tokens.state(), State::Given("new".into()));
     }
@@ -142,13 +142,13 @@ mod tests {
     #[test]
     fn no_token_is_asked_for_without_a_user() {
         let tokens = Tokens::new(None);
-        assert_eq!(tokens.with(|_| panic!(), |token| Ok(token.is_none())), Ok(true));
+        assert_eq!(tokens.with_token(|_| panic!(), |token| Ok(token.is_none())), Ok(true));
     }
 
     #[test]
     fn what_needed_a_token_that_did_not_come_was_surely_not_done() {
         let silent = |_: &User| Err(Failure::no_answer("too slow"));
-        let failure = tokens().with(silent, |_| Ok(())).unwrap_err();
+        let failure = tokens().with_token(silent, |_| Ok(())).unwrap_err();
         assert_eq!(failure, Failure::NotSent("too slow".into()));
     }
 }

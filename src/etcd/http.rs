@@ -12,7 +12,7 @@ use ureq::{Agent, Body, SendBody, Timeout};
 use super::Endpoint;
 use super::codec;
 use super::error::{Failure, lower, one_line};
-use super::names::Names;
+use super::resolver::HostResolver;
 use crate::addr::Reason;
 
 /// The longest that one attempt at one endpoint may take, from connecting to the last byte of the answer; of a watch,
@@ -27,7 +27,7 @@ const IDLE_MAX: usize = 8;
 #[derive(Debug)]
 pub(super) struct Agents {
     pub(super) tls: TlsConfig,
-    pub(super) names: Names,
+    pub(super) resolver: HostResolver,
 }
 
 impl Agents {
@@ -57,7 +57,7 @@ impl Agents {
             .proxy(None)
             .no_delay(true)
             .build();
-        Agent::with_parts(config, DefaultConnector::new(), self.names.clone())
+        Agent::with_parts(config, DefaultConnector::new(), self.resolver.clone())
     }
 }
 
@@ -114,8 +114,8 @@ fn post(agent: &Agent, request: Request<'_>) -> Result<Response<Body>, Failure> 
     let mut sent = Sent { rest: body.as_bytes(), has_begun: false };
     let answer = post.send(SendBody::from_reader(&mut sent));
     answer.map_err(|e| match sent.has_begun {
-        true => Failure::NoAnswer { why: words(&e), was_closed: is_closed(&e) },
-        false => Failure::NotSent(words(&e)),
+        true => Failure::NoAnswer { why: describe_error(&e), was_closed: is_closed(&e) },
+        false => Failure::NotSent(describe_error(&e)),
     })
 }
 
@@ -136,7 +136,7 @@ fn read_all(response: &mut Response<Body>) -> Result<Vec<u8>, Failure> {
     let body = response.body_mut().with_config().limit(REPLY_BYTES_MAX).read_to_vec();
     body.map_err(|e| match e {
         ureq::Error::BodyExceedsLimit(_) => too_long(),
-        e => Failure::no_answer(words(&e)),
+        e => Failure::no_answer(describe_error(&e)),
     })
 }
 
@@ -161,9 +161,9 @@ fn is_closed(error: &ureq::Error) -> bool {
 }
 
 /// What went wrong, for users; ureq's own words name its parts.
-pub(super) fn words(error: &ureq::Error) -> String {
+pub(super) fn describe_error(error: &ureq::Error) -> String {
     match error {
-        ureq::Error::Io(error) => io_words(error),
+        ureq::Error::Io(error) => describe_io_error(error),
         ureq::Error::Timeout(Timeout::Resolve) => "its address is not known in time".into(),
         ureq::Error::Timeout(Timeout::Connect) => format!("no connection within {ATTEMPT_MAX:?}"),
         ureq::Error::Timeout(_) => format!("no answer within {ATTEMPT_MAX:?}"),
@@ -172,7 +172,7 @@ pub(super) fn words(error: &ureq::Error) -> String {
     }
 }
 
-pub(super) fn io_words(error: &io::Error) -> String {
+pub(super) fn describe_io_error(error: &io::Error) -> String {
     match error.kind() {
         io::ErrorKind::UnexpectedEof => "the connection was closed".into(),
         _ => lower(&one_line(&Reason(error).to_string())),

@@ -9,7 +9,7 @@ use ureq::{Body, BodyReader};
 use super::auth::Tokens;
 use super::codec;
 use super::error::{Error, Failure};
-use super::http::{REPLY_BYTES_MAX, io_words, too_long};
+use super::http::{REPLY_BYTES_MAX, describe_io_error, too_long};
 use super::{Endpoint, WatchReply};
 
 /// A watch that was opened. Dropping it ends it.
@@ -49,7 +49,7 @@ impl Watch {
         let mut line = Vec::new();
         let read = self.lines.by_ref().take(REPLY_BYTES_MAX).read_until(b'\n', &mut line);
         match read {
-            Err(e) => Err(Failure::no_answer(io_words(&e))),
+            Err(e) => Err(Failure::no_answer(describe_io_error(&e))),
             Ok(0) => Err(Failure::no_answer("the watch has ended")),
             Ok(_) if line.ends_with(b"\n") => Ok(line),
             Ok(bytes) if bytes as u64 >= REPLY_BYTES_MAX => Err(too_long()),

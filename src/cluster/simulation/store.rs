@@ -2,18 +2,20 @@
 
 use std::collections::BTreeMap;
 
-use super::super::{Ask, Contender, Failure, Heard, LeaseName, Line, Question, Record, Revision};
+use super::super::{
+    ClusterRequest, Entry, Failure, LeaseName, OutcomeRecord, QueueOp, QueueSnapshot, Revision, WatchEvent,
+};
 use crate::proto::LockId;
 
 #[derive(Default)]
 pub(super) struct Store {
     revision: i64,
     /// By lock and name.
-    places: BTreeMap<(LockId, String), (Contender, Option<String>)>,
-    records: BTreeMap<LockId, Record>,
+    places: BTreeMap<(LockId, String), (Entry, Option<String>)>,
+    records: BTreeMap<LockId, OutcomeRecord>,
     /// When each expires.
     pub(super) leases: BTreeMap<String, u64>,
-    history: Vec<(Revision, LockId, Heard)>,
+    history: Vec<(Revision, LockId, WatchEvent)>,
     /// What lies before is forgotten.
     compacted: usize,
 }
@@ -24,15 +26,19 @@ impl Store {
     }
 
     /// Carries out a question, as one transaction.
-    pub(super) fn carry_out(&mut self, ask: &Ask, lease: &LeaseName) -> Result<Line, Failure> {
+    pub(super) fn carry_out(
+        &mut self,
+        ask: &ClusterRequest,
+        lease: &LeaseName,
+    ) -> Result<QueueSnapshot, Failure> {
         let is_leased = self.leases.contains_key(&lease.0);
         let lock = ask.lock;
         match &ask.what {
-            Question::Read => {}
-            Question::Try { place, claim } | Question::Stand { place, claim } => {
-                let tries = matches!(ask.what, Question::Try { .. });
+            QueueOp::Read => {}
+            QueueOp::TryAcquire { place, owner } | QueueOp::Enqueue { place, owner } => {
+                let tries = matches!(ask.what, QueueOp::TryAcquire { .. });
                 let is_free = if tries {
-                    self.line(lock).contenders.is_empty()
+                    self.line(lock).entries.is_empty()
                 } else {
                     !self.places.contains_key(&(lock, place.clone()))
                 };
@@ -41,23 +47,23 @@ impl Store {
                         return Err(Failure::LeaseGone);
                     }
                     self.revision += 1;
-                    self.put(lock, place, Some((**claim).clone()), Some(lease.0.clone()));
+                    self.put(lock, place, Some((**owner).clone()), Some(lease.0.clone()));
                 }
             }
-            Question::Leave { place, revision, record, next } => {
+            QueueOp::Release { place, revision, record, next } => {
                 let there = self.places.get(&(lock, place.clone()));
-                if there.is_some_and(|(contender, _)| contender.revision == *revision) {
+                if there.is_some_and(|(entry, _)| entry.revision == *revision) {
                     if !is_leased && (record.is_some() || next.is_some()) {
                         return Err(Failure::LeaseGone);
                     }
                     self.revision += 1;
                     if let Some(record) = record {
                         self.records.insert(lock, *record);
-                        self.note(lock, Heard::Recorded(*record));
+                        self.note(lock, WatchEvent::Outcome(*record));
                     }
                     self.remove(lock, place);
-                    if let Some((place, claim)) = next {
-                        self.put(lock, place, Some((**claim).clone()), Some(lease.0.clone()));
+                    if let Some((place, owner)) = next {
+                        self.put(lock, place, Some((**owner).clone()), Some(lease.0.clone()));
                     }
                 }
             }
@@ -65,15 +71,15 @@ impl Store {
         Ok(self.line(lock))
     }
 
-    pub(super) fn line(&self, lock: LockId) -> Line {
-        let mut contenders: Vec<Contender> = self
+    pub(super) fn line(&self, lock: LockId) -> QueueSnapshot {
+        let mut entries: Vec<Entry> = self
             .places
             .iter()
             .filter(|((of, _), _)| *of == lock)
-            .map(|(_, (contender, _))| contender.clone())
+            .map(|(_, (entry, _))| entry.clone())
             .collect();
-        contenders.sort_by_key(|contender| contender.revision);
-        Line { revision: self.revision(), contenders, last: self.records.get(&lock).copied() }
+        entries.sort_by_key(|entry| entry.revision);
+        QueueSnapshot { revision: self.revision(), entries, last: self.records.get(&lock).copied() }
     }
 
     /// Somebody who is no kmutex takes a place, or gives it up.
@@ -106,7 +112,7 @@ impl Store {
     }
 
     /// What has happened since `position`, which is moved on. `None`: it is forgotten.
-    pub(super) fn watch(&self, position: &mut usize) -> Option<&[(Revision, LockId, Heard)]> {
+    pub(super) fn watch(&self, position: &mut usize) -> Option<&[(Revision, LockId, WatchEvent)]> {
         if *position < self.compacted {
             *position = self.history.len();
             return None;
@@ -131,18 +137,18 @@ impl Store {
         self.places.is_empty()
     }
 
-    fn put(&mut self, lock: LockId, place: &str, claim: Option<super::super::Claim>, lease: Option<String>) {
-        let contender = Contender { place: place.into(), revision: self.revision(), claim };
-        self.places.insert((lock, place.into()), (contender.clone(), lease));
-        self.note(lock, Heard::Joined(contender));
+    fn put(&mut self, lock: LockId, place: &str, owner: Option<super::super::Owner>, lease: Option<String>) {
+        let entry = Entry { place: place.into(), revision: self.revision(), owner };
+        self.places.insert((lock, place.into()), (entry.clone(), lease));
+        self.note(lock, WatchEvent::Added(entry));
     }
 
     fn remove(&mut self, lock: LockId, place: &str) {
         self.places.remove(&(lock, place.into()));
-        self.note(lock, Heard::Left(place.into()));
+        self.note(lock, WatchEvent::Removed(place.into()));
     }
 
-    fn note(&mut self, lock: LockId, what: Heard) {
+    fn note(&mut self, lock: LockId, what: WatchEvent) {
         self.history.push((self.revision(), lock, what));
     }
 }

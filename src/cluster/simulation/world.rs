@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 
-use super::super::{Ask, Cluster, Failure, LeaseName, Line, Question};
+use super::super::{Cluster, ClusterRequest, Failure, LeaseName, QueueOp, QueueSnapshot};
 use super::store::Store;
 use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{Key, LockId, Outcome, Token};
@@ -50,13 +50,13 @@ struct Host {
 
 /// A question on its way, or its answer.
 struct Flight {
-    ask: Ask,
+    ask: ClusterRequest,
     lease: LeaseName,
     /// When etcd gets it. `None`: it has, or never will.
     arrives: Option<u64>,
     /// When the host hears of it. `None`: it has given up waiting.
     returns: Option<u64>,
-    answer: Result<Line, Failure>,
+    answer: Result<QueueSnapshot, Failure>,
 }
 
 pub(super) struct World {
@@ -143,7 +143,7 @@ impl World {
             }
         }
         for (key, occupied) in self.keys.iter().zip(&mut self.occupied) {
-            if !self.store.line(key.id()).contenders.is_empty() {
+            if !self.store.line(key.id()).entries.is_empty() {
                 *occupied = self.step;
             }
         }
@@ -155,7 +155,7 @@ impl World {
             if flight.arrives.is_some_and(|at| at <= self.now) {
                 flight.arrives = None;
                 flight.answer = self.store.carry_out(&flight.ask, &flight.lease);
-                if let Question::Leave { .. } = flight.ask.what {
+                if let QueueOp::Release { .. } = flight.ask.what {
                     // For other hosts, this is when it ends.
                     let key = self.keys.iter().position(|key| key.id() == flight.ask.lock).unwrap();
                     self.ended[key] = self.step;
@@ -206,16 +206,16 @@ impl World {
         }
         let mut rounds = 0;
         while self.hosts[host].cluster.is_stirred(now) {
-            self.feed(host, |table, cluster, effects| cluster.review(table, now, effects));
+            self.feed(host, |table, cluster, effects| cluster.poll(table, now, effects));
             rounds += 1;
             assert!(rounds < 20, "it does not come to rest");
         }
-        for ask in self.hosts[host].cluster.take_asks() {
+        for ask in self.hosts[host].cluster.take_requests() {
             self.send(host, ask);
         }
     }
 
-    fn send(&mut self, host: usize, ask: Ask) {
+    fn send(&mut self, host: usize, ask: ClusterRequest) {
         let lease = LeaseName(self.hosts[host].lease.clone().expect("nothing is asked without a lease"));
         let soon = self.now + 1 + self.chance.below(20);
         let back = soon + self.chance.below(20);
@@ -284,12 +284,12 @@ impl World {
                 self.note("compacted", 1);
                 let lease = self.hosts[host].lease.clone().unwrap_or_default();
                 let places = self.store.places_of(&lease);
-                self.hosts[host].cluster.missed(revision);
+                self.hosts[host].cluster.watch_gap(revision);
                 self.hosts[host].cluster.has_places(places);
             }
             Some(news) => {
                 for (revision, lock, what) in news.iter().cloned() {
-                    self.hosts[host].cluster.heard(lock, revision, what);
+                    self.hosts[host].cluster.watch_event(lock, revision, what);
                 }
             }
         }
@@ -335,7 +335,7 @@ impl World {
                 Client::Idle
             }
             What::Busy => {
-                let is_held = !self.store.line(lock).contenders.is_empty();
+                let is_held = !self.store.line(lock).entries.is_empty();
                 assert!(
                     is_held || self.occupied[key] >= since,
                     "told that a lock is held which was free all the time"
@@ -370,8 +370,7 @@ impl World {
             );
         }
         let line = self.store.line(self.keys[key].id());
-        let before =
-            line.contenders.iter().find(|one| one.claim.is_none() && one.revision.0 < token.0 as i64);
+        let before = line.entries.iter().find(|one| one.owner.is_none() && one.revision.0 < token.0 as i64);
         assert_eq!(before, None, "given beside another program's hold");
         assert!(token > self.tokens[key], "tokens do not grow");
         let until = self.hosts[host].cluster.good_until();
@@ -485,8 +484,7 @@ impl World {
                 }
             }
             let idle = self.hosts.iter().all(|host| host.clients.iter().all(|c| matches!(c, Client::Idle)));
-            if idle && self.store.is_empty() && self.hosts.iter().all(|host| host.cluster.contests.is_empty())
-            {
+            if idle && self.store.is_empty() && self.hosts.iter().all(|host| host.cluster.queues.is_empty()) {
                 return;
             }
             assert!(round < 5_000, "somebody waits for ever, or a place is never given up");
@@ -504,7 +502,7 @@ impl Drop for World {
             eprintln!("\nseed {} broke at step {}, time {}", self.seed, self.step, self.now);
             for (number, host) in self.hosts.iter().enumerate() {
                 eprintln!("  host {number}: lease {:?}, {:?}", host.lease, host.clients);
-                eprintln!("    {:?}", host.cluster.contests);
+                eprintln!("    {:?}", host.cluster.queues);
             }
             eprintln!("Replay it: KMUTEX_SIM_SEED={} cargo test --lib hosts_that_share", self.seed);
         }

@@ -11,8 +11,8 @@
 
 use serde::Deserialize;
 
-use crate::cluster::{Claim, Contender, Heard, Line, Question, Revision};
-use crate::etcd::{Compare, Event, KeyValue, LeaseId, Op, Range, Sort, Txn};
+use crate::cluster::{Entry, Owner, QueueOp, QueueSnapshot, Revision, WatchEvent};
+use crate::etcd::{self, Compare, KeyValue, LeaseId, Op, Range, Sort, Txn};
 use crate::proto::{KEY_BYTES_MAX, LockId};
 
 /// What all keys begin with.
@@ -46,27 +46,27 @@ impl Layout {
     }
 
     /// As one transaction, after which the line is read.
-    pub(super) fn txn(&self, lock: LockId, question: &Question, leases: Leases) -> Txn {
+    pub(super) fn txn(&self, lock: LockId, question: &QueueOp, leases: Leases) -> Txn {
         let line = || {
             let (key, end) = (self.of(lock, ".").into(), self.of(lock, "0").into());
             Op::Range(Range { key, end, limit: 0, sort: Sort::CreateRevision })
         };
-        let put = |place: &str, claim: &Claim| Op::Put {
+        let put = |place: &str, owner: &Owner| Op::Put {
             key: self.place(lock, place),
-            value: serde_json::to_vec(claim).expect("a claim has no part that JSON lacks"),
+            value: serde_json::to_vec(owner).expect("an owner has no part that JSON lacks"),
             lease: Some(leases.places),
         };
         let (compare, mut then) = match question {
-            Question::Read => (Vec::new(), Vec::new()),
-            Question::Try { place, claim } => {
+            QueueOp::Read => (Vec::new(), Vec::new()),
+            QueueOp::TryAcquire { place, owner } => {
                 let (key, end) = (self.of(lock, "/").into(), self.of(lock, "0").into());
-                (vec![Compare::Empty { key, end }], vec![put(place, claim)])
+                (vec![Compare::Empty { key, end }], vec![put(place, owner)])
             }
-            Question::Stand { place, claim } => {
+            QueueOp::Enqueue { place, owner } => {
                 let key = self.place(lock, place);
-                (vec![Compare::CreateRevision { key, revision: 0 }], vec![put(place, claim)])
+                (vec![Compare::CreateRevision { key, revision: 0 }], vec![put(place, owner)])
             }
-            Question::Leave { place, revision, record, next } => {
+            QueueOp::Release { place, revision, record, next } => {
                 let key = self.place(lock, place);
                 let mut then = vec![Op::Delete { key: key.clone() }];
                 then.extend(record.as_ref().map(|record| Op::Put {
@@ -74,7 +74,7 @@ impl Layout {
                     value: serde_json::to_vec(record).expect("a record has no part that JSON lacks"),
                     lease: Some(leases.records),
                 }));
-                then.extend(next.as_ref().map(|(place, claim)| put(place, claim)));
+                then.extend(next.as_ref().map(|(place, owner)| put(place, owner)));
                 (vec![Compare::CreateRevision { key, revision: revision.0 }], then)
             }
         };
@@ -83,11 +83,11 @@ impl Layout {
     }
 
     /// A line that was read.
-    pub(super) fn line(&self, revision: i64, keys: Vec<KeyValue>) -> Line {
-        let mut line = Line { revision: Revision(revision), ..Line::default() };
+    pub(super) fn line(&self, revision: i64, keys: Vec<KeyValue>) -> QueueSnapshot {
+        let mut line = QueueSnapshot { revision: Revision(revision), ..QueueSnapshot::default() };
         for key in keys {
             match self.parse(&key.key) {
-                Some((_, Part::Place(place))) => line.contenders.extend(contender(place, &key)),
+                Some((_, Part::Place(place))) => line.entries.extend(entry(place, &key)),
                 Some((_, Part::Record)) => line.last = value(&key.value),
                 None => {}
             }
@@ -96,17 +96,17 @@ impl Layout {
     }
 
     /// What the watch has seen, of which lock, and at which revision.
-    pub(super) fn heard(&self, event: &Event) -> Option<(LockId, Revision, Heard)> {
+    pub(super) fn watch_event(&self, event: &etcd::Event) -> Option<(LockId, Revision, WatchEvent)> {
         let (key, revision) = match event {
-            Event::Put(key) => (&key.key, key.mod_revision),
-            Event::Delete { key, mod_revision } => (key, *mod_revision),
+            etcd::Event::Put(key) => (&key.key, key.mod_revision),
+            etcd::Event::Delete { key, mod_revision } => (key, *mod_revision),
         };
         let (lock, part) = self.parse(key)?;
         let heard = match (event, part) {
-            (Event::Put(key), Part::Place(place)) => Heard::Joined(contender(place, key)?),
-            (Event::Put(key), Part::Record) => Heard::Recorded(value(&key.value)?),
-            (Event::Delete { .. }, Part::Place(place)) => Heard::Left(place),
-            (Event::Delete { .. }, Part::Record) => return None,
+            (etcd::Event::Put(key), Part::Place(place)) => WatchEvent::Added(entry(place, key)?),
+            (etcd::Event::Put(key), Part::Record) => WatchEvent::Outcome(value(&key.value)?),
+            (etcd::Event::Delete { .. }, Part::Place(place)) => WatchEvent::Removed(place),
+            (etcd::Event::Delete { .. }, Part::Record) => return None,
         };
         Some((lock, Revision(revision), heard))
     }
@@ -117,9 +117,9 @@ impl Layout {
     }
 
     /// One place of any line.
-    pub(super) fn contender(&self, key: &KeyValue) -> Option<(LockId, Contender)> {
+    pub(super) fn entry(&self, key: &KeyValue) -> Option<(LockId, Entry)> {
         match self.parse(&key.key)? {
-            (lock, Part::Place(place)) => Some((lock, contender(place, key)?)),
+            (lock, Part::Place(place)) => Some((lock, entry(place, key)?)),
             (_, Part::Record) => None,
         }
     }
@@ -153,14 +153,14 @@ enum Part {
     Record,
 }
 
-fn contender(place: String, key: &KeyValue) -> Option<Contender> {
+fn entry(place: String, key: &KeyValue) -> Option<Entry> {
     // It is to be a token.
     let revision = (key.create_revision > 0).then_some(Revision(key.create_revision))?;
-    let claim = value::<Claim>(&key.value).map(|mut claim| {
-        claim.key.take_if(|key| key.len() > KEY_BYTES_MAX);
-        claim
+    let owner = value::<Owner>(&key.value).map(|mut owner| {
+        owner.key.take_if(|key| key.len() > KEY_BYTES_MAX);
+        owner
     });
-    Some(Contender { place, revision, claim })
+    Some(Entry { place, revision, owner })
 }
 
 fn value<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
@@ -170,7 +170,7 @@ fn value<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::cluster::Record;
+    use crate::cluster::OutcomeRecord;
     use crate::proto::{Key, Outcome, Token};
 
     fn put(key: &str, value: &[u8], create_revision: i64) -> KeyValue {
@@ -182,15 +182,15 @@ mod tests {
     fn the_layout_is_that_of_the_lock_recipe() {
         let layout = Layout::new("kmutex/");
         let lock = Key::new("message digest").unwrap().id();
-        let claim = Box::new(Claim { protocol: 2, host: "h".into(), ..Claim::default() });
+        let owner = Box::new(Owner { protocol: 2, host: "h".into(), ..Owner::default() });
         let leases = Leases { places: LeaseId(10), records: LeaseId(11) };
-        let question = Question::Stand { place: "a.1".into(), claim: claim.clone() };
+        let question = QueueOp::Enqueue { place: "a.1".into(), owner: owner.clone() };
         let Txn { compare, then, or_else } = layout.txn(lock, &question, leases);
         let key = b"kmutex/f96b697d7cb7938d525a2f31aaf161d0/a.1".to_vec();
         assert_eq!(compare, [Compare::CreateRevision { key: key.clone(), revision: 0 }]);
         let [Op::Put { key: put, value, lease }, range] = &then[..] else { panic!("{then:?}") };
         assert_eq!((put, *lease), (&key, Some(LeaseId(10))));
-        assert_eq!(serde_json::from_slice::<Claim>(value).unwrap(), *claim);
+        assert_eq!(serde_json::from_slice::<Owner>(value).unwrap(), *owner);
         assert_eq!(&or_else[..], std::slice::from_ref(range), "in any case, the line is read");
     }
 
@@ -198,9 +198,9 @@ mod tests {
     fn a_record_is_put_with_the_lease_that_outlives_the_place() {
         let layout = Layout::new("p");
         let lock = Key::new("k").unwrap().id();
-        let record = Record { token: Token(5), outcome: Outcome::Exit(3) };
+        let record = OutcomeRecord { token: Token(5), outcome: Outcome::Exit(3) };
         let question =
-            Question::Leave { place: "a.1".into(), revision: Revision(5), record: Some(record), next: None };
+            QueueOp::Release { place: "a.1".into(), revision: Revision(5), record: Some(record), next: None };
         let txn = layout.txn(lock, &question, Leases { places: LeaseId(1), records: LeaseId(2) });
         let put = txn.then.iter().find_map(|op| match op {
             Op::Put { key, value, lease } => {
@@ -228,14 +228,18 @@ mod tests {
             &format!("p/{}/a", id.to_uppercase()),
             "p/short/a",
         ] {
-            assert_eq!(layout.heard(&Event::Put(put(key, b"", 1))), None, "{key:?}");
+            assert_eq!(layout.watch_event(&etcd::Event::Put(put(key, b"", 1))), None, "{key:?}");
         }
         for value in [&b""[..], b"text", b"[]", b"{}", b"{\"host\":1}", &[0xff; 9]] {
-            let heard = layout.heard(&Event::Put(put(&format!("p/{id}/a"), value, 7)));
-            let Some((_, Revision(7), Heard::Joined(contender))) = heard else { panic!("{heard:?}") };
-            assert_eq!(contender.claim, None, "{value:?}");
-            assert_eq!(layout.heard(&Event::Put(put(&format!("p/{id}.done"), value, 7))), None);
+            let heard = layout.watch_event(&etcd::Event::Put(put(&format!("p/{id}/a"), value, 7)));
+            let Some((_, Revision(7), WatchEvent::Added(entry))) = heard else { panic!("{heard:?}") };
+            assert_eq!(entry.owner, None, "{value:?}");
+            assert_eq!(layout.watch_event(&etcd::Event::Put(put(&format!("p/{id}.done"), value, 7))), None);
         }
-        assert_eq!(layout.heard(&Event::Put(put(&format!("p/{id}/a"), b"", 0))), None, "no revision is 0");
+        assert_eq!(
+            layout.watch_event(&etcd::Event::Put(put(&format!("p/{id}/a"), b"", 0))),
+            None,
+            "no revision is 0"
+        );
     }
 }

@@ -1,6 +1,6 @@
 //! Listing what all hosts hold, for `kmutex status --cluster`: what is read from etcd, key by key, becomes whole locks.
 
-use crate::cluster::Contender;
+use crate::cluster::Entry;
 use crate::daemon::cluster::party;
 use crate::proto::LockId;
 use crate::proto::v2::{LISTED_MAX, LockStatus};
@@ -15,17 +15,17 @@ pub(super) struct Locks {
 struct Incomplete {
     lock: LockId,
     /// The first few in the order of the line.
-    contenders: Vec<Contender>,
+    entries: Vec<Entry>,
     count: u32,
 }
 
 impl Locks {
-    pub(super) fn add(&mut self, lock: LockId, contender: Contender) {
+    pub(super) fn add(&mut self, lock: LockId, entry: Entry) {
         match &mut self.last {
-            Some(last) if last.lock == lock => last.add(contender),
+            Some(last) if last.lock == lock => last.add(entry),
             _ => {
                 self.complete.extend(self.last.take().map(Incomplete::status));
-                self.last = Some(Incomplete { lock, contenders: vec![contender], count: 1 });
+                self.last = Some(Incomplete { lock, entries: vec![entry], count: 1 });
             }
         }
     }
@@ -48,19 +48,18 @@ impl Locks {
 }
 
 impl Incomplete {
-    fn add(&mut self, contender: Contender) {
+    fn add(&mut self, entry: Entry) {
         self.count += 1;
-        self.contenders.push(contender);
-        self.contenders.sort_by_key(|contender| contender.revision);
-        self.contenders.truncate(LISTED_MAX + 1);
+        self.entries.push(entry);
+        self.entries.sort_by_key(|entry| entry.revision);
+        self.entries.truncate(LISTED_MAX + 1);
     }
 
     fn status(self) -> LockStatus {
-        let key = self.contenders.iter().find_map(|contender| contender.claim.as_ref()?.key.clone());
-        let mut parties = self.contenders.iter().map(party);
+        let key = self.entries.iter().find_map(|entry| entry.owner.as_ref()?.key.clone());
+        let mut parties = self.entries.iter().map(party);
         let holders = parties.by_ref().take(1).collect();
-        let modes =
-            self.contenders[1..].iter().map(|contender| contender.claim.as_ref().map(|claim| claim.mode));
+        let modes = self.entries[1..].iter().map(|entry| entry.owner.as_ref().map(|owner| owner.mode));
         let waiters = parties.zip(modes).map(|(mut party, mode)| {
             (party.token, party.mode) = (None, mode);
             party

@@ -22,7 +22,7 @@ const ADDRS_MAX: usize = 16;
 
 /// What is known of the hosts. Clones share it.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Names(Arc<Shared>);
+pub(super) struct HostResolver(Arc<Shared>);
 
 #[derive(Debug, Default)]
 struct Shared {
@@ -40,7 +40,7 @@ struct Host {
     is_being_looked_up: bool,
 }
 
-impl Names {
+impl HostResolver {
     /// The addresses of a host; empty when they are not known within the time.
     fn of(&self, name: &str, within: Duration) -> io::Result<Vec<IpAddr>> {
         if let Ok(addr) = name.parse() {
@@ -87,7 +87,7 @@ impl Shared {
     }
 }
 
-impl Resolver for Names {
+impl Resolver for HostResolver {
     fn resolve(
         &self,
         uri: &Uri,
@@ -115,27 +115,27 @@ mod tests {
 
     #[test]
     fn a_name_is_looked_up_once_and_a_number_never() {
-        let names = Names::default();
-        assert_eq!(names.of("::1", TIMEOUT).unwrap(), ["::1".parse::<IpAddr>().unwrap()]);
-        assert!(names.0.hosts().is_empty());
-        let found = names.of("localhost", TIMEOUT).unwrap();
+        let resolver = HostResolver::default();
+        assert_eq!(resolver.of("::1", TIMEOUT).unwrap(), ["::1".parse::<IpAddr>().unwrap()]);
+        assert!(resolver.0.hosts().is_empty());
+        let found = resolver.of("localhost", TIMEOUT).unwrap();
         assert!(!found.is_empty());
-        let asked = names.0.hosts()["localhost"].asked;
-        assert_eq!(names.of("localhost", TIMEOUT).unwrap(), found);
-        assert_eq!(names.0.hosts()["localhost"].asked, asked);
+        let asked = resolver.0.hosts()["localhost"].asked;
+        assert_eq!(resolver.of("localhost", TIMEOUT).unwrap(), found);
+        assert_eq!(resolver.0.hosts()["localhost"].asked, asked);
     }
 
     #[test]
     fn a_name_that_is_stale_goes_on_being_used_while_it_is_looked_up() {
-        let names = Names::default();
+        let resolver = HostResolver::default();
         let old = vec!["192.0.2.1".parse().unwrap()];
         let host = Host { addrs: old.clone(), asked: None, is_being_looked_up: false };
-        names.0.hosts().insert("localhost".into(), host);
-        assert_eq!(names.of("localhost", TIMEOUT).unwrap(), old);
+        resolver.0.hosts().insert("localhost".into(), host);
+        assert_eq!(resolver.of("localhost", TIMEOUT).unwrap(), old);
     }
 
     #[test]
     fn a_name_that_is_not_known_has_no_address() {
-        assert!(Names::default().of("no.such.host.invalid", TIMEOUT).unwrap().is_empty());
+        assert!(HostResolver::default().of("no.such.host.invalid", TIMEOUT).unwrap().is_empty());
     }
 }

@@ -1,15 +1,17 @@
-//! The contest for one lock: its line as far as it is known, this host's place in it, and what to ask next.
+//! The queue of one lock among the hosts: its line as far as it is known, this host's place in it, and what to ask next.
 
 use std::collections::BTreeMap;
 
-use super::{Asked, Claim, Contender, Failure, Heard, LeaseName, Line, Question, Record, Revision};
+use super::{
+    Asked, Entry, Failure, LeaseName, OutcomeRecord, Owner, QueueOp, QueueSnapshot, Revision, WatchEvent,
+};
 use crate::proto::{LockId, Outcome, Token};
 use crate::table::{Effects, Mark, Millis, Table};
 
 #[derive(Debug, Default)]
-pub(super) struct Contest {
+pub(super) struct LockQueue {
     /// The first holds.
-    line: BTreeMap<Revision, Contender>,
+    line: BTreeMap<Revision, Entry>,
     /// The revision that the line is true of. `None`: it is not known.
     as_of: Option<Revision>,
     /// The last revision that something was heard of before the line was known.
@@ -17,7 +19,7 @@ pub(super) struct Contest {
     /// It must be read before anything else, because it is not certain what has been done.
     must_read: bool,
     /// How the last hold ended that anybody has told of.
-    last: Option<Record>,
+    last: Option<OutcomeRecord>,
     /// The hold of another host that the table knows of.
     told: Option<Told>,
     /// What this host's place is called, and what the one is called that may have taken its stead.
@@ -39,17 +41,17 @@ struct Told {
 #[derive(Clone, Copy, Debug)]
 struct Leaving {
     token: Token,
-    record: Option<Record>,
+    record: Option<OutcomeRecord>,
 }
 
-impl Contest {
+impl LockQueue {
     /// One of which something is known, and nothing certain.
-    pub(super) fn unread() -> Contest {
-        Contest { must_read: true, ..Contest::default() }
+    pub(super) fn unread() -> LockQueue {
+        LockQueue { must_read: true, ..LockQueue::default() }
     }
 
-    pub(super) fn first(&self) -> Option<&Contender> {
-        self.line.first_key_value().map(|(_, contender)| contender)
+    pub(super) fn first(&self) -> Option<&Entry> {
+        self.line.first_key_value().map(|(_, entry)| entry)
     }
 
     /// A hold of this host has ended.
@@ -57,7 +59,7 @@ impl Contest {
         // After a restart it may not be known yet what the place is called, nor whether it is there.
         if self.mine.is_some() || self.as_of.is_none() {
             // To say nothing is to say that the holder has vanished.
-            let record = (outcome != Outcome::Vanished).then_some(Record { token, outcome });
+            let record = (outcome != Outcome::Vanished).then_some(OutcomeRecord { token, outcome });
             self.leaves = Some(Leaving { token, record });
         }
     }
@@ -73,7 +75,7 @@ impl Contest {
         self.must_read = true;
     }
 
-    pub(super) fn heard(&mut self, revision: Revision, what: Heard) {
+    pub(super) fn watch_event(&mut self, revision: Revision, what: WatchEvent) {
         let Some(as_of) = self.as_of else {
             self.missed = self.missed.max(revision);
             return;
@@ -84,26 +86,28 @@ impl Contest {
         }
         self.as_of = Some(revision);
         match what {
-            Heard::Joined(contender) => drop(self.line.insert(contender.revision, contender)),
-            Heard::Left(place) => self.line.retain(|_, contender| contender.place != place),
-            Heard::Recorded(record) => self.last = Some(record),
+            WatchEvent::Added(entry) => drop(self.line.insert(entry.revision, entry)),
+            WatchEvent::Removed(place) => self.line.retain(|_, entry| entry.place != place),
+            WatchEvent::Outcome(record) => self.last = Some(record),
         }
     }
 
-    pub(super) fn asked(&mut self, id: u64, mark: Mark, what: &Question) {
+    pub(super) fn asked(&mut self, id: u64, mark: Mark, what: &QueueOp) {
         self.asked = Some(Asked { id, mark });
         match what {
-            Question::Read => {}
-            Question::Try { place, .. } | Question::Stand { place, .. } => self.mine = Some(place.clone()),
-            Question::Leave { next, .. } => self.next = next.as_ref().map(|(place, _)| place.clone()),
+            QueueOp::Read => {}
+            QueueOp::TryAcquire { place, .. } | QueueOp::Enqueue { place, .. } => {
+                self.mine = Some(place.clone())
+            }
+            QueueOp::Release { next, .. } => self.next = next.as_ref().map(|(place, _)| place.clone()),
         }
     }
 
-    pub(super) fn answered(&mut self, id: u64, line: Line) {
+    pub(super) fn answered(&mut self, id: u64, line: QueueSnapshot) {
         let Some(asked) = self.asked.take_if(|asked| asked.id == id) else { return };
         if self.as_of.is_none_or(|as_of| as_of <= line.revision) {
             self.as_of = Some(line.revision);
-            self.line = line.contenders.into_iter().map(|one| (one.revision, one)).collect();
+            self.line = line.entries.into_iter().map(|one| (one.revision, one)).collect();
             self.last = line.last;
         }
         self.must_read = self.missed > line.revision;
@@ -135,7 +139,7 @@ impl Contest {
     }
 
     fn revision_of(&self, place: &str) -> Option<Revision> {
-        self.line.values().find(|contender| contender.place == place).map(|contender| contender.revision)
+        self.line.values().find(|entry| entry.place == place).map(|entry| entry.revision)
     }
 
     /// There is no answer to a question. Returns the mark of those whom it concerned.
@@ -150,11 +154,17 @@ impl Contest {
     }
 
     /// Tells the table what is true of the other hosts, and what this one has won.
-    pub(super) fn sync(&mut self, table: &mut Table, now: Millis, lock: LockId, effects: &mut Effects) {
+    pub(super) fn update_table(
+        &mut self,
+        table: &mut Table,
+        now: Millis,
+        lock: LockId,
+        effects: &mut Effects,
+    ) {
         if self.must_read || self.as_of.is_none() {
             return;
         }
-        let first = self.first().map(|first| (Token(first.revision.0 as u64), first.claim.is_some()));
+        let first = self.first().map(|first| (Token(first.revision.0 as u64), first.owner.is_some()));
         if let Some(held) = table.held_here(lock) {
             match self.line.get(&Revision(held.0 as i64)) {
                 Some(place) if self.mine.is_none() => self.mine = Some(place.place.clone()),
@@ -204,27 +214,27 @@ impl Contest {
         lock: LockId,
         lease: &LeaseName,
         place: String,
-    ) -> Option<Question> {
+    ) -> Option<QueueOp> {
         if self.asked.is_some() {
             return None;
         }
         let wants = table.wants(lock);
         if self.must_read || (self.as_of.is_none() && table.held_here(lock).is_some()) {
-            return Some(Question::Read);
+            return Some(QueueOp::Read);
         }
-        let claim = || {
+        let owner = || {
             let key = table.find(lock).and_then(|lock| lock.key().map(String::from));
-            let contender = table.contender(lock);
-            Box::new(contender.map(|one| Claim::of(key.as_deref(), &one)).unwrap_or_default())
+            let entry = table.contender(lock);
+            Box::new(entry.map(|one| Owner::of(key.as_deref(), &one)).unwrap_or_default())
         };
-        if let Some(stray) = self.stray(lease) {
-            let (place, revision) = (stray.place.clone(), stray.revision);
-            return Some(Question::Leave { place, revision, record: None, next: None });
+        if let Some(orphan_entry) = self.orphan_entry(lease) {
+            let (place, revision) = (orphan_entry.place.clone(), orphan_entry.revision);
+            return Some(QueueOp::Release { place, revision, record: None, next: None });
         }
         let Some((mine, revision)) = self.place() else {
             return match wants {
-                _ if wants.turn => Some(Question::Stand { place, claim: claim() }),
-                _ if wants.word || wants.succession => Some(Question::Try { place, claim: claim() }),
+                _ if wants.turn => Some(QueueOp::Enqueue { place, owner: owner() }),
+                _ if wants.word || wants.succession => Some(QueueOp::TryAcquire { place, owner: owner() }),
                 _ => None,
             };
         };
@@ -236,10 +246,10 @@ impl Contest {
         }
         match self.leaves {
             Some(Leaving { record, .. }) => {
-                let next = wants.turn.then(|| (place, claim()));
-                Some(Question::Leave { place: mine, revision, record, next })
+                let next = wants.turn.then(|| (place, owner()));
+                Some(QueueOp::Release { place: mine, revision, record, next })
             }
-            None if wants.word && !held => Some(Question::Read),
+            None if wants.word && !held => Some(QueueOp::Read),
             None => None,
         }
     }
@@ -252,7 +262,7 @@ impl Contest {
                 || !table.wants(lock).is_nothing()
                 || (self.as_of.is_none() && table.held_here(lock).is_some())
                 || (self.mine.is_some() && table.held_here(lock).is_none())
-                || self.has_stray(lease))
+                || self.has_orphan_entry(lease))
     }
 
     /// True when nothing is left to do or to know.
@@ -261,7 +271,7 @@ impl Contest {
             && !self.must_read
             && self.mine.is_none()
             && table.find(lock).is_none()
-            && !self.has_stray(lease)
+            && !self.has_orphan_entry(lease)
     }
 
     fn place(&self) -> Option<(String, Revision)> {
@@ -270,13 +280,13 @@ impl Contest {
         Some((mine, revision))
     }
 
-    fn has_stray(&self, lease: Option<&LeaseName>) -> bool {
-        lease.is_some_and(|lease| self.stray(lease).is_some())
+    fn has_orphan_entry(&self, lease: Option<&LeaseName>) -> bool {
+        lease.is_some_and(|lease| self.orphan_entry(lease).is_some())
     }
 
     /// A place of this host that is not the one it knows of.
-    fn stray(&self, lease: &LeaseName) -> Option<&Contender> {
-        let is_mine = |contender: &&Contender| Some(&contender.place) == self.mine.as_ref();
-        self.line.values().filter(|contender| lease.is_of(&contender.place)).find(|one| !is_mine(one))
+    fn orphan_entry(&self, lease: &LeaseName) -> Option<&Entry> {
+        let is_mine = |entry: &&Entry| Some(&entry.place) == self.mine.as_ref();
+        self.line.values().filter(|entry| lease.is_of(&entry.place)).find(|one| !is_mine(one))
     }
 }

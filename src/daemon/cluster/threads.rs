@@ -14,18 +14,18 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use super::layout::{Layout, Leases};
 use super::listing::Locks;
 use crate::clock;
-use crate::cluster::{Ask, Contender, Failure, Heard, Line, Question, Revision};
+use crate::cluster::{ClusterRequest, Entry, Failure, QueueOp, QueueSnapshot, Revision, WatchEvent};
 use crate::daemon::connection::ConnectionId;
 use crate::daemon::listing::Page;
 use crate::daemon::remote::RemoteRequest;
-use crate::etcd::{self, Client, Event, LeaseId, Range, Sort};
+use crate::etcd::{self, Client, LeaseId, Range, Sort};
 use crate::proto::LockId;
 use crate::table::Millis;
 
-/// How many orders are carried out side by side.
+/// How many commands are carried out side by side.
 const WORKERS: usize = 16;
-/// How many reports may wait for the loop before the threads wait for it.
-const REPORTS_MAX: usize = 1024;
+/// How many events may wait for the loop before the threads wait for it.
+const EVENTS_MAX: usize = 1024;
 /// How long before a lease, or a watch, is asked for again.
 const PAUSE: Duration = Duration::from_millis(500);
 /// How many keys a page of all that is held has at the most.
@@ -35,19 +35,19 @@ const RECORDS_TTL_SECS: u64 = 120;
 
 /// What the loop has etcd asked.
 #[derive(Debug)]
-pub(super) enum Order {
-    Ask(Ask, Leases),
+pub(super) enum Command {
+    Request(ClusterRequest, Leases),
     /// In which lines a lease has places.
-    Places(LeaseId),
+    ListEntries(LeaseId),
     /// A lease for records.
-    RecordsLease,
+    GrantRecordsLease,
     /// What a client wants of etcd.
     Remote(ConnectionId, RemoteRequest),
 }
 
 /// What the keeper of the lease is told.
 #[derive(Debug)]
-pub(super) enum Care {
+pub(super) enum LeaseCommand {
     /// Nothing may rely on this lease any more: get another. This one ends by itself, and not before: those who held under
     /// it need the rest of its time to stop.
     Abandon(LeaseId),
@@ -57,7 +57,7 @@ pub(super) enum Care {
 
 /// What the loop is told.
 #[derive(Debug)]
-pub(super) enum Report {
+pub(super) enum Event {
     /// The lease lives, and did when this was asked for, at `sent`.
     Leased {
         lease: LeaseId,
@@ -73,12 +73,12 @@ pub(super) enum Report {
         lock: LockId,
         id: u64,
         lease: LeaseId,
-        answer: Result<Line, Failure>,
+        answer: Result<QueueSnapshot, Failure>,
         trouble: Option<etcd::Error>,
     },
-    Places(Vec<LockId>),
+    Entries(Vec<LockId>),
     /// In which lines this lease has places could not be found out a while ago.
-    NoPlaces(LeaseId),
+    NoEntries(LeaseId),
     /// Where records may be put for [`RECORDS_TTL_SECS`] after `sent`.
     RecordsLease {
         lease: LeaseId,
@@ -87,12 +87,12 @@ pub(super) enum Report {
     /// This lease for records is gone, perhaps.
     RecordsGone(LeaseId),
     /// What the watch has seen, and how far.
-    Heard {
+    Watch {
         revision: i64,
-        events: Vec<(LockId, Revision, Heard)>,
+        events: Vec<(LockId, Revision, WatchEvent)>,
     },
     /// What happened up to this revision is not known; what comes after will be.
-    Missed(Revision),
+    WatchGap(Revision),
     Page {
         to: ConnectionId,
         page: Result<Page, etcd::Error>,
@@ -105,67 +105,67 @@ pub(super) enum Report {
 }
 
 /// The loop's end of it.
-pub(super) struct Link {
+pub(super) struct EtcdThreads {
     client: Arc<Client>,
     wake: Arc<EventFd>,
-    reports: Receiver<Report>,
-    orders: Sender<Order>,
-    care: Sender<Care>,
+    events: Receiver<Event>,
+    commands: Sender<Command>,
+    lease_commands: Sender<LeaseCommand>,
 }
 
 /// The threads' end of it.
 #[derive(Clone)]
-struct Desk {
+struct EtcdWorker {
     client: Arc<Client>,
     layout: Layout,
     wake: Arc<EventFd>,
-    reports: SyncSender<Report>,
+    events: SyncSender<Event>,
 }
 
-impl Link {
+impl EtcdThreads {
     /// Starts the threads. `resume` is the lease of the daemon before, which may live still.
     pub(super) fn start(
         client: Client,
         layout: Layout,
         ttl_secs: u64,
         resume: Option<LeaseId>,
-    ) -> io::Result<Link> {
-        let (reports, received) = mpsc::sync_channel(REPORTS_MAX);
-        let (orders, ordered) = mpsc::channel();
-        let (care, cared) = mpsc::channel();
+    ) -> io::Result<EtcdThreads> {
+        let (events, received) = mpsc::sync_channel(EVENTS_MAX);
+        let (commands, queued) = mpsc::channel();
+        let (lease_commands, lease_received) = mpsc::channel();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let client = Arc::new(client);
-        let desk = Desk { client: client.clone(), layout, wake: wake.clone(), reports };
-        let ordered = Arc::new(Mutex::new(ordered));
+        let worker = EtcdWorker { client: client.clone(), layout, wake: wake.clone(), events };
+        let queued = Arc::new(Mutex::new(queued));
         for _ in 0..WORKERS {
-            let (desk, ordered) = (desk.clone(), ordered.clone());
-            thread::Builder::new().name("etcd worker".into()).spawn(move || desk.work(&ordered))?;
+            let (worker, queued) = (worker.clone(), queued.clone());
+            thread::Builder::new().name("etcd worker".into()).spawn(move || worker.work(&queued))?;
         }
-        let watcher = desk.clone();
+        let watcher = worker.clone();
         thread::Builder::new().name("etcd watch".into()).spawn(move || watcher.watch())?;
         thread::Builder::new().name("etcd lease".into()).spawn(move || {
-            Keeper { desk, ttl_secs, lease: resume }.keep(&cared);
+            LeaseKeeper { worker, ttl_secs, lease: resume }.keep(&lease_received);
         })?;
-        Ok(Link { client, wake, reports: received, orders, care })
+        Ok(EtcdThreads { client, wake, events: received, commands, lease_commands })
     }
 
-    /// What becomes readable when there is a report.
+    /// What becomes readable when there is an event.
     pub(super) fn readable(&self) -> BorrowedFd<'_> {
         self.wake.as_fd()
     }
 
-    /// The next report, if there is one. Ask for them until there is none.
-    pub(super) fn report(&self) -> Option<Report> {
-        self.reports.try_recv().ok()
+    /// The next event, if there is one. Ask for them until there is none.
+    pub(super) fn next_event(&self) -> Option<Event> {
+        self.events.try_recv().ok()
     }
 
-    pub(super) fn order(&self, order: Order) {
+    pub(super) fn command(&self, command: Command) {
         // The workers live as long as this.
-        let _ = self.orders.send(order);
+        let _ = self.commands.send(command);
     }
 
     pub(super) fn abandon(&self, lease: LeaseId) {
-        let _ = self.care.send(Care::Abandon(lease));
+        let _ = self.lease_commands.send(LeaseCommand::Abandon(lease));
     }
 
     /// The watch has been silent for too long: it is opened anew.
@@ -173,71 +173,71 @@ impl Link {
         self.client.hang_up();
     }
 
-    /// The next report, waited for until then at the most.
-    pub(super) fn wait(&self, until: Instant) -> Option<Report> {
-        self.reports.recv_timeout(until.saturating_duration_since(Instant::now())).ok()
+    /// The next event, waited for until then at the most.
+    pub(super) fn wait(&self, until: Instant) -> Option<Event> {
+        self.events.recv_timeout(until.saturating_duration_since(Instant::now())).ok()
     }
 
     /// Ends the lease, if one is given, and returns when that is done, or at the deadline.
     pub(super) fn stop(&self, revoke: Option<LeaseId>, until: Instant) {
         let (done, told) = mpsc::channel();
-        if self.care.send(Care::Stop { revoke, done }).is_ok() {
+        if self.lease_commands.send(LeaseCommand::Stop { revoke, done }).is_ok() {
             // If it takes longer, the lease ends by itself.
             let _ = told.recv_timeout(until.saturating_duration_since(Instant::now()));
         }
     }
 }
 
-impl Desk {
-    fn report(&self, report: Report) {
+impl EtcdWorker {
+    fn send(&self, event: Event) {
         // The loop has ended, or is woken already.
-        if self.reports.send(report).is_ok() {
+        if self.events.send(event).is_ok() {
             let _ = self.wake.write(1);
         }
     }
 
-    fn work(&self, orders: &Mutex<Receiver<Order>>) {
+    fn work(&self, commands: &Mutex<Receiver<Command>>) {
         loop {
-            let order = orders.lock().unwrap_or_else(PoisonError::into_inner).recv();
-            match order {
-                Ok(Order::Ask(ask, leases)) => self.ask(&ask, leases),
-                Ok(Order::Places(lease)) => match self.client.lease_keys(lease) {
+            let command = commands.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            match command {
+                Ok(Command::Request(ask, leases)) => self.ask(&ask, leases),
+                Ok(Command::ListEntries(lease)) => match self.client.lease_keys(lease) {
                     Ok(keys) => {
                         let locks = keys.iter().filter_map(|key| self.layout.lock_of(key)).collect();
-                        self.report(Report::Places(locks));
+                        self.send(Event::Entries(locks));
                     }
                     Err(e) => {
-                        self.report(Report::Trouble(e));
+                        self.send(Event::Trouble(e));
                         thread::sleep(PAUSE);
-                        self.report(Report::NoPlaces(lease));
+                        self.send(Event::NoEntries(lease));
                     }
                 },
-                Ok(Order::RecordsLease) => {
+                Ok(Command::GrantRecordsLease) => {
                     let sent = clock::now();
                     match self.client.grant_lease(RECORDS_TTL_SECS) {
-                        Ok(lease) => self.report(Report::RecordsLease { lease: lease.id, sent }),
-                        Err(e) => self.report(Report::Trouble(e)),
+                        Ok(lease) => self.send(Event::RecordsLease { lease: lease.id, sent }),
+                        Err(e) => self.send(Event::Trouble(e)),
                     }
                 }
-                Ok(Order::Remote(to, RemoteRequest::List { from })) => {
+                Ok(Command::Remote(to, RemoteRequest::List { from })) => {
                     let page = self.page(from);
-                    self.report(Report::Page { to, page });
+                    self.send(Event::Page { to, page });
                 }
-                Ok(Order::Remote(to, RemoteRequest::Break { lock })) => {
+                Ok(Command::Remote(to, RemoteRequest::Break { lock })) => {
                     let broken = self.break_lock(lock);
-                    self.report(Report::Broken { to, broken });
+                    self.send(Event::Broken { to, broken });
                 }
                 Err(_) => return,
             }
         }
     }
 
-    fn ask(&self, ask: &Ask, leases: Leases) {
+    fn ask(&self, ask: &ClusterRequest, leases: Leases) {
         let txn = |leases| self.client.txn(&self.layout.txn(ask.lock, &ask.what, leases));
         let mut reply = txn(leases);
         if leases.records != leases.places && reply.as_ref().is_err_and(etcd::Error::is_lease_gone) {
             // Which of the two it is that is gone, etcd does not say. Not to have one for records is no loss.
-            self.report(Report::RecordsGone(leases.records));
+            self.send(Event::RecordsGone(leases.records));
             reply = txn(Leases { records: leases.places, ..leases });
         }
         let (answer, trouble) = match reply {
@@ -251,17 +251,17 @@ impl Desk {
             }
             Err(e) => (Err(Failure::Unknown), Some(e)),
         };
-        self.report(Report::Answer { lock: ask.lock, id: ask.id, lease: leases.places, answer, trouble });
+        self.send(Event::Answer { lock: ask.lock, id: ask.id, lease: leases.places, answer, trouble });
     }
 
     fn break_lock(&self, lock: LockId) -> Result<bool, etcd::Error> {
         let none = Leases { places: LeaseId(0), records: LeaseId(0) };
-        let mut reply = self.client.txn(&self.layout.txn(lock, &Question::Read, none))?;
+        let mut reply = self.client.txn(&self.layout.txn(lock, &QueueOp::Read, none))?;
         let line = self.layout.line(reply.revision, reply.ranges.pop().unwrap_or_default());
-        let Some(Contender { place, revision, .. }) = line.contenders.into_iter().next() else {
+        let Some(Entry { place, revision, .. }) = line.entries.into_iter().next() else {
             return Ok(false);
         };
-        let question = Question::Leave { place, revision, record: None, next: None };
+        let question = QueueOp::Release { place, revision, record: None, next: None };
         Ok(self.client.txn(&self.layout.txn(lock, &question, none))?.succeeded)
     }
 
@@ -273,8 +273,8 @@ impl Desk {
         loop {
             let range = Range { key, end: end.clone(), limit: PAGE_KEYS_MAX, sort: Sort::Key };
             let reply = self.client.range(&range)?;
-            for (lock, contender) in reply.kvs.iter().filter_map(|key| self.layout.contender(key)) {
-                locks.add(lock, contender);
+            for (lock, entry) in reply.kvs.iter().filter_map(|key| self.layout.entry(key)) {
+                locks.add(lock, entry);
             }
             let last = reply.kvs.last().filter(|_| reply.more);
             let Some(last) = last else { return Ok(Page { locks: locks.finish(), next: None }) };
@@ -292,7 +292,7 @@ impl Desk {
         loop {
             // A watch that was open and has ended is opened at once.
             if let Err(e) = self.watch_once(&mut next) {
-                self.report(Report::Trouble(e));
+                self.send(Event::Trouble(e));
                 thread::sleep(PAUSE);
             }
         }
@@ -311,7 +311,7 @@ impl Desk {
         let mut watch = self.client.watch(&key, &end, from)?;
         if next.is_none() {
             *next = Some(from);
-            self.report(Report::Missed(Revision(from - 1)));
+            self.send(Event::WatchGap(Revision(from - 1)));
         }
         loop {
             let Ok(reply) = watch.next() else { return Ok(()) };
@@ -322,36 +322,36 @@ impl Desk {
                 return Ok(());
             }
             // Not the revision of the reply: where there is much to tell, it is that of the store, and more is to come.
-            let last = reply.events.iter().map(Event::revision).max();
+            let last = reply.events.iter().map(etcd::Event::revision).max();
             *next = (*next).max(last.map(|last| last + 1));
-            let events = reply.events.iter().filter_map(|event| self.layout.heard(event)).collect();
-            self.report(Report::Heard { revision: reply.revision, events });
+            let events = reply.events.iter().filter_map(|event| self.layout.watch_event(event)).collect();
+            self.send(Event::Watch { revision: reply.revision, events });
         }
     }
 }
 
 /// Has a lease, and keeps it.
-struct Keeper {
-    desk: Desk,
+struct LeaseKeeper {
+    worker: EtcdWorker,
     ttl_secs: u64,
     lease: Option<LeaseId>,
 }
 
-impl Keeper {
-    fn keep(mut self, orders: &Receiver<Care>) {
+impl LeaseKeeper {
+    fn keep(mut self, commands: &Receiver<LeaseCommand>) {
         loop {
             let began = Instant::now();
-            let pause = self.tend();
-            match orders.recv_timeout(pause.saturating_sub(began.elapsed())) {
-                Ok(Care::Abandon(lease)) => {
+            let pause = self.refresh();
+            match commands.recv_timeout(pause.saturating_sub(began.elapsed())) {
+                Ok(LeaseCommand::Abandon(lease)) => {
                     if self.lease == Some(lease) {
                         self.lease = None;
                     }
                 }
-                Ok(Care::Stop { revoke, done }) => {
+                Ok(LeaseCommand::Stop { revoke, done }) => {
                     if let Some(lease) = revoke {
                         // If that fails, it ends by itself.
-                        let _ = self.desk.client.revoke(lease);
+                        let _ = self.worker.client.revoke(lease);
                     }
                     // Nobody may be waiting any more.
                     let _ = done.send(());
@@ -364,35 +364,35 @@ impl Keeper {
     }
 
     /// Gets a lease, or keeps the one that it has. Returns after how long to do so again.
-    fn tend(&mut self) -> Duration {
+    fn refresh(&mut self) -> Duration {
         let sent = clock::now();
         let Some(lease) = self.lease else {
-            return match self.desk.client.grant_lease(self.ttl_secs) {
+            return match self.worker.client.grant_lease(self.ttl_secs) {
                 Ok(granted) => {
                     self.lease = Some(granted.id);
                     let (lease, ttl_secs) = (granted.id, granted.ttl_secs);
-                    self.desk.report(Report::Leased { lease, sent, ttl_secs, revision: 0 });
+                    self.worker.send(Event::Leased { lease, sent, ttl_secs, revision: 0 });
                     period(ttl_secs)
                 }
                 Err(e) => {
-                    self.desk.report(Report::Trouble(e));
+                    self.worker.send(Event::Trouble(e));
                     PAUSE
                 }
             };
         };
-        match self.desk.client.keep_alive(lease) {
+        match self.worker.client.keep_alive(lease) {
             Ok(kept) if kept.ttl_secs == 0 => {
                 self.lease = None;
-                self.desk.report(Report::LeaseGone(lease));
+                self.worker.send(Event::LeaseGone(lease));
                 Duration::ZERO
             }
             Ok(kept) => {
                 let (ttl_secs, revision) = (kept.ttl_secs, kept.revision);
-                self.desk.report(Report::Leased { lease, sent, ttl_secs, revision });
+                self.worker.send(Event::Leased { lease, sent, ttl_secs, revision });
                 period(ttl_secs)
             }
             Err(e) => {
-                self.desk.report(Report::Trouble(e));
+                self.worker.send(Event::Trouble(e));
                 PAUSE.min(period(self.ttl_secs))
             }
         }
