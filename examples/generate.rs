@@ -75,9 +75,14 @@ fn write_page(folder: &Path, command: &Command, name: &str) -> io::Result<()> {
     let Some((_, sections)) = SECTIONS.iter().find(|(page, _)| *page == name) else {
         return Err(io::Error::other(format!("man/sections/{name}.roff is missing")));
     };
-    let man = Man::new(command.clone().display_name(name)).title(name.to_uppercase());
-    let mut page = Vec::new();
-    man.render_title(&mut page)?;
+    let man = Man::new(command.clone().display_name(name));
+    // clap_mangen leaves out an empty date, and so the version would stand in its place.
+    let title = format!(
+        ".TH {} 1 \"\" \"kmutex {}\" \"User Commands\"\n",
+        name.to_uppercase(),
+        env!("CARGO_PKG_VERSION")
+    );
+    let mut page = title.into_bytes();
     man.render_name_section(&mut page)?;
     man.render_synopsis_section(&mut page)?;
     man.render_description_section(&mut page)?;
