@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use crate::addr::{self, Addr};
 use crate::client::{self, LockReply, Session, Target};
 use crate::exit;
-use crate::proto::v2::{LockRequest, Mode, Who};
+use crate::proto::v2::{ClientInfo, LockRequest, Mode};
 use crate::proto::{Key, Outcome, Token};
 use waiting::Display;
 
@@ -95,7 +95,7 @@ impl Acquire {
             slots: self.slots,
             nowait: self.wait == Wait::Never,
             within: self.within(),
-            who: Who {
+            who: ClientInfo {
                 pid: std::process::id(),
                 host: (&*host.to_string_lossy()).into(),
                 user: user.unwrap_or_default().into(),

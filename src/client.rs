@@ -53,7 +53,7 @@ use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
 use crate::addr::Addr;
-use crate::proto::v2::{LockRequest, Mode, Party};
+use crate::proto::v2::{LockRequest, LockUser, Mode};
 use crate::proto::{Key, Nonce, Outcome, Token};
 pub use error::Error;
 pub use held_lock::{HeldLock, RELEASE_WAIT};
@@ -86,7 +86,7 @@ pub enum LockReply {
     /// The holder that this request waited for has finished, with this outcome and this token.
     Finished(Outcome, Token),
     /// The lock is held by these, and the request said not to wait.
-    Busy(Vec<Party>),
+    Busy(Vec<LockUser>),
     /// The lock is held by a process that this request runs under ([`LockRequest::within`]).
     HeldAbove,
 }

@@ -2,10 +2,10 @@
 
 use nix::time::{ClockId, clock_gettime};
 
-use crate::table::Millis;
+use crate::table::Timestamp;
 
 /// Returns the milliseconds since the machine was booted, including the time that it slept (CLOCK_BOOTTIME).
-pub(crate) fn now() -> Millis {
+pub(crate) fn now() -> Timestamp {
     let time = clock_gettime(ClockId::CLOCK_BOOTTIME).expect("the kernel has this clock");
-    Millis(time.tv_sec() as u64 * 1000 + time.tv_nsec() as u64 / 1_000_000)
+    Timestamp(time.tv_sec() as u64 * 1000 + time.tv_nsec() as u64 / 1_000_000)
 }

@@ -1,6 +1,6 @@
 //! How this host stands among the hosts that share their locks: a line for each lock, in etcd, in which the first holds.
 //!
-//! A state machine like the table, without input or output: it is told what the table needs ([`Stir`]), what etcd has
+//! A state machine like the table, without input or output: it is told what the table needs ([`ClusterNotice`]), what etcd has
 //! answered ([`Cluster::answered`]) and what the watch has seen ([`Cluster::watch_event`]); it tells the table who holds what
 //! elsewhere and what this host has won, and says what etcd is to be asked next ([`Cluster::take_requests`]). Nothing here
 //! knows of connections, threads or encodings, so that `cluster/simulation.rs` can drive three hosts through every
@@ -24,13 +24,13 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::{Deserialize, Serialize};
 
-use crate::proto::v2::{Mode, Text, Who};
+use crate::proto::v2::{ClientInfo, Mode, ShortText};
 use crate::proto::{LockId, Outcome, Token};
-use crate::table::{Effects, Mark, Millis, RequestView, Stir, Table};
+use crate::table::{ArrivalMark, ClusterNotice, Effects, RequestView, Table, Timestamp};
 use queue::LockQueue;
 
 /// When etcd cannot be asked, how long until it is asked again.
-const PAUSE: Millis = Millis(500);
+const PAUSE: Timestamp = Timestamp(500);
 
 /// A revision of etcd's store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -58,7 +58,7 @@ pub struct Owner {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
     /// The machine of the daemon.
-    pub host: Text,
+    pub host: ShortText,
     /// The user's id on that machine, as its kernel knows it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uid: Option<u32>,
@@ -69,7 +69,7 @@ pub struct Owner {
     pub mode: Mode,
     /// What it has told of itself.
     #[serde(default)]
-    pub who: Who,
+    pub who: ClientInfo,
     /// When the place was taken: milliseconds since 1970, by the clock of that machine.
     #[serde(default)]
     pub since_ms: u64,
@@ -176,15 +176,15 @@ pub struct Cluster {
     /// `None`: there is none at the moment, so that nothing can be asked.
     lease: Option<LeaseName>,
     /// Until when the lease, and so all that is held here, may be relied upon.
-    good_until: Millis,
+    good_until: Timestamp,
     queues: BTreeMap<LockId, LockQueue>,
     /// Those to be looked at.
-    stirred: BTreeSet<LockId>,
+    dirty_locks: BTreeSet<LockId>,
     /// Those that have something to ask, and cannot at the moment.
     pending: BTreeSet<LockId>,
     requests: Vec<ClusterRequest>,
     /// The last question did not come through: when to try again, with one question first.
-    retry_at: Option<Millis>,
+    retry_at: Option<Timestamp>,
     next_id: u64,
     next_place: u64,
 }
@@ -194,9 +194,9 @@ impl Cluster {
     pub fn new(first_place: u64) -> Cluster {
         Cluster {
             lease: None,
-            good_until: Millis(0),
+            good_until: Timestamp(0),
             queues: BTreeMap::new(),
-            stirred: BTreeSet::new(),
+            dirty_locks: BTreeSet::new(),
             pending: BTreeSet::new(),
             requests: Vec::new(),
             retry_at: None,
@@ -206,7 +206,7 @@ impl Cluster {
     }
 
     /// There is a lease, new or kept alive, which may be relied on until then.
-    pub fn leased(&mut self, lease: LeaseName, good_until: Millis) {
+    pub fn leased(&mut self, lease: LeaseName, good_until: Timestamp) {
         if self.lease.as_ref() != Some(&lease) {
             self.lease = Some(lease);
             self.good_until = good_until;
@@ -216,7 +216,7 @@ impl Cluster {
     }
 
     /// The lease is gone, or may soon be: whatever this host holds, it holds no more.
-    pub fn lost_lease(&mut self, table: &mut Table, now: Millis, effects: &mut Effects) {
+    pub fn lost_lease(&mut self, table: &mut Table, now: Timestamp, effects: &mut Effects) {
         self.lease = None;
         let mut held = Vec::new();
         let mut cursor = 0;
@@ -225,23 +225,23 @@ impl Cluster {
             cursor = next;
         }
         for lock in held {
-            table.lose(now, lock, effects);
+            table.revoke(now, lock, effects);
         }
         for (lock, queue) in &mut self.queues {
             queue.lose_place();
             // The next lease may be of another store, whose revisions begin anew.
             queue.forget_line(Revision(0));
-            self.stirred.insert(*lock);
+            self.dirty_locks.insert(*lock);
         }
     }
 
     /// Until when what is held here may be relied on. `None`: it may not.
-    pub fn good_until(&self) -> Option<Millis> {
+    pub fn good_until(&self) -> Option<Timestamp> {
         self.lease.as_ref().map(|_| self.good_until)
     }
 
     /// When to try again to ask what could not be asked.
-    pub fn retry_at(&self) -> Option<Millis> {
+    pub fn retry_at(&self) -> Option<Timestamp> {
         self.retry_at.filter(|_| self.lease.is_some() && !self.pending.is_empty())
     }
 
@@ -251,29 +251,29 @@ impl Cluster {
     }
 
     /// No question comes through at the moment, whatever it is.
-    pub fn cannot_ask(&mut self, now: Millis) {
+    pub fn cannot_ask(&mut self, now: Timestamp) {
         self.retry_at = Some(now.plus(PAUSE));
     }
 
     fn can_ask_again(&mut self) {
         if self.lease.is_some() {
             self.retry_at = None;
-            self.stirred.append(&mut self.pending);
+            self.dirty_locks.append(&mut self.pending);
         }
     }
 
     /// Takes note of what has changed in the table.
-    pub fn stir(&mut self, stir: Stir) {
-        let lock = match stir {
-            Stir::Wants(lock) => lock,
-            Stir::Ended(lock, token, outcome) => {
+    pub fn notify(&mut self, notice: ClusterNotice) {
+        let lock = match notice {
+            ClusterNotice::Needs(lock) => lock,
+            ClusterNotice::Ended(lock, token, outcome) => {
                 if let Some(queue) = self.queues.get_mut(&lock) {
                     queue.ended(token, outcome);
                 }
                 lock
             }
         };
-        self.stirred.insert(lock);
+        self.dirty_locks.insert(lock);
     }
 
     /// The watch has seen this of a lock, at this revision.
@@ -288,14 +288,14 @@ impl Cluster {
         } else {
             return;
         }
-        self.stirred.insert(lock);
+        self.dirty_locks.insert(lock);
     }
 
     /// In the lines of these locks this host's lease has places, whether it knows of them or not.
     pub fn has_places(&mut self, locks: impl IntoIterator<Item = LockId>) {
         for lock in locks {
             self.queues.entry(lock).or_insert_with(LockQueue::unread);
-            self.stirred.insert(lock);
+            self.dirty_locks.insert(lock);
         }
     }
 
@@ -303,7 +303,7 @@ impl Cluster {
     pub fn watch_gap(&mut self, revision: Revision) {
         for (lock, queue) in &mut self.queues {
             queue.forget_line(revision);
-            self.stirred.insert(*lock);
+            self.dirty_locks.insert(*lock);
         }
     }
 
@@ -311,13 +311,13 @@ impl Cluster {
     pub fn answered(
         &mut self,
         table: &mut Table,
-        now: Millis,
+        now: Timestamp,
         (lock, id): (LockId, u64),
         answer: Result<QueueSnapshot, Failure>,
         effects: &mut Effects,
     ) {
         let Some(queue) = self.queues.get_mut(&lock) else { return };
-        self.stirred.insert(lock);
+        self.dirty_locks.insert(lock);
         match answer {
             Ok(line) => {
                 queue.answered(id, line);
@@ -334,15 +334,15 @@ impl Cluster {
         }
     }
 
-    /// Looks at all that was stirred: tells the table what is true, and makes up the questions that follow.
-    pub fn poll(&mut self, table: &mut Table, now: Millis, effects: &mut Effects) {
+    /// Looks at all that was dirty_locks: tells the table what is true, and makes up the questions that follow.
+    pub fn poll(&mut self, table: &mut Table, now: Timestamp, effects: &mut Effects) {
         let may_probe = self.retry_at.is_none_or(|at| at <= now);
         if may_probe {
-            self.stirred.append(&mut self.pending);
+            self.dirty_locks.append(&mut self.pending);
         }
-        for lock in std::mem::take(&mut self.stirred) {
+        for lock in std::mem::take(&mut self.dirty_locks) {
             self.queues.entry(lock).or_default().update_table(table, now, lock, effects);
-            // One question tells whether the others have a chance.
+            // One question tells whether the others have a rng.
             let has_probed = self.is_away() && !self.requests.is_empty();
             if self.lease.is_some() && may_probe && !has_probed {
                 self.ask(table, lock);
@@ -367,8 +367,8 @@ impl Cluster {
     }
 
     /// True when [`Cluster::poll`] has something to look at now.
-    pub fn is_stirred(&self, now: Millis) -> bool {
-        !self.stirred.is_empty() || self.retry_at().is_some_and(|at| at <= now)
+    pub fn has_work(&self, now: Timestamp) -> bool {
+        !self.dirty_locks.is_empty() || self.retry_at().is_some_and(|at| at <= now)
     }
 
     /// Who has the first place of a lock, as far as it is known.
@@ -419,5 +419,5 @@ impl Owner {
 struct Asked {
     id: u64,
     /// Those who had come when it was asked.
-    mark: Mark,
+    mark: ArrivalMark,
 }

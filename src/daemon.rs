@@ -50,9 +50,9 @@ use crate::addr::{self, Addr, Reason};
 use crate::exit::Exit;
 use crate::fd;
 use crate::journal;
-use crate::table::Millis;
+use crate::table::Timestamp;
 #[cfg(feature = "etcd")]
-pub use cluster::Config as Sharing;
+pub use cluster::Config as Clustering;
 pub use listener::Access;
 use listener::Listener;
 use recorder::Recorder;
@@ -83,16 +83,16 @@ pub struct Config {
     pub idle_exit: Option<Duration>,
     /// How to share the locks with other hosts. `None`: they are this host's alone.
     #[cfg(feature = "etcd")]
-    pub sharing: Option<Sharing>,
+    pub clustering: Option<Clustering>,
     /// Detach from the starting process and run in the background, as soon as the sockets are listening.
     pub detach: bool,
 }
 
 impl Config {
     /// Returns `true` if the locks are to be shared with other hosts.
-    fn is_sharing(&self) -> bool {
+    fn is_clustered(&self) -> bool {
         #[cfg(feature = "etcd")]
-        return self.sharing.is_some();
+        return self.clustering.is_some();
         #[cfg(not(feature = "etcd"))]
         false
     }
@@ -110,7 +110,7 @@ impl Config {
             ready_fd: None,
             idle_exit: None,
             #[cfg(feature = "etcd")]
-            sharing: None,
+            clustering: None,
             detach: false,
         }
     }
@@ -127,7 +127,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     }
     // Errors in the configuration of etcd are reported before anything is served.
     #[cfg(feature = "etcd")]
-    let etcd = config.sharing.as_ref().map(|sharing| crate::etcd::Client::new(&sharing.etcd));
+    let etcd = config.clustering.as_ref().map(|clustering| crate::etcd::Client::new(&clustering.etcd));
     #[cfg(feature = "etcd")]
     let etcd = etcd.transpose().map_err(Error::Etcd)?;
     if config.detach {
@@ -152,8 +152,8 @@ pub fn serve(config: &Config) -> Result<(), Error> {
         info!("serving on {}", listener.name());
     }
     #[cfg(feature = "etcd")]
-    let cluster = match config.sharing.as_ref().zip(etcd) {
-        Some((config, client)) => Some(cluster::share(config, client, recorder.lease())?),
+    let cluster = match config.clustering.as_ref().zip(etcd) {
+        Some((config, client)) => Some(cluster::join(config, client, recorder.lease())?),
         None => None,
     };
     #[cfg(not(feature = "etcd"))]
@@ -174,8 +174,8 @@ fn refuse_without_cluster(config: &Config) -> Result<(), Error> {
         Addr::Loopback(_) | Addr::Tcp { .. } => None,
     });
     match unix {
-        Some(path) if !config.is_sharing() && journal::is_shared(&journal_of(path)) => {
-            Err(Error::Shared { path: path.clone() })
+        Some(path) if !config.is_clustered() && journal::is_clustered(&journal_of(path)) => {
+            Err(Error::Clustered { path: path.clone() })
         }
         _ => Ok(()),
     }
@@ -277,7 +277,7 @@ pub enum Error {
     },
     /// The locks of this socket are shared with other hosts, and this daemon was not told how.
     #[error("the locks of {} are shared with other hosts: start its daemon with --etcd", path.display())]
-    Shared {
+    Clustered {
         /// The socket.
         path: PathBuf,
     },
@@ -318,7 +318,7 @@ impl Error {
             Error::Addr(error) => error.exit(),
             Error::Bind { .. } | Error::LockFile { .. } | Error::Journal { .. } => Exit::CannotCreate,
             Error::Served { .. } => Exit::Busy,
-            Error::Shared { .. } => Exit::Unavailable,
+            Error::Clustered { .. } => Exit::Unavailable,
             Error::Group { .. } | Error::ReadyFd { .. } => Exit::Usage,
             #[cfg(feature = "etcd")]
             Error::Etcd(_) => Exit::Usage,
@@ -334,6 +334,6 @@ fn other_daemon(pid: Option<u32>) -> String {
     }
 }
 
-fn millis(span: Duration) -> Millis {
-    Millis(u64::try_from(span.as_millis()).unwrap_or(u64::MAX))
+fn millis(span: Duration) -> Timestamp {
+    Timestamp(u64::try_from(span.as_millis()).unwrap_or(u64::MAX))
 }

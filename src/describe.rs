@@ -1,10 +1,10 @@
 //! Holders, waiters and spans of time, in words.
 
 use crate::lookup;
-use crate::proto::v2::Party;
+use crate::proto::v2::LockUser;
 
 /// Describes a holder or waiter in a few words: `"make", note (pid 123, alice on host) for 1m02s`.
-pub fn party(party: &Party) -> String {
+pub fn party(party: &LockUser) -> String {
     let who = &party.who;
     let mut told = match who.command.as_str() {
         _ if party.protocol == 1 => "a client of protocol 1".to_string(),
@@ -47,7 +47,7 @@ pub fn span(millis: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::proto::v2::Who;
+    use crate::proto::v2::ClientInfo;
 
     #[test]
     fn a_span_is_described_by_its_two_largest_units() {
@@ -61,9 +61,14 @@ mod tests {
     #[test]
     fn a_holder_is_described_as_far_as_it_is_known() {
         let text = |text: &str| text.to_string().into();
-        let who =
-            Who { pid: 12, host: text("h"), user: text("u"), command: text("make all"), note: text("job 7") };
-        let known = Party {
+        let who = ClientInfo {
+            pid: 12,
+            host: text("h"),
+            user: text("u"),
+            command: text("make all"),
+            note: text("job 7"),
+        };
+        let known = LockUser {
             protocol: 2,
             uid: None,
             who,
@@ -74,7 +79,7 @@ mod tests {
             orphan: false,
         };
         assert_eq!(party(&known), r#""make all", job 7 (pid 12, u on h) for 1m02s"#);
-        let unknown = Party { protocol: 1, who: Who::default(), ..known };
+        let unknown = LockUser { protocol: 1, who: ClientInfo::default(), ..known };
         assert_eq!(party(&unknown), "a client of protocol 1 for 1m02s");
     }
 }

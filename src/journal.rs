@@ -24,7 +24,7 @@ use std::path::{Path, PathBuf};
 use nix::unistd::Uid;
 
 use crate::proto::{LockId, Nonce, Token};
-use crate::table::{Held, Millis, Terms};
+use crate::table::{HoldState, Terms, Timestamp};
 
 /// The length of a record, and of the header.
 const RECORD_BYTES: usize = 88;
@@ -39,17 +39,17 @@ pub type BootId = [u8; 16];
 
 /// A held lock, as the journal keeps it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Record {
+pub struct HoldRecord {
     /// The hold itself.
-    pub held: Held,
+    pub held: HoldState,
     /// The process that holds it; 0: it is not known.
     pub pid: u32,
     /// The command that it runs, which has inherited the lock; 0: there is none.
     pub child: u32,
     /// When it was granted, by the clock that counts from boot.
-    pub granted: Millis,
+    pub granted: Timestamp,
     /// When this was recorded. Both processes lived then: one that was started later is another.
-    pub recorded: Millis,
+    pub recorded: Timestamp,
 }
 
 /// An open journal.
@@ -65,7 +65,7 @@ pub struct Journal {
     /// What is to be written.
     pending: Vec<u8>,
     /// Something that should be in the file is not, and is forgotten.
-    behind: bool,
+    stale: bool,
     /// Locks are shared with other hosts, under this lease; 0: under none at the moment.
     lease: Option<u64>,
 }
@@ -79,7 +79,7 @@ impl Journal {
         path: &Path,
         boot: BootId,
         lease: Option<u64>,
-        records: impl IntoIterator<Item = &'a Record>,
+        records: impl IntoIterator<Item = &'a HoldRecord>,
     ) -> io::Result<Journal> {
         let mut bytes = header(&boot).to_vec();
         bytes.extend(lease.into_iter().flat_map(|lease| encode(Entry::Lease(lease))));
@@ -93,19 +93,19 @@ impl Journal {
             length,
             compacted: length,
             pending: Vec::new(),
-            behind: false,
+            stale: false,
             lease,
         })
     }
 
     /// Notes that a lock is held, for the next [`Journal::write`]. One with the same token as before replaces it.
-    pub fn grant(&mut self, record: &Record) {
+    pub fn grant(&mut self, record: &HoldRecord) {
         self.pending.extend_from_slice(&encode(Entry::Grant(record)));
     }
 
     /// Notes that the hold with this token has ended, for the next [`Journal::write`].
-    pub fn strike(&mut self, token: Token) {
-        self.pending.extend_from_slice(&encode(Entry::Strike(token)));
+    pub fn end(&mut self, token: Token) {
+        self.pending.extend_from_slice(&encode(Entry::End(token)));
     }
 
     /// Notes the lease under which locks are shared from now on, for the next [`Journal::write`]; 0: under none.
@@ -130,20 +130,20 @@ impl Journal {
         Ok(())
     }
 
-    /// After a [`Journal::write`] that failed: forgets what was noted, so that it does not heap up. The file is behind
+    /// After a [`Journal::write`] that failed: forgets what was noted, so that it does not heap up. The file is stale
     /// then, until [`Journal::compact`] writes all that is true.
-    pub fn fall_behind(&mut self) {
+    pub fn mark_stale(&mut self) {
         self.pending.clear();
-        self.behind = true;
+        self.stale = true;
     }
 
     /// True when only [`Journal::compact`] can make the file tell the truth again.
-    pub fn is_behind(&self) -> bool {
-        self.behind
+    pub fn is_stale(&self) -> bool {
+        self.stale
     }
 
     /// True when most of the file is of the past.
-    pub fn is_overgrown(&self) -> bool {
+    pub fn needs_compaction(&self) -> bool {
         self.length > SIZE_MIN.max(self.compacted * GROWTH_MAX)
     }
 
@@ -151,7 +151,7 @@ impl Journal {
     ///
     /// # Errors
     /// When the new file cannot be written.
-    pub fn compact<'a>(&mut self, held: impl IntoIterator<Item = &'a Record>) -> io::Result<()> {
+    pub fn compact<'a>(&mut self, held: impl IntoIterator<Item = &'a HoldRecord>) -> io::Result<()> {
         match Journal::create(&self.path, self.boot, self.lease, held) {
             Ok(new) => *self = new,
             Err(e) => {
@@ -176,7 +176,7 @@ impl Journal {
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Loaded {
     /// The holds that had not ended, in the order of their tokens.
-    pub records: Vec<Record>,
+    pub records: Vec<HoldRecord>,
     /// The highest token in it: new ones must be larger.
     pub last_token: Option<Token>,
     /// The locks are shared with other hosts, under this lease; 0: under none. `None`: they are this host's alone.
@@ -195,7 +195,7 @@ pub fn load(path: &Path, boot: &BootId) -> Loaded {
 }
 
 /// True when a journal says that locks are shared with other hosts, whichever boot it is of.
-pub fn is_shared(path: &Path) -> bool {
+pub fn is_clustered(path: &Path) -> bool {
     load(path, &BootId::default()).lease.is_some()
 }
 
@@ -242,8 +242,8 @@ pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
     if &head[16..32] != boot {
         // Nobody who held a lock then lives now. That locks are shared is as true as it was.
         let leases = body.as_chunks::<RECORD_BYTES>().0.iter().map(decode);
-        let is_shared = leases.flatten().any(|entry| matches!(entry, Decoded::Lease(_)));
-        return Loaded { lease: is_shared.then_some(0), ..Loaded::default() };
+        let is_clustered = leases.flatten().any(|entry| matches!(entry, Decoded::Lease(_)));
+        return Loaded { lease: is_clustered.then_some(0), ..Loaded::default() };
     }
     let mut held = BTreeMap::new();
     let mut last_token = None;
@@ -257,7 +257,7 @@ pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
                 held.insert(token, record);
                 token
             }
-            Some(Decoded::Strike(token)) => {
+            Some(Decoded::End(token)) => {
                 held.remove(&token);
                 token
             }
@@ -305,7 +305,7 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<File> {
 //   (88 bytes each; of a strike, only kind and token count; of a lease, only kind and, in the token's place, its number)
 
 const GRANT: u8 = 1;
-const STRIKE: u8 = 2;
+const END: u8 = 2;
 const LEASE: u8 = 3;
 const SHARED: u8 = 1;
 const EXEC: u8 = 2;
@@ -315,14 +315,14 @@ const HAS_UID: u8 = 16;
 const HAS_UNTIL: u8 = 32;
 
 enum Entry<'a> {
-    Grant(&'a Record),
-    Strike(Token),
+    Grant(&'a HoldRecord),
+    End(Token),
     Lease(u64),
 }
 
 enum Decoded {
-    Grant(Record),
-    Strike(Token),
+    Grant(HoldRecord),
+    End(Token),
     Lease(u64),
 }
 
@@ -343,7 +343,7 @@ fn encode(entry: Entry<'_>) -> [u8; RECORD_BYTES] {
     let mut bytes = [0; RECORD_BYTES];
     let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
     match entry {
-        Entry::Grant(Record { held, pid, child, granted, recorded }) => {
+        Entry::Grant(HoldRecord { held, pid, child, granted, recorded }) => {
             let flags = [
                 (held.terms.shared, SHARED),
                 (held.terms.exec, EXEC),
@@ -365,8 +365,8 @@ fn encode(entry: Entry<'_>) -> [u8; RECORD_BYTES] {
             put(72, &held.until.map_or(0, |until| until.0).to_le_bytes());
             put(80, &recorded.0.to_le_bytes());
         }
-        Entry::Strike(token) => {
-            put(4, &[STRIKE]);
+        Entry::End(token) => {
+            put(4, &[END]);
             put(24, &token.0.to_le_bytes());
         }
         Entry::Lease(lease) => {
@@ -388,7 +388,7 @@ fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
     let token = Token(u64_at(24));
     let flag = |bit: u8| bytes[6] & bit != 0;
     match bytes[4] {
-        STRIKE => Some(Decoded::Strike(token)),
+        END => Some(Decoded::End(token)),
         LEASE => Some(Decoded::Lease(token.0)),
         GRANT if matches!(bytes[5], 1 | 2) => {
             let terms = Terms {
@@ -398,17 +398,17 @@ fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
                 inherits: flag(INHERITS),
                 slots: u32_at(8).max(1),
             };
-            let held = Held {
+            let held = HoldState {
                 lock: LockId(bytes[32..48].try_into().expect("sixteen bytes")),
                 token,
                 terms,
                 nonce: flag(HAS_NONCE)
                     .then(|| Nonce(u128::from_le_bytes(bytes[48..64].try_into().expect("sixteen bytes")))),
                 uid: flag(HAS_UID).then(|| u32_at(12)),
-                until: flag(HAS_UNTIL).then(|| Millis(u64_at(72))),
+                until: flag(HAS_UNTIL).then(|| Timestamp(u64_at(72))),
             };
-            let (granted, recorded) = (Millis(u64_at(64)), Millis(u64_at(80)));
-            Some(Decoded::Grant(Record { held, pid: u32_at(16), child: u32_at(20), granted, recorded }))
+            let (granted, recorded) = (Timestamp(u64_at(64)), Timestamp(u64_at(80)));
+            Some(Decoded::Grant(HoldRecord { held, pid: u32_at(16), child: u32_at(20), granted, recorded }))
         }
         _ => None,
     }

@@ -8,7 +8,7 @@ use crate::client::{self, Session, Target};
 use crate::describe;
 use crate::exit::Exit;
 use crate::proto::Key;
-use crate::proto::v2::{Answer, ErrorCode, LockStatus, Party, Request};
+use crate::proto::v2::{Answer, ErrorCode, LockStatus, LockUser, Request};
 
 /// The form of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,7 +147,7 @@ impl Table {
         self.add_rest(&key, lock.waiting, lock.waiters.len(), "wait");
     }
 
-    fn add_party(&mut self, key: &str, state: &str, party: &Party) {
+    fn add_party(&mut self, key: &str, state: &str, party: &LockUser) {
         let dash = |text: &str| if text.is_empty() { "-".to_string() } else { text.to_string() };
         let user = match party.uid {
             None => dash(party.who.user.as_str()),

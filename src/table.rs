@@ -1,7 +1,7 @@
 //! The lock table: who holds what, who waits, who is next, who is told what, and when a hold expires.
 //!
 //! A state machine without input or output: events come in as method calls with the time as an argument, and what is to
-//! be done comes out as [`Effect`]s, to be carried out in order. It owns no socket, file, clock or process and draws no
+//! be done comes out as [`Notification`]s, to be carried out in order. It owns no socket, file, clock or process and draws no
 //! random numbers, so that `table/simulation.rs` can drive it through millions of steps.
 //!
 //! The rules (`docs/protocol.md` has them for users):
@@ -15,18 +15,18 @@
 //!
 //! - Resuming: a daemon that was restarted is told what was held ([`Table::restore`]); such a hold has no client until
 //!   its holder's request comes again, with the same nonce.
-//! - Where hosts share their locks, nothing is given here that was not won from the others: `elsewhere.rs`.
+//! - Where hosts share their locks, nothing is given here that was not won from the others: `remote.rs`.
 //!
 //! A lock exists while a request for it does.
 
-#[cfg(test)]
-pub(crate) mod chance;
 mod effect;
-mod elsewhere;
 mod list;
 mod nested;
+mod remote;
 mod request;
 mod resume;
+#[cfg(test)]
+pub(crate) mod rng;
 #[cfg(test)]
 mod simulation;
 #[cfg(test)]
@@ -42,43 +42,43 @@ use slab::Slab;
 use crate::proto::v1::State;
 use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{LockId, Nonce, Outcome, Token};
-pub use effect::{Change, Effect, Effects, Loss, Stir, What};
-use elsewhere::Elsewhere;
-pub use elsewhere::Wants;
+pub use effect::{ClusterNotice, Effects, JournalEntry, Loss, Notification, NotificationKind};
 use list::{Links, List};
 use nested::Nested;
 pub use nested::Step;
+pub use remote::ClusterNeeds;
+use remote::RemoteLocks;
 pub use request::Terms;
-use request::{Details, Line, Lock, Request, RequestId, Stage};
-pub use resume::{Held, NotYours};
+use request::{Details, Lock, Request, RequestId, Stage, WaitList};
+pub use resume::{HoldState, NonceMismatch};
 pub use view::{LockView, RequestView};
 
 /// Milliseconds of a monotonic clock. Where it starts does not matter.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Millis(pub u64);
+pub struct Timestamp(pub u64);
 
-impl Millis {
+impl Timestamp {
     /// No moment: later than all.
-    pub const NEVER: Millis = Millis(u64::MAX);
+    pub const NEVER: Timestamp = Timestamp(u64::MAX);
 
     /// So much later.
-    pub fn plus(self, span: Millis) -> Millis {
-        Millis(self.0.saturating_add(span.0))
+    pub fn plus(self, span: Timestamp) -> Timestamp {
+        Timestamp(self.0.saturating_add(span.0))
     }
 }
 
 /// A connected client, as the caller numbers them. The table keeps four bytes for each number up to the highest in
-/// use, so numbers should be used again; not before [`Table::gone`] was called for the last one that had it.
+/// use, so numbers should be used again; not before [`Table::disconnected`] was called for the last one that had it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ClientId(pub u32);
 
 /// A moment in the order of arrival: it lies behind the requests that had arrived, and before those to come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Mark(u64);
+pub struct ArrivalMark(u64);
 
-impl Mark {
+impl ArrivalMark {
     /// Before all requests.
-    pub const NONE: Mark = Mark(0);
+    pub const NONE: ArrivalMark = ArrivalMark(0);
 }
 
 /// The locks and the requests for them.
@@ -91,15 +91,15 @@ pub struct Table {
     request_of: Vec<Option<RequestId>>,
     deferred: List,
     /// When holds end that may not last.
-    deadlines: BTreeSet<(Millis, RequestId)>,
+    deadlines: BTreeSet<(Timestamp, RequestId)>,
     /// Those of protocol 2 by what they can be resumed with.
     nonces: BTreeMap<Nonce, RequestId>,
     /// Holds that have not resumed.
     orphans: BTreeMap<Token, RequestId>,
     nested: Nested,
     /// Where each lock must be won from other hosts, what is known of them.
-    elsewhere: Option<Elsewhere>,
-    hold_limit: Option<Millis>,
+    remote_locks: Option<RemoteLocks>,
+    hold_limit: Option<Timestamp>,
     next_token: u64,
     first_arrival: u64,
     next_arrival: u64,
@@ -113,9 +113,9 @@ pub struct Config {
     /// The token of the first grant: larger than any that was given before, on any earlier day.
     pub first_token: Token,
     /// How long a protocol 1 owner may hold.
-    pub hold_limit: Option<Millis>,
+    pub hold_limit: Option<Timestamp>,
     /// Other hosts have the same locks: each must be won from them before it is given here.
-    pub is_shared: bool,
+    pub is_clustered: bool,
 }
 
 impl Table {
@@ -132,7 +132,7 @@ impl Table {
             nonces: BTreeMap::new(),
             orphans: BTreeMap::new(),
             nested: Nested::default(),
-            elsewhere: config.is_shared.then(Elsewhere::default),
+            remote_locks: config.is_clustered.then(RemoteLocks::default),
             hold_limit: config.hold_limit,
             next_token: config.first_token.0,
             // Tokens and places both grow across restarts, and have the same reason to.
@@ -151,12 +151,12 @@ impl Table {
     }
 
     /// An idle protocol 1 client asks for a lock.
-    pub fn lock_v1(&mut self, now: Millis, client: ClientId, lock: LockId, effects: &mut Effects) {
-        let id = self.add_request(now, client, lock, Line::V1, Terms::V1, None);
+    pub fn lock_v1(&mut self, now: Timestamp, client: ClientId, lock: LockId, effects: &mut Effects) {
+        let id = self.add_request(now, client, lock, WaitList::V1, Terms::V1, None);
         if self.admits(id) {
             self.grant(now, id, effects);
         } else {
-            self.wait_or_ask(id, effects);
+            self.wait_or_query(id, effects);
         }
     }
 
@@ -167,24 +167,28 @@ impl Table {
     /// When the nonce is that of somebody else's request.
     pub fn lock(
         &mut self,
-        now: Millis,
+        now: Timestamp,
         client: ClientId,
         uid: Option<u32>,
         asked: Box<LockRequest>,
         effects: &mut Effects,
-    ) -> Result<(), NotYours> {
+    ) -> Result<(), NonceMismatch> {
         if let Some(&id) = asked.nonce.and_then(|nonce| self.nonces.get(&nonce)) {
             return self.resume(id, client, uid, asked, effects);
         }
         let lock = asked.key.id();
         if asked.holds.is_some() {
-            effects.tell.push(Effect { client, lock, what: What::Lost(Loss::Unknown) });
+            effects.notifications.push(Notification {
+                client,
+                lock,
+                kind: NotificationKind::Lost(Loss::Unknown),
+            });
             return Ok(());
         }
-        let line = if asked.mode == Mode::Once { Line::Once } else { Line::Queue };
+        let line = if asked.mode == Mode::Once { WaitList::Once } else { WaitList::Queue };
         // Whoever had a place before the daemon was restarted has it still.
         let place = asked.place.filter(|&place| place < self.first_arrival);
-        let undecided = place.is_none() && (asked.nowait || line == Line::Once);
+        let undecided = place.is_none() && (asked.nowait || line == WaitList::Once);
         let (terms, nonce) = (Terms::from(&*asked), asked.nonce);
         let details = Box::new(Details { nonce, uid, asked: Some(asked) });
         let id = self.add_request(now, client, lock, line, terms, Some(details));
@@ -200,17 +204,17 @@ impl Table {
         } else if self.refuse_if_held_above(id, effects) {
             let lock = self.requests[id.index()].lock;
             self.remove_request(id);
-            self.abandon(lock, effects);
+            self.request_left(lock, effects);
         } else if undecided {
             self.deferred.push_back(&mut self.requests, id);
         } else {
-            self.wait_or_ask(id, effects);
+            self.wait_or_query(id, effects);
         }
         Ok(())
     }
 
     /// A client that holds a lock releases it. Nothing happens if it holds none.
-    pub fn release(&mut self, now: Millis, client: ClientId, outcome: Outcome, effects: &mut Effects) {
+    pub fn release(&mut self, now: Timestamp, client: ClientId, outcome: Outcome, effects: &mut Effects) {
         if let Some(id) = self.request(client)
             && self.requests[id.index()].stage == Stage::Holding
         {
@@ -219,7 +223,7 @@ impl Table {
     }
 
     /// The client's stream has ended, or is to be closed: whatever it holds or waits for is given up.
-    pub fn gone(&mut self, now: Millis, client: ClientId, effects: &mut Effects) {
+    pub fn disconnected(&mut self, now: Timestamp, client: ClientId, effects: &mut Effects) {
         let Some(id) = self.request(client) else { return };
         let request = &self.requests[id.index()];
         match request.stage {
@@ -233,7 +237,7 @@ impl Table {
                 self.remove_request(id);
                 // An exclusive waiter at the head of the queue may have held back shared ones.
                 self.admit_queue(now, lock, effects);
-                self.abandon(lock, effects);
+                self.request_left(lock, effects);
             }
             Stage::Deferred | Stage::Undecided => {
                 let (lock, stage) = (request.lock, request.stage);
@@ -242,32 +246,32 @@ impl Table {
                     _ => self.deferred.unlink(&mut self.requests, id),
                 }
                 self.remove_request(id);
-                self.abandon(lock, effects);
+                self.request_left(lock, effects);
             }
         }
     }
 
     /// All that had happened before `mark` was taken is in the table: decides the requests that were deferred until
     /// then, in order of arrival.
-    pub fn settle(&mut self, now: Millis, mark: Mark, effects: &mut Effects) {
+    pub fn settle(&mut self, now: Timestamp, mark: ArrivalMark, effects: &mut Effects) {
         while let Some(id) = self.deferred.head()
             && self.requests[id.index()].order < mark.0
         {
             self.deferred.unlink(&mut self.requests, id);
             if self.admits(id) {
                 self.grant(now, id, effects);
-            } else if self.must_ask(id) {
-                self.ask_elsewhere(id, effects);
+            } else if self.needs_cluster(id) {
+                self.query_cluster(id, effects);
             } else {
-                self.wait_or_go(id, effects);
+                self.wait_or_refuse(id, effects);
             }
         }
     }
 
     /// Lets a request wait, for which the lock is not to be had now, or sends it away if it does not want to wait.
-    fn wait_or_go(&mut self, id: RequestId, effects: &mut Effects) {
+    fn wait_or_refuse(&mut self, id: RequestId, effects: &mut Effects) {
         if self.requests[id.index()].asked().is_some_and(|asked| asked.nowait) {
-            self.tell(id, What::Busy, effects);
+            self.notify(id, NotificationKind::Busy, effects);
             self.remove_request(id);
         } else {
             self.wait(id, effects);
@@ -275,22 +279,22 @@ impl Table {
     }
 
     /// A mark behind all requests that are deferred now, for [`Table::settle`]. None: there are none.
-    pub fn deferred(&self) -> Option<Mark> {
-        self.deferred.head().map(|_| Mark(self.next_arrival))
+    pub fn deferred(&self) -> Option<ArrivalMark> {
+        self.deferred.head().map(|_| ArrivalMark(self.next_arrival))
     }
 
     /// Ends the holds whose time is up.
-    pub fn expire(&mut self, now: Millis, effects: &mut Effects) {
+    pub fn expire(&mut self, now: Timestamp, effects: &mut Effects) {
         while let Some(&(deadline, id)) = self.deadlines.first()
             && deadline <= now
         {
-            self.tell(id, What::Expired, effects);
+            self.notify(id, NotificationKind::Expired, effects);
             self.end_hold(now, id, Outcome::Vanished, effects);
         }
     }
 
     /// When [`Table::expire`] is next needed.
-    pub fn next_deadline(&self) -> Option<Millis> {
+    pub fn next_deadline(&self) -> Option<Timestamp> {
         self.deadlines.first().map(|&(deadline, _)| deadline)
     }
 
@@ -304,19 +308,19 @@ impl Table {
     }
 
     /// Tells a request's client something, if it has one at the moment.
-    fn tell(&self, id: RequestId, what: What, effects: &mut Effects) {
+    fn notify(&self, id: RequestId, kind: NotificationKind, effects: &mut Effects) {
         let request = &self.requests[id.index()];
         if let Some(client) = request.client {
             let lock = self.locks[request.lock as usize].id;
-            effects.tell.push(Effect { client, lock, what });
+            effects.notifications.push(Notification { client, lock, kind });
         }
     }
 
     /// Where everything about admission is decided: a request gets in when nobody queues before it, and those who hold
     /// the lock let it in beside them.
     fn admits(&self, id: RequestId) -> bool {
-        if self.elsewhere.is_some() {
-            // Not for us alone to say: see `Table::won`.
+        if self.remote_locks.is_some() {
+            // Not for us alone to say: see `Table::cluster_granted`.
             return false;
         }
         let request = &self.requests[id.index()];
@@ -335,19 +339,19 @@ impl Table {
     }
 
     /// Gives a lock under the next token.
-    fn grant(&mut self, now: Millis, id: RequestId, effects: &mut Effects) {
+    fn grant(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
         let token = self.next_token;
         self.next_token += 1;
         self.grant_as(now, id, token, effects);
     }
 
     /// The one place where a lock is given.
-    fn grant_as(&mut self, now: Millis, id: RequestId, token: u64, effects: &mut Effects) {
+    fn grant_as(&mut self, now: Timestamp, id: RequestId, token: u64, effects: &mut Effects) {
         let request = &mut self.requests[id.index()];
         request.stage = Stage::Holding;
         request.order = token;
         request.since = now;
-        if let (Line::V1, Some(limit)) = (request.line, self.hold_limit) {
+        if let (WaitList::V1, Some(limit)) = (request.line, self.hold_limit) {
             request.deadline = now.plus(limit);
             self.deadlines.insert((request.deadline, id));
         }
@@ -355,8 +359,8 @@ impl Table {
         lock.holding += 1;
         lock.holders.push_back(&mut self.requests, id);
         self.nested_granted(id);
-        effects.record.extend(self.requests[id.index()].client.map(Change::Granted));
-        self.tell(id, What::Granted(Token(token)), effects);
+        effects.record.extend(self.requests[id.index()].client.map(JournalEntry::Granted));
+        self.notify(id, NotificationKind::Granted(Token(token)), effects);
     }
 
     fn wait(&mut self, id: RequestId, effects: &mut Effects) {
@@ -368,7 +372,7 @@ impl Table {
         request.stage = Stage::Waiting;
         let (line, resumed) = (request.line, request.order < self.first_arrival);
         let lock = &mut self.locks[request.lock as usize];
-        if line == Line::Queue {
+        if line == WaitList::Queue {
             lock.queued += 1;
         }
         if resumed {
@@ -376,19 +380,21 @@ impl Table {
         } else {
             lock.line(line).push_back(&mut self.requests, id);
         }
-        self.tell_waiting(id, effects);
+        self.notify_waiting(id, effects);
     }
 
-    fn tell_waiting(&self, id: RequestId, effects: &mut Effects) {
+    fn notify_waiting(&self, id: RequestId, effects: &mut Effects) {
         let request = &self.requests[id.index()];
         let lock = &self.locks[request.lock as usize];
         let ahead = match request.line {
             // It is the last one, but for those with a place from before a restart.
-            Line::Queue if lock.queue.tail() == Some(id) => lock.queued - 1,
-            Line::Queue => lock.queue.iter(&self.requests).take_while(|&other| other != id).count() as u32,
-            Line::V1 | Line::Once => 0,
+            WaitList::Queue if lock.queue.tail() == Some(id) => lock.queued - 1,
+            WaitList::Queue => {
+                lock.queue.iter(&self.requests).take_while(|&other| other != id).count() as u32
+            }
+            WaitList::V1 | WaitList::Once => 0,
         };
-        self.tell(id, What::Waiting { ahead, place: request.order }, effects);
+        self.notify(id, NotificationKind::Waiting { ahead, place: request.order }, effects);
     }
 
     /// Takes a waiting request out of its line.
@@ -396,26 +402,32 @@ impl Table {
         let request = &self.requests[id.index()];
         let line = request.line;
         let lock = &mut self.locks[request.lock as usize];
-        if line == Line::Queue {
+        if line == WaitList::Queue {
             lock.queued -= 1;
         }
         lock.line(line).unlink(&mut self.requests, id);
     }
 
-    fn end_hold(&mut self, now: Millis, id: RequestId, outcome: Outcome, effects: &mut Effects) {
+    fn end_hold(&mut self, now: Timestamp, id: RequestId, outcome: Outcome, effects: &mut Effects) {
         let request = &self.requests[id.index()];
         let (index, token) = (request.lock, Token(request.order));
-        effects.record.push(Change::Ended(token));
-        if self.elsewhere.is_some() {
-            effects.stir.push(Stir::Ended(self.locks[index as usize].id, token, outcome));
+        effects.record.push(JournalEntry::Ended(token));
+        if self.remote_locks.is_some() {
+            effects.notices.push(ClusterNotice::Ended(self.locks[index as usize].id, token, outcome));
         }
         self.end_hold_unrecorded(now, id, outcome, effects);
     }
 
-    fn end_hold_unrecorded(&mut self, now: Millis, id: RequestId, outcome: Outcome, effects: &mut Effects) {
+    fn end_hold_unrecorded(
+        &mut self,
+        now: Timestamp,
+        id: RequestId,
+        outcome: Outcome,
+        effects: &mut Effects,
+    ) {
         let request = &self.requests[id.index()];
         let (index, token) = (request.lock, Token(request.order));
-        if request.deadline != Millis::NEVER {
+        if request.deadline != Timestamp::NEVER {
             self.deadlines.remove(&(request.deadline, id));
         }
         if request.client.is_none() {
@@ -426,27 +438,34 @@ impl Table {
         lock.holders.unlink(&mut self.requests, id);
         self.remove_request(id);
 
-        self.tell_line(index, Line::V1, outcome, token, effects);
+        self.finish_waiters(index, WaitList::V1, outcome, token, effects);
         if outcome == Outcome::Vanished {
-            self.succeed(now, index, effects);
+            self.promote_oldest_waiter(now, index, effects);
         } else {
-            self.tell_line(index, Line::Once, outcome, token, effects);
+            self.finish_waiters(index, WaitList::Once, outcome, token, effects);
         }
         self.admit_queue(now, index, effects);
         self.remove_if_unused(index);
     }
 
     /// Tells everybody in a line that a holder is done, and sends them home.
-    fn tell_line(&mut self, lock: u32, line: Line, outcome: Outcome, token: Token, effects: &mut Effects) {
+    fn finish_waiters(
+        &mut self,
+        lock: u32,
+        line: WaitList,
+        outcome: Outcome,
+        token: Token,
+        effects: &mut Effects,
+    ) {
         while let Some(id) = self.locks[lock as usize].line(line).head() {
-            self.tell(id, What::Finished(outcome, token), effects);
+            self.notify(id, NotificationKind::Finished(outcome, token), effects);
             self.leave_line(id);
             self.remove_request(id);
         }
     }
 
     /// A holder vanished: the oldest protocol 2 waiter, once or queue, takes its place.
-    fn succeed(&mut self, now: Millis, lock: u32, effects: &mut Effects) {
+    fn promote_oldest_waiter(&mut self, now: Timestamp, lock: u32, effects: &mut Effects) {
         let Lock { once_waiters, queue, .. } = &self.locks[lock as usize];
         let arrival = |id: &RequestId| self.requests[id.index()].order;
         // The head of the queue needs no help: `admit_queue` comes next.
@@ -455,14 +474,14 @@ impl Table {
             return;
         };
         let lock = &self.locks[lock as usize];
-        if self.elsewhere.is_none() && self.holders_admit(lock, &self.requests[oldest.index()]) {
+        if self.remote_locks.is_none() && self.holders_admit(lock, &self.requests[oldest.index()]) {
             self.leave_line(oldest);
             self.grant(now, oldest, effects);
         }
     }
 
     /// Lets in as many from the head of the queue as the holders admit.
-    fn admit_queue(&mut self, now: Millis, lock: u32, effects: &mut Effects) {
+    fn admit_queue(&mut self, now: Timestamp, lock: u32, effects: &mut Effects) {
         while let Some(id) = self.locks[lock as usize].queue.head()
             && self.admits(id)
         {
@@ -473,10 +492,10 @@ impl Table {
 
     fn add_request(
         &mut self,
-        now: Millis,
+        now: Timestamp,
         client: ClientId,
         lock: LockId,
-        line: Line,
+        line: WaitList,
         terms: Terms,
         details: Option<Box<Details>>,
     ) -> RequestId {
@@ -492,7 +511,7 @@ impl Table {
             terms,
             order,
             since: now,
-            deadline: Millis::NEVER,
+            deadline: Timestamp::NEVER,
             details,
         });
         self.attach(id, client);
@@ -558,7 +577,7 @@ impl Table {
             Ok(entry) => entry.remove(),
             Err(_) => unreachable!("every lock is found by its identity"),
         };
-        self.forget_elsewhere(index);
+        self.forget_remote(index);
         self.locks.remove(index as usize);
     }
 }

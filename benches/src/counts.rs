@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use kmutex::proto::{Key, Outcome, Token, v2::LockRequest, v2::Mode};
-use kmutex::table::{ClientId, Config, Effects, Millis, Table};
+use kmutex::table::{ClientId, Config, Effects, Timestamp, Table};
 use serde::{Deserialize, Serialize};
 
 use crate::load::{self, Protocol};
@@ -57,20 +57,20 @@ fn per_round(mut count: impl FnMut(u64) -> Result<u64>) -> Result<f64> {
 
 /// Locks and releases in a table, where others hold locks too. This is what is counted, in a process of its own.
 pub fn table_rounds(rounds: u64) {
-    let config = Config { hash_key: 1, first_token: Token(1), hold_limit: None, is_shared: false };
+    let config = Config { hash_key: 1, first_token: Token(1), hold_limit: None, is_clustered: false };
     let mut table = Table::new(config);
     let mut effects = Effects::default();
     for client in 1..100 {
         let asked = LockRequest::new(Key::new(format!("key {client}")).expect("it is one"), Mode::Queue);
-        let _ = table.lock(Millis(1), ClientId(client), None, Box::new(asked), &mut effects);
+        let _ = table.lock(Timestamp(1), ClientId(client), None, Box::new(asked), &mut effects);
     }
     let lock = Key::new("one of many").expect("it is one").id();
     for _ in 0..rounds {
-        effects.tell.clear();
+        effects.notifications.clear();
         effects.record.clear();
-        table.lock_v1(Millis(2), ClientId(0), lock, &mut effects);
-        table.release(Millis(3), ClientId(0), Outcome::Unknown, &mut effects);
-        assert_eq!(effects.tell.len(), 1);
+        table.lock_v1(Timestamp(2), ClientId(0), lock, &mut effects);
+        table.release(Timestamp(3), ClientId(0), Outcome::Unknown, &mut effects);
+        assert_eq!(effects.notifications.len(), 1);
     }
 }
 

@@ -4,7 +4,7 @@
 mod table;
 
 use kmutex::journal::{BootId, parse};
-use kmutex::table::Millis;
+use kmutex::table::Timestamp;
 use libfuzzer_sys::fuzz_target;
 use table::Checked;
 
@@ -20,7 +20,7 @@ fn restore(bytes: &[u8]) {
     }
     for record in &loaded.records {
         checked.feed(|table, now, effects| {
-            table.limit_orphan(record.held.token, now.plus(Millis(1)));
+            table.limit_orphan(record.held.token, now.plus(Timestamp(1)));
             table.orphan_ended(now, record.held.token, effects);
         });
     }

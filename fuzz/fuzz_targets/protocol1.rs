@@ -31,7 +31,7 @@ fuzz_target!(|data: &[u8]| {
                     checked.feed(|table, now, effects| table.release(now, client, Outcome::Unknown, effects))
                 }
                 Request::Violation => {
-                    checked.feed(|table, now, effects| table.gone(now, client, effects));
+                    checked.feed(|table, now, effects| table.disconnected(now, client, effects));
                     left = &[];
                 }
             }

@@ -1,26 +1,26 @@
 //! A table whose promise is checked after each event: an exclusive lock has one holder.
 
 use kmutex::proto::Token;
-use kmutex::table::{ClientId, Config, Effects, Millis, Table};
+use kmutex::table::{ClientId, Config, Effects, Timestamp, Table};
 
 pub const CLIENTS: u8 = 8;
 
 pub struct Checked {
     pub table: Table,
-    now: Millis,
+    now: Timestamp,
 }
 
 impl Checked {
     pub fn new() -> Checked {
-        let hold_limit = Some(Millis(1_000));
-        let config = Config { hash_key: 1, first_token: Token(1), hold_limit, is_shared: false };
-        Checked { table: Table::new(config), now: Millis(0) }
+        let hold_limit = Some(Timestamp(1_000));
+        let config = Config { hash_key: 1, first_token: Token(1), hold_limit, is_clustered: false };
+        Checked { table: Table::new(config), now: Timestamp(0) }
     }
 
     /// One event, and the time that passes with it.
-    pub fn feed(&mut self, event: impl FnOnce(&mut Table, Millis, &mut Effects)) {
+    pub fn feed(&mut self, event: impl FnOnce(&mut Table, Timestamp, &mut Effects)) {
         let mut effects = Effects::default();
-        self.now = self.now.plus(Millis(7));
+        self.now = self.now.plus(Timestamp(7));
         event(&mut self.table, self.now, &mut effects);
         if let Some(mark) = self.table.deferred() {
             self.table.settle(self.now, mark, &mut effects);
@@ -46,7 +46,7 @@ impl Checked {
     /// All clients leave: nothing may be left of them.
     pub fn end(mut self) {
         for client in 0..CLIENTS {
-            self.feed(|table, now, effects| table.gone(now, ClientId(client.into()), effects));
+            self.feed(|table, now, effects| table.disconnected(now, ClientId(client.into()), effects));
         }
         assert!(self.table.is_empty());
     }

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::client::WaitObserver;
 use crate::describe;
-use crate::proto::v2::Party;
+use crate::proto::v2::LockUser;
 
 /// The line appears after this time, and is renewed as often.
 const PAUSE: Duration = Duration::from_secs(1);
@@ -27,7 +27,7 @@ impl Display<'_> {
         Display { key, began: Instant::now(), is_terminal, verbose, is_shown: false }
     }
 
-    fn text(&self, holders: &[Party], ahead: u32) -> String {
+    fn text(&self, holders: &[LockUser], ahead: u32) -> String {
         let mut text = format!("waiting for {:?}", self.key);
         if ahead > 0 {
             text.push_str(&format!(", {ahead} ahead"));
@@ -47,7 +47,7 @@ impl WaitObserver for Display<'_> {
         self.is_terminal.then_some(PAUSE)
     }
 
-    fn on_waiting(&mut self, holders: &[Party], ahead: u32) {
+    fn on_waiting(&mut self, holders: &[LockUser], ahead: u32) {
         if std::mem::take(&mut self.verbose) {
             crate::message::print(self.text(holders, ahead));
         }

@@ -39,7 +39,7 @@ impl TryFrom<cli::Serve> for daemon::Config {
             ready_fd: args.ready_fd,
             idle_exit: args.idle_exit,
             #[cfg(feature = "etcd")]
-            sharing: sharing(args.etcd)?,
+            clustering: clustering(args.etcd)?,
             detach: args.detach,
             ..daemon::Config::new(addrs)
         })
@@ -48,7 +48,7 @@ impl TryFrom<cli::Serve> for daemon::Config {
 
 /// The etcd that the locks go through. `None`: the locks are this host's alone.
 #[cfg(feature = "etcd")]
-fn sharing(args: cli::Etcd) -> Result<Option<daemon::Sharing>, Failure> {
+fn clustering(args: cli::Etcd) -> Result<Option<daemon::Clustering>, Failure> {
     if args.endpoints.is_empty() {
         return Ok(None);
     }
@@ -65,7 +65,7 @@ fn sharing(args: cli::Etcd) -> Result<Option<daemon::Sharing>, Failure> {
         return Err(usage("--etcd-prefix is empty"));
     }
     let etcd = etcd::Config { endpoints, ca: args.ca, cert: args.cert, key: args.key, user };
-    Ok(Some(daemon::Sharing { etcd, prefix: args.prefix, ttl_secs: args.ttl }))
+    Ok(Some(daemon::Clustering { etcd, prefix: args.prefix, ttl_secs: args.ttl }))
 }
 
 pub(super) fn keyedmutexd(args: Keyedmutexd) -> Result<u8, Failure> {

@@ -5,24 +5,24 @@ use std::time::{Duration, Instant};
 
 use crate::clock;
 use crate::proto::v2::LeaseTerms;
-use crate::table::Millis;
+use crate::table::Timestamp;
 
 /// A lease, as the client knows it.
 #[derive(Debug)]
 pub(super) struct Lease {
-    good_until: Millis,
+    good_until: Timestamp,
     margin: Duration,
     /// When the unanswered ping was sent.
-    asked: Option<Millis>,
+    asked: Option<Timestamp>,
     ask_at: Instant,
 }
 
 impl Lease {
     /// The lease that the daemon stated in answer to a ping sent at `sent`.
-    pub(super) fn new(sent: Millis, terms: LeaseTerms) -> Lease {
+    pub(super) fn new(sent: Timestamp, terms: LeaseTerms) -> Lease {
         let margin = Duration::from_millis(terms.margin_ms);
         Lease {
-            good_until: sent.plus(Millis(terms.good_ms)),
+            good_until: sent.plus(Timestamp(terms.good_ms)),
             margin,
             asked: None,
             ask_at: Instant::now() + margin,
@@ -60,14 +60,14 @@ impl Lease {
     }
 
     /// Notes that a request to resume the lock was sent, which the daemon answers with a lease too.
-    pub(super) fn asked(&mut self, sent: Millis) {
+    pub(super) fn asked(&mut self, sent: Timestamp) {
         self.asked = Some(sent);
     }
 
     /// Takes in the answer to a ping. `None`: the daemon stated no lease.
     pub(super) fn answered(&mut self, terms: Option<LeaseTerms>) {
         if let (Some(sent), Some(terms)) = (self.asked.take(), terms) {
-            self.good_until = self.good_until.max(sent.plus(Millis(terms.good_ms)));
+            self.good_until = self.good_until.max(sent.plus(Timestamp(terms.good_ms)));
         }
     }
 }

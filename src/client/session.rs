@@ -14,7 +14,7 @@ use crate::clock;
 use crate::lookup;
 use crate::proto::Key;
 use crate::proto::v2::{
-    Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, Mode, PREAMBLE, Party, Request,
+    Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, LockUser, Mode, PREAMBLE, Request,
     decode_answer, encode,
 };
 
@@ -27,7 +27,7 @@ pub trait WaitObserver {
     fn pause(&self) -> Option<Duration>;
 
     /// The request waits: `holders` hold the lock, and `ahead` requests of the queue come first.
-    fn on_waiting(&mut self, holders: &[Party], ahead: u32);
+    fn on_waiting(&mut self, holders: &[LockUser], ahead: u32);
 }
 
 /// Ignores everything.
@@ -39,7 +39,7 @@ impl WaitObserver for NoObserver {
         None
     }
 
-    fn on_waiting(&mut self, _holders: &[Party], _ahead: u32) {}
+    fn on_waiting(&mut self, _holders: &[LockUser], _ahead: u32) {}
 }
 
 fn next_look(observer: &dyn WaitObserver) -> Option<Instant> {

@@ -6,7 +6,7 @@ use super::{
     Asked, Entry, Failure, LeaseName, OutcomeRecord, Owner, QueueOp, QueueSnapshot, Revision, WatchEvent,
 };
 use crate::proto::{LockId, Outcome, Token};
-use crate::table::{Effects, Mark, Millis, Table};
+use crate::table::{ArrivalMark, Effects, Table, Timestamp};
 
 #[derive(Debug, Default)]
 pub(super) struct LockQueue {
@@ -29,7 +29,7 @@ pub(super) struct LockQueue {
     leaves: Option<Leaving>,
     asked: Option<Asked>,
     /// Those who had come before the last question that was answered.
-    mark: Option<Mark>,
+    mark: Option<ArrivalMark>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -92,7 +92,7 @@ impl LockQueue {
         }
     }
 
-    pub(super) fn asked(&mut self, id: u64, mark: Mark, what: &QueueOp) {
+    pub(super) fn asked(&mut self, id: u64, mark: ArrivalMark, what: &QueueOp) {
         self.asked = Some(Asked { id, mark });
         match what {
             QueueOp::Read => {}
@@ -143,7 +143,7 @@ impl LockQueue {
     }
 
     /// There is no answer to a question. Returns the mark of those whom it concerned.
-    pub(super) fn not_answered(&mut self, id: u64, failure: Failure) -> Option<Mark> {
+    pub(super) fn not_answered(&mut self, id: u64, failure: Failure) -> Option<ArrivalMark> {
         let asked = self.asked.take_if(|asked| asked.id == id)?;
         if failure == Failure::Unknown || self.as_of.is_none() {
             self.must_read = true;
@@ -157,7 +157,7 @@ impl LockQueue {
     pub(super) fn update_table(
         &mut self,
         table: &mut Table,
-        now: Millis,
+        now: Timestamp,
         lock: LockId,
         effects: &mut Effects,
     ) {
@@ -172,7 +172,7 @@ impl LockQueue {
                 // Somebody has removed it.
                 None => {
                     self.lose_place();
-                    table.lose(now, lock, effects);
+                    table.revoke(now, lock, effects);
                 }
             }
             return;
@@ -181,19 +181,19 @@ impl LockQueue {
             && first.is_none_or(|(token, _)| token != told.token)
         {
             self.told = None;
-            table.ended_elsewhere(now, lock, self.outcome_of(told), effects);
+            table.remote_hold_ended(now, lock, self.outcome_of(told), effects);
         }
         let Some((token, is_kmutex)) = first else { return };
         let place = self.first().map(|first| &first.place);
         if self.next.is_some() && place == self.next.as_ref() {
             // The watch was faster than the answer, which will say that this is mine.
         } else if self.mine.is_some() && place == self.mine.as_ref() {
-            if self.leaves.is_none() && !table.won(now, lock, token, effects) {
+            if self.leaves.is_none() && !table.cluster_granted(now, lock, token, effects) {
                 self.leaves = Some(Leaving { token, record: None });
             }
         } else if table.find(lock).is_some() {
             self.told = Some(Told { token, is_kmutex });
-            table.held_elsewhere(now, lock, token, self.mark.unwrap_or(Mark::NONE), effects);
+            table.remote_hold_seen(now, lock, token, self.mark.unwrap_or(ArrivalMark::NONE), effects);
         }
     }
 
@@ -218,13 +218,13 @@ impl LockQueue {
         if self.asked.is_some() {
             return None;
         }
-        let wants = table.wants(lock);
+        let needs = table.cluster_needs(lock);
         if self.must_read || (self.as_of.is_none() && table.held_here(lock).is_some()) {
             return Some(QueueOp::Read);
         }
         let owner = || {
             let key = table.find(lock).and_then(|lock| lock.key().map(String::from));
-            let entry = table.contender(lock);
+            let entry = table.first_in_line(lock);
             Box::new(entry.map(|one| Owner::of(key.as_deref(), &one)).unwrap_or_default())
         };
         if let Some(orphan_entry) = self.orphan_entry(lease) {
@@ -232,24 +232,26 @@ impl LockQueue {
             return Some(QueueOp::Release { place, revision, record: None, next: None });
         }
         let Some((mine, revision)) = self.place() else {
-            return match wants {
-                _ if wants.turn => Some(QueueOp::Enqueue { place, owner: owner() }),
-                _ if wants.word || wants.succession => Some(QueueOp::TryAcquire { place, owner: owner() }),
+            return match needs {
+                _ if needs.queue_place => Some(QueueOp::Enqueue { place, owner: owner() }),
+                _ if needs.free_or_busy || needs.takeover => {
+                    Some(QueueOp::TryAcquire { place, owner: owner() })
+                }
                 _ => None,
             };
         };
         let held = table.held_here(lock).is_some();
-        if self.leaves.is_none() && !held && !wants.turn {
+        if self.leaves.is_none() && !held && !needs.queue_place {
             // Nobody waits for their turn any more. From here on there is no way back: a question to give up a place may
             // come through late, when it was long taken for lost.
             self.leaves = Some(Leaving { token: Token(revision.0 as u64), record: None });
         }
         match self.leaves {
             Some(Leaving { record, .. }) => {
-                let next = wants.turn.then(|| (place, owner()));
+                let next = needs.queue_place.then(|| (place, owner()));
                 Some(QueueOp::Release { place: mine, revision, record, next })
             }
-            None if wants.word && !held => Some(QueueOp::Read),
+            None if needs.free_or_busy && !held => Some(QueueOp::Read),
             None => None,
         }
     }
@@ -259,7 +261,7 @@ impl LockQueue {
         self.asked.is_none()
             && (self.must_read
                 || self.leaves.is_some()
-                || !table.wants(lock).is_nothing()
+                || !table.cluster_needs(lock).is_nothing()
                 || (self.as_of.is_none() && table.held_here(lock).is_some())
                 || (self.mine.is_some() && table.held_here(lock).is_none())
                 || self.has_orphan_entry(lease))

@@ -15,7 +15,7 @@ use super::listener::{self, Listener};
 use super::millis;
 use super::source::Source;
 use crate::addr::{self, Peer, Reason};
-use crate::table::Millis;
+use crate::table::Timestamp;
 
 /// Descriptors that are not used for connections: standard ones, listeners, the journal, name lookups.
 const DESCRIPTORS_RESERVED: u64 = 32;
@@ -32,7 +32,7 @@ pub(super) struct Acceptor {
     per_uid: HashMap<u32, u32>,
     generation: u32,
     state: Accepting,
-    warned_last: Option<Millis>,
+    warned_last: Option<Timestamp>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,7 +41,7 @@ enum Accepting {
     /// The limit of connections is reached: wait until one is closed.
     Full,
     /// The kernel has no more descriptors: wait until a connection is closed, or until this time.
-    Refused(Millis),
+    Refused(Timestamp),
 }
 
 /// A connection that was let in.
@@ -76,7 +76,7 @@ impl Acceptor {
         &mut self,
         index: usize,
         open: usize,
-        now: Millis,
+        now: Timestamp,
         epoll: &Epoll,
     ) -> io::Result<Option<Accepted<'_>>> {
         while self.state == Accepting::Yes {
@@ -105,7 +105,7 @@ impl Acceptor {
     }
 
     /// Makes a connection, unless its user has too many.
-    fn admit(&mut self, index: usize, fd: OwnedFd, now: Millis) -> Option<Connection> {
+    fn admit(&mut self, index: usize, fd: OwnedFd, now: Timestamp) -> Option<Connection> {
         let peer = if self.listeners[index].is_unix() { addr::peer(&fd).ok() } else { None };
         if !self.count(peer) {
             if self.warns_again(now) {
@@ -119,7 +119,7 @@ impl Acceptor {
     }
 
     /// When to try again after the kernel refused a descriptor.
-    pub(super) fn retry_at(&self) -> Option<Millis> {
+    pub(super) fn retry_at(&self) -> Option<Timestamp> {
         match self.state {
             Accepting::Refused(until) => Some(until),
             Accepting::Yes | Accepting::Full => None,
@@ -127,7 +127,7 @@ impl Acceptor {
     }
 
     /// Returns `true` if it is time to try again.
-    pub(super) fn is_due(&self, now: Millis) -> bool {
+    pub(super) fn is_due(&self, now: Timestamp) -> bool {
         self.retry_at().is_some_and(|until| until <= now)
     }
 
@@ -175,7 +175,7 @@ impl Acceptor {
         true
     }
 
-    fn warns_again(&mut self, now: Millis) -> bool {
+    fn warns_again(&mut self, now: Timestamp) -> bool {
         let quiet = self.warned_last.is_some_and(|last| now < last.plus(millis(WARNING_EVERY)));
         if !quiet {
             self.warned_last = Some(now);

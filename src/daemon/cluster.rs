@@ -1,4 +1,4 @@
-//! Sharing locks with other hosts: between the daemon's loop, the standing of this host among them ([`Cluster`]), and the
+//! Clustering locks with other hosts: between the daemon's loop, the standing of this host among them ([`Cluster`]), and the
 //! threads that speak with etcd.
 //!
 //! Nothing here happens without `--etcd`.
@@ -21,16 +21,16 @@ use super::source::Source;
 use crate::clock;
 use crate::cluster::{Cluster, Entry, Failure, LeaseName, QueueOp};
 use crate::etcd::{self, Client, LeaseId};
-use crate::proto::v2::{Answer, ErrorCode, LeaseTerms, Party, Text, error};
+use crate::proto::v2::{Answer, ErrorCode, LeaseTerms, LockUser, ShortText, error};
 use crate::proto::{LockId, Token};
-use crate::table::{Effects, Millis, Stir, Table};
+use crate::table::{ClusterNotice, Effects, Table, Timestamp};
 use layout::{Layout, Leases};
 use threads::{Command, EtcdThreads, Event};
 
 /// How long the end of the daemon may wait for etcd.
 const STOP_WAIT: Duration = Duration::from_millis(80);
 /// After how long records get another lease, while there are any.
-const RECORDS_LEASE_EVERY: Millis = Millis(60_000);
+const RECORDS_LEASE_EVERY: Timestamp = Timestamp(60_000);
 
 /// How locks are shared.
 #[derive(Clone, Debug)]
@@ -47,7 +47,7 @@ pub struct Config {
 pub(super) struct Clustering {
     cluster: Cluster,
     threads: EtcdThreads,
-    host: Text,
+    host: ShortText,
     ttl_secs: u64,
     lease: Option<LeaseId>,
     /// The lease that was given up last. That it was kept once more may be reported afterwards, and counts for nothing.
@@ -56,7 +56,7 @@ pub(super) struct Clustering {
     /// timeouts sleep through.
     alarm: TimerFd,
     /// A lease for records, and when it was asked for.
-    records: Option<(LeaseId, Millis)>,
+    records: Option<(LeaseId, Timestamp)>,
     wants_records: bool,
     /// The last that was said of etcd was that it cannot be reached.
     in_trouble: bool,
@@ -68,19 +68,15 @@ pub(super) struct Clustering {
 }
 
 /// A lease is not relied on for this last part of its time: a quarter, in which holders stop.
-fn margin(ttl_secs: u64) -> Millis {
-    Millis((ttl_secs * 250).max(500))
+fn margin(ttl_secs: u64) -> Timestamp {
+    Timestamp((ttl_secs * 250).max(500))
 }
 
 /// Starts what the daemon needs for sharing locks. `resume` is the lease of the daemon before.
 ///
 /// # Errors
 /// When no thread can be started.
-pub(super) fn share(
-    config: &Config,
-    client: Client,
-    resume: Option<u64>,
-) -> Result<Clustering, super::Error> {
+pub(super) fn join(config: &Config, client: Client, resume: Option<u64>) -> Result<Clustering, super::Error> {
     let resume = resume.filter(|&lease| lease != 0).map(|lease| LeaseId(lease as i64));
     let threads = EtcdThreads::start(client, Layout::new(&config.prefix), config.ttl_secs, resume)
         .map_err(|e| super::Error::Os("start the threads for etcd", e))?;
@@ -121,13 +117,13 @@ impl Clustering {
     }
 
     /// When [`Clustering::poll`] has something to do even if nothing wakes the loop.
-    pub(super) fn deadline(&self) -> Option<Millis> {
+    pub(super) fn deadline(&self) -> Option<Timestamp> {
         [self.cluster.good_until(), self.cluster.retry_at()].into_iter().flatten().min()
     }
 
     /// The table says that something may have to be asked or told.
-    pub(super) fn notify(&mut self, stir: Stir) {
-        self.cluster.stir(stir);
+    pub(super) fn notify(&mut self, notice: ClusterNotice) {
+        self.cluster.notify(notice);
     }
 
     /// Does one thing that is due, and returns what the loop has to do besides carrying out `effects`. Returns `None` when
@@ -136,7 +132,7 @@ impl Clustering {
     pub(super) fn poll(
         &mut self,
         table: &mut Table,
-        now: Millis,
+        now: Timestamp,
         effects: &mut Effects,
     ) -> Option<Vec<RemoteReply>> {
         if self.cluster.good_until().is_some_and(|until| until <= now) {
@@ -146,7 +142,7 @@ impl Clustering {
         if let Some(event) = self.threads.next_event() {
             return Some(self.handle(event, table, now, effects).into_iter().collect());
         }
-        if self.cluster.is_stirred(now) {
+        if self.cluster.has_work(now) {
             self.cluster.poll(table, now, effects);
             self.send(now);
             return Some(Vec::new());
@@ -166,7 +162,7 @@ impl Clustering {
     }
 
     /// Returns the holder of a lock on another host, as far as it is known.
-    pub(super) fn remote_holder(&self, lock: LockId) -> Option<Party> {
+    pub(super) fn remote_holder(&self, lock: LockId) -> Option<LockUser> {
         self.cluster.holder(lock).map(party)
     }
 
@@ -190,7 +186,7 @@ impl Clustering {
         true
     }
 
-    fn lose_lease(&mut self, table: &mut Table, now: Millis, effects: &mut Effects) -> RemoteReply {
+    fn lose_lease(&mut self, table: &mut Table, now: Timestamp, effects: &mut Effects) -> RemoteReply {
         self.cluster.lost_lease(table, now, effects);
         if let Some(lease) = self.lease.take() {
             self.threads.abandon(lease);
@@ -205,7 +201,7 @@ impl Clustering {
         &mut self,
         event: Event,
         table: &mut Table,
-        now: Millis,
+        now: Timestamp,
         effects: &mut Effects,
     ) -> Option<RemoteReply> {
         match event {
@@ -257,7 +253,7 @@ impl Clustering {
     }
 
     /// Takes note of a report that has no effect on the table by itself.
-    fn observe(&mut self, event: Event, now: Millis) {
+    fn observe(&mut self, event: Event, now: Timestamp) {
         match event {
             Event::Trouble(error) => {
                 self.wants_records = false;
@@ -300,7 +296,7 @@ impl Clustering {
         }
     }
 
-    fn send(&mut self, now: Millis) {
+    fn send(&mut self, now: Timestamp) {
         for mut ask in self.cluster.take_requests() {
             let Some(places) = self.lease else { return };
             if let Some(owner) = ask.what.owner_mut() {
@@ -318,9 +314,9 @@ impl Clustering {
 
     /// Records are left behind for daemons that read them later, so they get a lease that is not this daemon's, and that
     /// ends without being kept. Until there is one, the daemon's will do.
-    fn renew_records(&mut self, now: Millis) {
+    fn renew_records(&mut self, now: Timestamp) {
         let is_ending =
-            |(_, sent): (LeaseId, Millis)| now >= sent.plus(Millis(3 * RECORDS_LEASE_EVERY.0 / 2));
+            |(_, sent): (LeaseId, Timestamp)| now >= sent.plus(Timestamp(3 * RECORDS_LEASE_EVERY.0 / 2));
         if self.records.is_some_and(is_ending) {
             self.records = None;
         }
@@ -330,10 +326,10 @@ impl Clustering {
         }
     }
 
-    fn leased(&mut self, lease: LeaseId, sent: Millis, ttl_secs: u64, revision: i64) -> bool {
-        let ttl = Millis(ttl_secs.saturating_mul(1000));
+    fn leased(&mut self, lease: LeaseId, sent: Timestamp, ttl_secs: u64, revision: i64) -> bool {
+        let ttl = Timestamp(ttl_secs.saturating_mul(1000));
         let margin = margin(self.ttl_secs);
-        let good_until = Millis(sent.plus(ttl).0.saturating_sub(margin.0));
+        let good_until = Timestamp(sent.plus(ttl).0.saturating_sub(margin.0));
         let is_new = self.lease != Some(lease);
         self.lease = Some(lease);
         self.cluster.leased(name(lease), good_until);
@@ -365,7 +361,7 @@ impl Clustering {
 }
 
 /// A holder or waiter on another host.
-fn party(entry: &Entry) -> Party {
+fn party(entry: &Entry) -> LockUser {
     let owner = entry.owner.clone().unwrap_or_default();
     let mut who = owner.who;
     if !owner.host.is_empty() {
@@ -378,7 +374,7 @@ fn party(entry: &Entry) -> Party {
     if entry.owner.is_none() {
         who.note = "of another program".into();
     }
-    Party {
+    LockUser {
         protocol: owner.protocol,
         uid: None,
         who,

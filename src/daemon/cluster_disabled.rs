@@ -7,8 +7,8 @@ use nix::sys::epoll::Epoll;
 use super::connection::ConnectionId;
 use super::remote::{RemoteReply, RemoteRequest};
 use crate::proto::LockId;
-use crate::proto::v2::{LeaseTerms, Party};
-use crate::table::{Effects, Millis, Stir, Table};
+use crate::proto::v2::{LeaseTerms, LockUser};
+use crate::table::{ClusterNotice, Effects, Table, Timestamp};
 
 /// Has no value.
 pub(super) enum Clustering {}
@@ -18,18 +18,18 @@ impl Clustering {
         match *self {}
     }
 
-    pub(super) fn deadline(&self) -> Option<Millis> {
+    pub(super) fn deadline(&self) -> Option<Timestamp> {
         match *self {}
     }
 
-    pub(super) fn notify(&mut self, _stir: Stir) {
+    pub(super) fn notify(&mut self, _notice: ClusterNotice) {
         match *self {}
     }
 
     pub(super) fn poll(
         &mut self,
         _table: &mut Table,
-        _now: Millis,
+        _now: Timestamp,
         _effects: &mut Effects,
     ) -> Option<Vec<RemoteReply>> {
         match *self {}
@@ -39,7 +39,7 @@ impl Clustering {
         match *self {}
     }
 
-    pub(super) fn remote_holder(&self, _lock: LockId) -> Option<Party> {
+    pub(super) fn remote_holder(&self, _lock: LockId) -> Option<LockUser> {
         match *self {}
     }
 

@@ -11,7 +11,7 @@ use smallvec::SmallVec;
 
 use crate::addr::Peer;
 use crate::proto::v2;
-use crate::table::{ClientId, Millis};
+use crate::table::{ClientId, Timestamp};
 
 /// How much output a client may leave unread before it is disconnected: a whole frame, and then some.
 pub(super) const OUTPUT_BYTES_MAX: usize = 2 * v2::FRAME_BYTES_MAX;
@@ -44,8 +44,8 @@ pub(super) struct Connection {
     peer: Peer,
     /// The process that has inherited the lock from this client; 0 if no such process is known.
     pub(super) child: u32,
-    /// When it is closed unless the message that it has begun is complete; [`Millis::NEVER`] if it has begun none.
-    pub(super) unfinished: Millis,
+    /// When it is closed unless the message that it has begun is complete; [`Timestamp::NEVER`] if it has begun none.
+    pub(super) unfinished: Timestamp,
     /// The beginning of a message whose end has not arrived yet.
     pub(super) input: Buffer,
     output: Buffer,
@@ -83,7 +83,7 @@ impl Connection {
             has_peer: peer.is_some(),
             peer: peer.unwrap_or(Peer { pid: 0, uid: 0 }),
             child: 0,
-            unfinished: Millis::NEVER,
+            unfinished: Timestamp::NEVER,
             input: Buffer::new(),
             output: Buffer::new(),
         }

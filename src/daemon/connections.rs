@@ -7,10 +7,10 @@ use slab::Slab;
 
 use super::connection::{Buffer, Connection, ConnectionId};
 use crate::proto::v2::{self, Answer};
-use crate::table::{ClientId, Millis};
+use crate::table::{ClientId, Timestamp};
 
 /// How long the rest of a message may take to arrive.
-const MESSAGE_WAIT: Millis = Millis(10_000);
+const MESSAGE_WAIT: Timestamp = Timestamp(10_000);
 
 #[derive(Default)]
 pub(super) struct Connections {
@@ -18,7 +18,7 @@ pub(super) struct Connections {
     /// The connections to flush at the end of the turn.
     dirty: Vec<ClientId>,
     /// When connections with part of a message are closed.
-    unfinished: BTreeSet<(Millis, ClientId)>,
+    unfinished: BTreeSet<(Timestamp, ClientId)>,
 }
 
 impl Connections {
@@ -29,7 +29,7 @@ impl Connections {
 
     pub(super) fn remove(&mut self, client: ClientId) -> Connection {
         let connection = self.slab.remove(client.0 as usize);
-        if connection.unfinished != Millis::NEVER {
+        if connection.unfinished != Timestamp::NEVER {
             self.unfinished.remove(&(connection.unfinished, client));
         }
         connection
@@ -83,8 +83,14 @@ impl Connections {
     }
 
     /// Keeps the beginning of a message until the rest arrives. The first piece sets the deadline for the whole message:
-    /// pass the `deadline` that [`Connections::take_partial`] returned with it, or [`Millis::NEVER`].
-    pub(super) fn buffer_partial(&mut self, client: ClientId, rest: &[u8], deadline: Millis, now: Millis) {
+    /// pass the `deadline` that [`Connections::take_partial`] returned with it, or [`Timestamp::NEVER`].
+    pub(super) fn buffer_partial(
+        &mut self,
+        client: ClientId,
+        rest: &[u8],
+        deadline: Timestamp,
+        now: Timestamp,
+    ) {
         let connection = &mut self[client];
         connection.input.extend_from_slice(rest);
         let deadline = deadline.min(now.plus(MESSAGE_WAIT));
@@ -93,23 +99,23 @@ impl Connections {
     }
 
     /// Takes the beginning of a message that has been kept, and its deadline.
-    pub(super) fn take_partial(&mut self, client: ClientId) -> (Buffer, Millis) {
+    pub(super) fn take_partial(&mut self, client: ClientId) -> (Buffer, Timestamp) {
         let connection = &mut self[client];
         let earlier = std::mem::take(&mut connection.input);
-        let deadline = std::mem::replace(&mut connection.unfinished, Millis::NEVER);
-        if deadline != Millis::NEVER {
+        let deadline = std::mem::replace(&mut connection.unfinished, Timestamp::NEVER);
+        if deadline != Timestamp::NEVER {
             self.unfinished.remove(&(deadline, client));
         }
         (earlier, deadline)
     }
 
     /// When [`Connections::pop_overdue`] is next needed.
-    pub(super) fn next_deadline(&self) -> Option<Millis> {
+    pub(super) fn next_deadline(&self) -> Option<Timestamp> {
         self.unfinished.first().map(|&(deadline, _)| deadline)
     }
 
     /// Returns a client whose message has not arrived whole in time, once.
-    pub(super) fn pop_overdue(&mut self, now: Millis) -> Option<ClientId> {
+    pub(super) fn pop_overdue(&mut self, now: Timestamp) -> Option<ClientId> {
         let overdue = self.unfinished.first().is_some_and(|&(deadline, _)| deadline <= now);
         let (_, client) = overdue.then(|| self.unfinished.pop_first())??;
         Some(client)

@@ -4,24 +4,26 @@ use log::{debug, log_enabled};
 
 use super::lookup::Lookup;
 use crate::proto::Outcome;
-use crate::table::{ClientId, Effect, What};
+use crate::table::{ClientId, Notification, NotificationKind};
 
 /// Logs what a client is about to be told.
-pub(super) fn notification(lookup: Lookup<'_>, effect: Effect) {
-    let (client, lock) = (lookup.client_name(effect.client), lookup.lock_name(effect.lock));
-    match effect.what {
-        What::Granted(token) => debug!("grant: {lock} to {client}, token {token}"),
-        What::Waiting { ahead, .. } => debug!("wait: {client} for {lock}, behind {ahead}"),
-        What::Finished(outcome, token) => {
+pub(super) fn notification(lookup: Lookup<'_>, notification: Notification) {
+    let (client, lock) = (lookup.client_name(notification.client), lookup.lock_name(notification.lock));
+    match notification.kind {
+        NotificationKind::Granted(token) => debug!("grant: {lock} to {client}, token {token}"),
+        NotificationKind::Waiting { ahead, .. } => debug!("wait: {client} for {lock}, behind {ahead}"),
+        NotificationKind::Finished(outcome, token) => {
             debug!("finished: {lock}, token {token}: {outcome}, told {client}")
         }
-        What::Busy => debug!("busy: {lock}, told {client}"),
-        What::Unavailable => debug!("unavailable: {lock}, told {client}"),
-        What::HeldAbove => debug!("refused: {client} runs under the lock {lock} that it asks for"),
-        What::Deadlock(_) => debug!("refused: {client} waiting for {lock} would be a deadlock"),
-        What::Expired => debug!("expire: {lock}, held by {client}"),
-        What::Lost(why) => debug!("lost: {lock}, told {client}: {why:?}"),
-        What::Superseded => debug!("resume: {lock}, no longer by {client}"),
+        NotificationKind::Busy => debug!("busy: {lock}, told {client}"),
+        NotificationKind::Unavailable => debug!("unavailable: {lock}, told {client}"),
+        NotificationKind::HeldAbove => {
+            debug!("refused: {client} runs under the lock {lock} that it asks for")
+        }
+        NotificationKind::Deadlock(_) => debug!("refused: {client} waiting for {lock} would be a deadlock"),
+        NotificationKind::Expired => debug!("expire: {lock}, held by {client}"),
+        NotificationKind::Lost(why) => debug!("lost: {lock}, told {client}: {why:?}"),
+        NotificationKind::Superseded => debug!("resume: {lock}, no longer by {client}"),
     }
 }
 

@@ -3,10 +3,10 @@
 use super::cluster::Clustering;
 use super::connections::Connections;
 use super::orphans::Orphans;
-use crate::journal::Record;
-use crate::proto::v2::{LISTED_MAX, LeaseTerms, LockStatus, Mode, Party};
+use crate::journal::HoldRecord;
+use crate::proto::v2::{LISTED_MAX, LeaseTerms, LockStatus, LockUser, Mode};
 use crate::proto::{LockId, Token};
-use crate::table::{ClientId, Held, LockView, Millis, RequestView, Table};
+use crate::table::{ClientId, HoldState, LockView, RequestView, Table, Timestamp};
 
 #[derive(Clone, Copy)]
 pub(super) struct Lookup<'a> {
@@ -14,7 +14,7 @@ pub(super) struct Lookup<'a> {
     pub(super) connections: &'a Connections,
     pub(super) orphans: &'a Orphans,
     pub(super) cluster: Option<&'a Clustering>,
-    pub(super) now: Millis,
+    pub(super) now: Timestamp,
 }
 
 impl<'a> Lookup<'a> {
@@ -40,7 +40,7 @@ impl<'a> Lookup<'a> {
     }
 
     /// Returns the hold of a lock that a process keeps without a connection, if it does.
-    pub(super) fn hold_of_process(&self, lock: LockId, pid: u32) -> Option<Held> {
+    pub(super) fn hold_of_process(&self, lock: LockId, pid: u32) -> Option<HoldState> {
         let lock = self.table.find(lock)?;
         let mut unconnected =
             lock.holders().filter(|holder| holder.client.is_none()).filter_map(|holder| holder.held);
@@ -66,16 +66,16 @@ impl<'a> Lookup<'a> {
     }
 
     /// Returns the first [`LISTED_MAX`] holders of a lock; none if the table does not have it.
-    pub(super) fn holders_of(&self, lock: LockId) -> Vec<Party> {
+    pub(super) fn holders_of(&self, lock: LockId) -> Vec<LockUser> {
         self.table.find(lock).map_or(Vec::new(), |lock| self.holders(&lock))
     }
 
-    fn holders(&self, lock: &LockView<'_>) -> Vec<Party> {
+    fn holders(&self, lock: &LockView<'_>) -> Vec<LockUser> {
         lock.holders().take(LISTED_MAX).map(|holder| self.party(lock.id(), &holder)).collect()
     }
 
-    fn party(&self, lock: LockId, request: &RequestView<'_>) -> Party {
-        if request.is_elsewhere
+    fn party(&self, lock: LockId, request: &RequestView<'_>) -> LockUser {
+        if request.is_remote
             && let Some(party) = self.cluster.and_then(|cluster| cluster.remote_holder(lock))
         {
             return party;
@@ -87,7 +87,7 @@ impl<'a> Lookup<'a> {
         if let Some(pid) = peer.map(|peer| peer.pid).or_else(|| orphan.and_then(pid_of)) {
             who.pid = pid;
         }
-        Party {
+        LockUser {
             protocol: request.terms.protocol,
             uid: self.uid(request),
             who,
@@ -114,12 +114,12 @@ impl<'a> Lookup<'a> {
     }
 
     /// Returns what to record of the lock that a client holds; `None` if it holds none.
-    pub(super) fn record_of_client(&self, client: ClientId) -> Option<Record> {
+    pub(super) fn record_of_client(&self, client: ClientId) -> Option<HoldRecord> {
         let (_, request) = self.table.request_of(client)?;
         self.record_of(&request)
     }
 
-    fn record_of(&self, request: &RequestView<'_>) -> Option<Record> {
+    fn record_of(&self, request: &RequestView<'_>) -> Option<HoldRecord> {
         let held = request.held?;
         let Some(client) = request.client else {
             return self.orphans.record(held.token).cloned();
@@ -128,11 +128,11 @@ impl<'a> Lookup<'a> {
         // Over TCP the daemon does not know the client's process, and a process id that the client sends means nothing
         // on this host.
         let (pid, child) = connection.peer().map_or((0, 0), |peer| (peer.pid, connection.child));
-        Some(Record { held, pid, child, granted: request.since, recorded: self.now })
+        Some(HoldRecord { held, pid, child, granted: request.since, recorded: self.now })
     }
 
     /// Returns what to record of all holds.
-    pub(super) fn records(&self) -> Vec<Record> {
+    pub(super) fn records(&self) -> Vec<HoldRecord> {
         let mut records = Vec::new();
         let mut cursor = 0;
         while let Some((lock, next)) = self.table.next_lock(cursor) {

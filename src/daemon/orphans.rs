@@ -10,16 +10,16 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 
 use super::processes::Liveness;
 use super::source::Source;
-use crate::journal::Record;
+use crate::journal::HoldRecord;
 use crate::proto::Token;
-use crate::table::{Held, Millis};
+use crate::table::{HoldState, Timestamp};
 
 /// What the daemon knows of each unconnected holder, by the token of its grant.
 #[derive(Default)]
 pub(super) struct Orphans(BTreeMap<Token, Orphan>);
 
 struct Orphan {
-    record: Record,
+    record: HoldRecord,
     /// Becomes readable when the watched process ends (pidfd_open(2)).
     process: Option<OwnedFd>,
     /// The watched process is the command: the hold ends with it.
@@ -40,11 +40,11 @@ pub(super) struct Survivor {
     orphan: Orphan,
     process: Option<OwnedFd>,
     /// The hold, with its new time limit.
-    pub(super) held: Held,
+    pub(super) held: HoldState,
 }
 
 impl Survivor {
-    pub(super) fn granted(&self) -> Millis {
+    pub(super) fn granted(&self) -> Timestamp {
         self.orphan.record.granted
     }
 }
@@ -65,7 +65,7 @@ impl Orphans {
     }
 
     /// Returns what was recorded of a hold.
-    pub(super) fn record(&self, token: Token) -> Option<&Record> {
+    pub(super) fn record(&self, token: Token) -> Option<&HoldRecord> {
         self.0.get(&token).map(|orphan| &orphan.record)
     }
 
@@ -96,7 +96,7 @@ impl Orphans {
     ///
     /// # Errors
     /// As pidfd_open(2) gives them.
-    pub(super) fn examine(record: Record, grace: Millis) -> io::Result<Option<Survivor>> {
+    pub(super) fn examine(record: HoldRecord, grace: Timestamp) -> io::Result<Option<Survivor>> {
         let (process, is_command) = match Liveness::of_process(record.pid, record.recorded)? {
             Liveness::Exited => (Liveness::of_command(&record)?, true),
             other => (other, false),
@@ -137,7 +137,12 @@ impl Orphans {
     /// # Errors
     /// As epoll_ctl(2) gives them. The hold lasts nevertheless: it is safer to hold a lock for too long than to grant it
     /// twice.
-    pub(super) fn hand_over(&mut self, record: Record, process: OwnedFd, epoll: &Epoll) -> io::Result<()> {
+    pub(super) fn hand_over(
+        &mut self,
+        record: HoldRecord,
+        process: OwnedFd,
+        epoll: &Epoll,
+    ) -> io::Result<()> {
         let token = record.held.token;
         self.0.insert(token, Orphan { record, process: None, is_command: true, is_restored: false });
         self.watch(token, process, epoll)

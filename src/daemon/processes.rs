@@ -8,9 +8,9 @@ use std::os::unix::fs::MetadataExt;
 use nix::unistd::{SysconfVar, Uid, sysconf};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::journal::Record;
+use crate::journal::HoldRecord;
 use crate::proto::Token;
-use crate::table::Millis;
+use crate::table::Timestamp;
 
 /// Whether a holder's process lives.
 pub(super) enum Liveness {
@@ -28,7 +28,7 @@ impl Liveness {
     ///
     /// # Errors
     /// As pidfd_open(2) gives them.
-    pub(super) fn of_process(pid: u32, recorded: Millis) -> io::Result<Liveness> {
+    pub(super) fn of_process(pid: u32, recorded: Timestamp) -> io::Result<Liveness> {
         let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(Liveness::Unknown) };
         match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(_) if start_time(pid).is_some_and(|start| start > recorded) => Ok(Liveness::Exited),
@@ -45,7 +45,7 @@ impl Liveness {
     ///
     /// # Errors
     /// As pidfd_open(2) gives them.
-    pub(super) fn of_command(record: &Record) -> io::Result<Liveness> {
+    pub(super) fn of_command(record: &HoldRecord) -> io::Result<Liveness> {
         match (record.child, record.held.terms.inherits) {
             (0, false) => Ok(Liveness::Exited),
             (0, true) => find_command_by_token(record),
@@ -59,7 +59,7 @@ impl Liveness {
 ///
 /// Only root and the command's own user may read an environment (proc(5), /proc/PID/environ), and a process whose
 /// environment cannot be read may be the command. So the answer is [`Liveness::Exited`] only if every environment was read.
-fn find_command_by_token(record: &Record) -> io::Result<Liveness> {
+fn find_command_by_token(record: &HoldRecord) -> io::Result<Liveness> {
     let mine = Uid::effective().as_raw();
     let mut all_seen = record.held.uid == Some(mine);
     let mut found = Vec::new();
@@ -104,16 +104,16 @@ fn has_token(environment: &[u8], token: Token) -> bool {
 
 /// How much earlier a process may seem to have started than it did: the kernel gives the start time in clock ticks, and a
 /// tick is at most a hundredth of a second.
-const CLOCK_STEP: Millis = Millis(10);
+const CLOCK_STEP: Timestamp = Timestamp(10);
 
 /// Returns when a process was started, by the clock that counts from boot (proc(5), /proc/PID/stat, starttime).
-fn start_time(pid: Pid) -> Option<Millis> {
+fn start_time(pid: Pid) -> Option<Timestamp> {
     let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
     // The second field is a name in parentheses, which may contain any character.
     let (_, after_name) = stat.rsplit_once(')')?;
     let ticks: u64 = after_name.split_ascii_whitespace().nth(19)?.parse().ok()?;
     let hertz = sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|hertz| u64::try_from(hertz).ok())?;
-    Some(Millis(ticks.saturating_mul(1000).checked_div(hertz)?))
+    Some(Timestamp(ticks.saturating_mul(1000).checked_div(hertz)?))
 }
 
 #[cfg(test)]
@@ -125,7 +125,7 @@ mod tests {
         let me = std::process::id();
         let start = start_time(Pid::from_raw(me as i32).unwrap()).unwrap();
         assert!(matches!(Liveness::of_process(me, start), Ok(Liveness::Alive(_))));
-        assert!(matches!(Liveness::of_process(me, Millis(start.0 - 1)), Ok(Liveness::Exited)));
+        assert!(matches!(Liveness::of_process(me, Timestamp(start.0 - 1)), Ok(Liveness::Exited)));
         assert!(matches!(Liveness::of_process(0, start), Ok(Liveness::Unknown)));
         assert!(
             matches!(Liveness::of_process(u32::MAX, start), Ok(Liveness::Unknown)),

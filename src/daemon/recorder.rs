@@ -9,7 +9,7 @@ use super::failpoint;
 use super::socket_lock::SocketLock;
 use super::{Config, Error};
 use crate::addr::Reason;
-use crate::journal::{self, BootId, Journal, Record};
+use crate::journal::{self, BootId, HoldRecord, Journal};
 use crate::proto::Token;
 use crate::table::ClientId;
 
@@ -21,7 +21,7 @@ pub(super) struct Recorder {
     /// The grants whose records are not written yet.
     grants: Vec<Grant>,
     /// What was held when the previous daemon ended.
-    inherited: Vec<Record>,
+    inherited: Vec<HoldRecord>,
     last_token: Option<Token>,
     lease: Option<u64>,
 }
@@ -63,7 +63,7 @@ impl Recorder {
             warn!("journal {}: {complaint}", path.display());
         }
         // A manually started daemon without --etcd is deliberate.
-        if !config.is_sharing() && !config.detach && loaded.lease.take().is_some() {
+        if !config.is_clustered() && !config.detach && loaded.lease.take().is_some() {
             warn!("the previous daemon shared its locks with other hosts; without --etcd, this one does not");
         }
         let journal = Journal::create(path, boot, loaded.lease, &loaded.records).map_err(error)?;
@@ -97,7 +97,7 @@ impl Recorder {
     }
 
     /// Returns what was held when the previous daemon ended; once.
-    pub(super) fn take_inherited(&mut self) -> Vec<Record> {
+    pub(super) fn take_inherited(&mut self) -> Vec<HoldRecord> {
         std::mem::take(&mut self.inherited)
     }
 
@@ -120,7 +120,7 @@ impl Recorder {
     }
 
     /// Notes what a client holds now; it replaces an earlier note with the same token.
-    pub(super) fn hold(&mut self, record: &Record) {
+    pub(super) fn hold(&mut self, record: &HoldRecord) {
         if let Some(journal) = &mut self.journal {
             journal.grant(record);
         }
@@ -129,7 +129,7 @@ impl Recorder {
     /// Notes that the hold with this token has ended.
     pub(super) fn hold_ended(&mut self, token: Token) {
         if let Some(journal) = &mut self.journal {
-            journal.strike(token);
+            journal.end(token);
         }
     }
 
@@ -138,14 +138,14 @@ impl Recorder {
     ///
     /// Returns the grants that cannot be recorded: the caller takes them back, and calls this again until none is returned.
     /// No lock is given until the journal can be written again.
-    pub(super) fn commit(&mut self, held: impl Fn() -> Vec<Record>) -> Vec<Grant> {
+    pub(super) fn commit(&mut self, held: impl Fn() -> Vec<HoldRecord>) -> Vec<Grant> {
         let Some(journal) = &mut self.journal else {
             self.grants.clear();
             return Vec::new();
         };
         if journal.is_dirty() {
             failpoint::hit("before-journal");
-            let was_behind = journal.is_behind();
+            let was_behind = journal.is_stale();
             let written = if was_behind { journal.compact(&held()) } else { journal.write() };
             match written {
                 Ok(()) => {
@@ -155,7 +155,7 @@ impl Recorder {
                     }
                 }
                 Err(e) => {
-                    journal.fall_behind();
+                    journal.mark_stale();
                     if !was_behind {
                         error!("cannot write {journal}: {}; no lock is granted until that works", Reason(&e));
                     }
@@ -166,7 +166,7 @@ impl Recorder {
             }
         }
         self.grants.clear();
-        if journal.is_overgrown() {
+        if journal.needs_compaction() {
             failpoint::hit("before-compaction");
             if let Err(e) = journal.compact(&held()) {
                 warn!("cannot write the journal anew: {}", Reason(&e));

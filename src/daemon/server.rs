@@ -31,10 +31,12 @@ use super::source::Source;
 use super::{Config, failpoint, log, millis};
 use crate::addr::Reason;
 use crate::clock;
-use crate::journal::Record;
+use crate::journal::HoldRecord;
 use crate::proto::Token;
 use crate::proto::v2::{ErrorCode, error};
-use crate::table::{self, Change, ClientId, Effects, Millis, Stir, Table, What};
+use crate::table::{
+    self, ClientId, ClusterNotice, Effects, JournalEntry, NotificationKind, Table, Timestamp,
+};
 
 /// How many events are taken from the kernel at a time.
 const EVENTS_MAX: usize = 256;
@@ -58,12 +60,12 @@ pub(super) struct Server {
     /// Lists of the locks of all hosts that clients are being sent.
     listings: BTreeMap<ClientId, Listing>,
     /// The time of this turn, by the clock that counts from boot.
-    now: Millis,
-    started: Millis,
-    grace: Millis,
+    now: Timestamp,
+    started: Timestamp,
+    grace: Timestamp,
     idle_exit: Option<Duration>,
     /// Since when no client is connected.
-    idle_since: Option<Millis>,
+    idle_since: Option<Timestamp>,
 }
 
 impl Server {
@@ -101,7 +103,7 @@ impl Server {
                 hash_key: RandomState::new().hash_one(0),
                 first_token: Token(micros.max(last + 1)),
                 hold_limit: config.hold_limit.map(millis),
-                is_shared: cluster.is_some(),
+                is_clustered: cluster.is_some(),
             }),
             recorder,
             orphans: Orphans::default(),
@@ -139,7 +141,7 @@ impl Server {
     }
 
     /// Returns `false` if the hold has ended.
-    fn restore(&mut self, record: Record) -> io::Result<bool> {
+    fn restore(&mut self, record: HoldRecord) -> io::Result<bool> {
         match Orphans::examine(record, self.now.plus(self.grace))? {
             Some(survivor) if self.table.restore(survivor.granted(), survivor.held) => {
                 self.orphans.restore(survivor, &self.epoll)?;
@@ -154,7 +156,7 @@ impl Server {
         let Some(cluster) = &mut self.cluster else { return };
         let mut cursor = 0;
         while let Some((lock, next)) = self.table.next_lock(cursor) {
-            cluster.notify(Stir::Wants(lock.id()));
+            cluster.notify(ClusterNotice::Needs(lock.id()));
             cursor = next;
         }
         if self.recorder.lease().is_none() {
@@ -238,7 +240,7 @@ impl Server {
         }
     }
 
-    fn idle_deadline(&self) -> Option<Millis> {
+    fn idle_deadline(&self) -> Option<Timestamp> {
         let (since, limit) = (self.idle_since?, self.idle_exit?);
         self.table.is_empty().then(|| since.plus(millis(limit)))
     }
@@ -331,7 +333,7 @@ impl Server {
                 }
                 break;
             }
-            deadline = Millis::NEVER;
+            deadline = Timestamp::NEVER;
         }
     }
 
@@ -422,7 +424,7 @@ impl Server {
     }
 
     /// Lets the table handle an event, and carries out its effects.
-    fn apply<T>(&mut self, event: impl FnOnce(&mut Table, Millis, &mut Effects) -> T) -> T {
+    fn apply<T>(&mut self, event: impl FnOnce(&mut Table, Timestamp, &mut Effects) -> T) -> T {
         let result = event(&mut self.table, self.now, &mut self.effects);
         self.dispatch_effects();
         result
@@ -431,41 +433,45 @@ impl Server {
     /// Notes what the table wants recorded, then writes what it wants clients to be told into their output.
     fn dispatch_effects(&mut self) {
         if let Some(cluster) = &mut self.cluster {
-            self.effects.stir.drain(..).for_each(|stir| cluster.notify(stir));
+            self.effects.notices.drain(..).for_each(|notice| cluster.notify(notice));
         }
         // Taken and put back, so that neither is allocated anew each time.
         let mut record = std::mem::take(&mut self.effects.record);
-        let mut tell = std::mem::take(&mut self.effects.tell);
-        for change in record.drain(..) {
-            self.record(change);
+        let mut notifications = std::mem::take(&mut self.effects.notifications);
+        for entry in record.drain(..) {
+            self.record(entry);
         }
-        for effect in tell.drain(..) {
+        for notification in notifications.drain(..) {
             if log::is_verbose() {
-                log::notification(self.lookup(), effect);
+                log::notification(self.lookup(), notification);
             }
-            match self.connections[effect.client].protocol {
-                Protocol::V1 => self.notify_v1(effect),
-                Protocol::V2 { .. } => self.notify_v2(effect),
+            match self.connections[notification.client].protocol {
+                Protocol::V1 => self.notify_v1(notification),
+                Protocol::V2 { .. } => self.notify_v2(notification),
             }
-            match effect.what {
-                What::Expired => self.close_after_flush(effect.client, "hold limit exceeded"),
-                What::Superseded => self.close_after_flush(effect.client, "resumed on another connection"),
+            match notification.kind {
+                NotificationKind::Expired => {
+                    self.close_after_flush(notification.client, "hold limit exceeded")
+                }
+                NotificationKind::Superseded => {
+                    self.close_after_flush(notification.client, "resumed on another connection")
+                }
                 _ => {}
             }
         }
-        (self.effects.record, self.effects.tell) = (record, tell);
+        (self.effects.record, self.effects.notifications) = (record, notifications);
     }
 
     /// Notes a change, to be written to the journal with the others of this turn.
-    fn record(&mut self, change: Change) {
+    fn record(&mut self, change: JournalEntry) {
         match change {
-            Change::Granted(client) => {
+            JournalEntry::Granted(client) => {
                 // The client is told of the grant next, behind its present output.
                 let output_before = self.connections[client].output().len();
                 self.recorder.granted(Grant { client, output_before });
                 self.record_hold(client);
             }
-            Change::Resumed(client) => {
+            JournalEntry::Resumed(client) => {
                 if let Some((_, request)) = self.table.request_of(client)
                     && let Some(held) = &request.held
                 {
@@ -473,7 +479,7 @@ impl Server {
                 }
                 self.record_hold(client);
             }
-            Change::Ended(token) => {
+            JournalEntry::Ended(token) => {
                 self.orphans.forget(token);
                 self.recorder.hold_ended(token);
             }
@@ -497,7 +503,7 @@ impl Server {
         connection.closing = true;
         debug!("close: {}: {why}", self.connections.describe(client));
         self.connections.mark_dirty(client);
-        self.apply(|table, now, effects| table.gone(now, client, effects));
+        self.apply(|table, now, effects| table.disconnected(now, client, effects));
     }
 
     /// Records what has changed in this turn, then sends the output.

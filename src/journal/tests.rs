@@ -6,40 +6,40 @@ use super::*;
 
 const BOOT: BootId = *b"this very boot!!";
 
-fn any_record() -> impl Strategy<Value = Record> {
+fn any_record() -> impl Strategy<Value = HoldRecord> {
     let terms = (1..=2_u8, any::<[bool; 3]>(), 1..=u32::MAX).prop_map(
         |(protocol, [shared, exec, inherits], slots)| Terms { protocol, shared, exec, inherits, slots },
     );
     let ends = (
         proptest::option::of(any::<u128>().prop_map(Nonce)),
         proptest::option::of(any::<u32>()),
-        proptest::option::of(any::<u64>().prop_map(Millis)),
+        proptest::option::of(any::<u64>().prop_map(Timestamp)),
     );
     (any::<[u8; 16]>(), any::<u64>(), terms, ends, any::<[u32; 2]>(), any::<[u64; 2]>()).prop_map(
-        |(lock, token, terms, (nonce, uid, until), [pid, child], [granted, recorded])| Record {
-            held: Held { lock: LockId(lock), token: Token(token), terms, nonce, uid, until },
+        |(lock, token, terms, (nonce, uid, until), [pid, child], [granted, recorded])| HoldRecord {
+            held: HoldState { lock: LockId(lock), token: Token(token), terms, nonce, uid, until },
             pid,
             child,
-            granted: Millis(granted),
-            recorded: Millis(recorded),
+            granted: Timestamp(granted),
+            recorded: Timestamp(recorded),
         },
     )
 }
 
-fn record(token: u64) -> Record {
-    Record {
-        held: Held {
+fn record(token: u64) -> HoldRecord {
+    HoldRecord {
+        held: HoldState {
             lock: LockId([token as u8; 16]),
             token: Token(token),
             terms: Terms::V1,
             nonce: Some(Nonce(u128::from(token) << 100)),
             uid: Some(1000),
-            until: Some(Millis(5)),
+            until: Some(Timestamp(5)),
         },
         pid: 77,
         child: 78,
-        granted: Millis(3),
-        recorded: Millis(4),
+        granted: Timestamp(3),
+        recorded: Timestamp(4),
     }
 }
 
@@ -49,7 +49,7 @@ fn sample() -> Vec<u8> {
     for token in 1..=3 {
         bytes.extend(encode(Entry::Grant(&record(token))));
     }
-    bytes.extend(encode(Entry::Strike(Token(2))));
+    bytes.extend(encode(Entry::End(Token(2))));
     bytes
 }
 
@@ -67,7 +67,7 @@ proptest! {
         let (_folder, path, mut journal) = journal();
         records.iter().for_each(|record| journal.grant(record));
         journal.write().unwrap();
-        let last: BTreeMap<Token, Record> = records.into_iter().map(|record| (record.held.token, record)).collect();
+        let last: BTreeMap<Token, HoldRecord> = records.into_iter().map(|record| (record.held.token, record)).collect();
         let loaded = load(&path, &BOOT);
         prop_assert_eq!(loaded.complaint, None);
         prop_assert_eq!(loaded.last_token, last.keys().next_back().copied());
@@ -96,7 +96,7 @@ fn a_journal_that_is_cut_anywhere_is_used_as_far_as_it_goes() {
     for length in 0..whole.len() {
         let loaded = parse(&whole[..length], &BOOT);
         let entries = (length / RECORD_BYTES).saturating_sub(1);
-        let expected: Vec<Record> = (1..=entries.min(3) as u64).map(record).collect();
+        let expected: Vec<HoldRecord> = (1..=entries.min(3) as u64).map(record).collect();
         assert_eq!(loaded.records, expected, "cut at {length}");
         assert_eq!(loaded.complaint.is_some(), length % RECORD_BYTES != 0, "cut at {length}");
     }
@@ -176,13 +176,13 @@ fn a_write_that_fails_leaves_all_as_it_was() {
     journal.write().unwrap();
     let good = std::mem::replace(&mut journal.file, File::options().write(true).open("/dev/full").unwrap());
     journal.grant(&record(2));
-    journal.strike(Token(1));
+    journal.end(Token(1));
     assert_eq!(journal.write().unwrap_err().kind(), io::ErrorKind::StorageFull);
-    journal.fall_behind();
-    assert!(journal.is_behind() && !journal.is_dirty());
+    journal.mark_stale();
+    assert!(journal.is_stale() && !journal.is_dirty());
     journal.file = good;
     journal.compact(&[record(8)]).unwrap();
-    assert!(!journal.is_behind());
+    assert!(!journal.is_stale());
     let loaded = load(&path, &BOOT);
     assert_eq!(loaded.records, [record(8)], "only what is true");
     assert_eq!(loaded.complaint, None, "nothing half is left behind");
@@ -193,16 +193,16 @@ fn a_journal_that_is_written_anew_forgets_the_past() {
     let (folder, path, mut journal) = journal();
     // What a daemon that died on the way left behind.
     fs::write(folder.path().join("journal.new"), "half").unwrap();
-    while !journal.is_overgrown() {
+    while !journal.needs_compaction() {
         for token in 1..=1000 {
             journal.grant(&record(token));
-            journal.strike(Token(token));
+            journal.end(Token(token));
         }
         journal.write().unwrap();
     }
     assert!(fs::metadata(&path).unwrap().len() > SIZE_MIN);
     journal.compact(&[record(1001)]).unwrap();
-    assert!(!journal.is_overgrown());
+    assert!(!journal.needs_compaction());
     assert_eq!(fs::metadata(&path).unwrap().len(), 2 * RECORD_BYTES as u64);
     journal.grant(&record(1002));
     journal.write().unwrap();

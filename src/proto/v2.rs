@@ -97,7 +97,7 @@ pub struct LockRequest {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub place: Option<u64>,
     /// Who asks, for other people to read.
-    pub who: Who,
+    pub who: ClientInfo,
 }
 
 impl LockRequest {
@@ -116,7 +116,7 @@ impl LockRequest {
             holds: None,
             child: None,
             place: None,
-            who: Who::default(),
+            who: ClientInfo::default(),
         }
     }
 }
@@ -140,30 +140,30 @@ pub enum Mode {
 /// Who asks for a lock, as the client tells it. For people to read: nothing is decided by it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
-pub struct Who {
+pub struct ClientInfo {
     /// Process id; 0 when it is not known.
     pub pid: u32,
     /// The machine's name.
-    #[serde(skip_serializing_if = "Text::is_empty")]
-    pub host: Text,
+    #[serde(skip_serializing_if = "ShortText::is_empty")]
+    pub host: ShortText,
     /// The user's name.
-    #[serde(skip_serializing_if = "Text::is_empty")]
-    pub user: Text,
+    #[serde(skip_serializing_if = "ShortText::is_empty")]
+    pub user: ShortText,
     /// The command that runs, or will run, under the lock.
-    #[serde(skip_serializing_if = "Text::is_empty")]
-    pub command: Text,
+    #[serde(skip_serializing_if = "ShortText::is_empty")]
+    pub command: ShortText,
     /// Whatever the user wants others to see.
-    #[serde(skip_serializing_if = "Text::is_empty")]
-    pub note: Text,
+    #[serde(skip_serializing_if = "ShortText::is_empty")]
+    pub note: ShortText,
 }
 
-/// A short text for a person: at most [`Text::BYTES_MAX`] bytes (what is longer ends in `…`), and no control
+/// A short text for a person: at most [`ShortText::BYTES_MAX`] bytes (what is longer ends in `…`), and no control
 /// characters (each becomes `?`), so that nobody's terminal obeys what somebody else put into a note.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
-pub struct Text(Box<str>);
+pub struct ShortText(Box<str>);
 
-impl Text {
+impl ShortText {
     /// The longest text, in bytes.
     pub const BYTES_MAX: usize = 256;
 
@@ -178,28 +178,28 @@ impl Text {
     }
 }
 
-impl From<String> for Text {
-    fn from(mut text: String) -> Text {
+impl From<String> for ShortText {
+    fn from(mut text: String) -> ShortText {
         const MORE: &str = "…";
-        if text.len() > Text::BYTES_MAX {
-            text.truncate(text.floor_char_boundary(Text::BYTES_MAX - MORE.len()));
+        if text.len() > ShortText::BYTES_MAX {
+            text.truncate(text.floor_char_boundary(ShortText::BYTES_MAX - MORE.len()));
             text.push_str(MORE);
         }
         if text.contains(char::is_control) {
             text = text.replace(char::is_control, "?");
         }
-        Text(text.into())
+        ShortText(text.into())
     }
 }
 
-impl From<&str> for Text {
-    fn from(text: &str) -> Text {
-        Text::from(text.to_string())
+impl From<&str> for ShortText {
+    fn from(text: &str) -> ShortText {
+        ShortText::from(text.to_string())
     }
 }
 
-impl From<Text> for String {
-    fn from(text: Text) -> String {
+impl From<ShortText> for String {
+    fn from(text: ShortText) -> String {
         text.0.into()
     }
 }
@@ -226,7 +226,7 @@ pub enum Answer {
     /// Somebody else holds it; you are waiting.
     Waiting {
         /// Those who hold it, [`LISTED_MAX`] at the most.
-        holders: Vec<Party>,
+        holders: Vec<LockUser>,
         /// How many queue waiters come before you.
         ahead: u32,
         /// Your place in the order of arrival, to resume with.
@@ -242,12 +242,12 @@ pub enum Answer {
     /// Somebody else holds it and you did not want to wait. You hold nothing.
     Busy {
         /// Those who hold it, [`LISTED_MAX`] at the most.
-        holders: Vec<Party>,
+        holders: Vec<LockUser>,
     },
     /// You hold the lock no more, whatever you do.
     Lost {
         /// Why, for people.
-        why: Text,
+        why: ShortText,
     },
     /// You have released.
     Released,
@@ -324,18 +324,18 @@ pub struct LockStatus {
     /// The MD5 of its key, in hexadecimal digits.
     pub id: String,
     /// Those who hold it, [`LISTED_MAX`] at the most.
-    pub holders: Vec<Party>,
+    pub holders: Vec<LockUser>,
     /// How many hold it.
     pub holding: u32,
     /// The first of those who wait, [`LISTED_MAX`] at the most.
-    pub waiters: Vec<Party>,
+    pub waiters: Vec<LockUser>,
     /// How many wait.
     pub waiting: u32,
 }
 
 /// A holder or a waiter, for other people to read.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Party {
+pub struct LockUser {
     /// The protocol that it speaks: 1 or 2.
     pub protocol: u8,
     /// Its user id, as the kernel knows it; only on Unix sockets.
@@ -343,7 +343,7 @@ pub struct Party {
     pub uid: Option<u32>,
     /// What it said of itself. On Unix sockets the pid is the kernel's.
     #[serde(flatten)]
-    pub who: Who,
+    pub who: ClientInfo,
     /// For how long it has held the lock, or waited for it, in milliseconds.
     pub for_ms: u64,
     /// Of a holder: the token of its grant.
@@ -380,7 +380,7 @@ struct Frame<'a> {
     inherits: bool,
     within: Option<Token>,
     #[serde(default)]
-    who: Who,
+    who: ClientInfo,
     holds: Option<Token>,
     child: Option<u32>,
     place: Option<u64>,
@@ -425,7 +425,7 @@ pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
         "status" => Ok(Request::Status { key: frame.key.map(key).transpose()?, cluster: frame.cluster }),
         "ping" => Ok(Request::Ping),
         kind => {
-            let kind = Text::from(kind);
+            let kind = ShortText::from(kind);
             Err(error(ErrorCode::UnknownType, format!("no such request: {:?}", kind.as_str())))
         }
     }
@@ -468,7 +468,7 @@ fn key(text: String) -> Result<Key, Answer> {
 /// An [`Answer::Error`].
 pub fn error(code: ErrorCode, message: impl Into<String>) -> Answer {
     // serde quotes what it did not expect, which may be as long as a frame.
-    Answer::Error { code, message: Text::from(message.into()).into() }
+    Answer::Error { code, message: ShortText::from(message.into()).into() }
 }
 
 /// Reads one answer from one line, with or without its newline.

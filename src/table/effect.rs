@@ -5,18 +5,18 @@ use crate::proto::{LockId, Outcome, Token};
 
 /// What the caller has to do: tell `client` something about `lock`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Effect {
+pub struct Notification {
     /// Who is to be told.
     pub client: ClientId,
     /// The lock that it asked for.
     pub lock: LockId,
     /// What.
-    pub what: What,
+    pub kind: NotificationKind,
 }
 
 /// What a client is to be told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum What {
+pub enum NotificationKind {
     /// It holds the lock now.
     Granted(Token),
     /// It waits.
@@ -54,12 +54,12 @@ pub enum Loss {
     /// Somebody broke the lock.
     Broken,
     /// It is not ours among the hosts any more, or may soon not be.
-    Elsewhere,
+    LeaseLost,
 }
 
 /// What a change to the set of holds is, for the journal.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Change {
+pub enum JournalEntry {
     /// This client was granted a lock.
     Granted(ClientId),
     /// A hold is this client's now.
@@ -73,18 +73,18 @@ pub enum Change {
 #[derive(Debug, Default)]
 pub struct Effects {
     /// To be carried out in order.
-    pub tell: Vec<Effect>,
+    pub notifications: Vec<Notification>,
     /// To be recorded before any of it is told.
-    pub record: Vec<Change>,
+    pub record: Vec<JournalEntry>,
     /// What the other hosts may have to be asked or told; only where there are some.
-    pub stir: Vec<Stir>,
+    pub notices: Vec<ClusterNotice>,
 }
 
 /// What makes it necessary to look at how a lock stands among the hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Stir {
+pub enum ClusterNotice {
     /// Somebody asks for it, or has stopped asking: see [`super::Table::wants`].
-    Wants(LockId),
+    Needs(LockId),
     /// A hold of it here has ended so.
     Ended(LockId, Token, Outcome),
 }

@@ -4,7 +4,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Effects, RequestId, Stage, Table, What};
+use super::{Effects, NotificationKind, RequestId, Stage, Table};
 use crate::proto::{LockId, Token};
 
 /// How many requests are looked at for a cycle, before it is taken that there is none: nobody is to keep the daemon busy
@@ -71,7 +71,7 @@ impl Table {
         let is_above = |holder: RequestId| above.contains(&Token(self.requests[holder.index()].order));
         let held = lock.holders.iter(&self.requests).any(is_above);
         if held {
-            self.tell(id, What::HeldAbove, effects);
+            self.notify(id, NotificationKind::HeldAbove, effects);
         }
         held
     }
@@ -82,7 +82,7 @@ impl Table {
         let lock = self.locks[self.requests[id.index()].lock as usize].id;
         let is_cyclic = self.cycle(within, lock).is_some();
         if is_cyclic {
-            self.tell(id, What::Deadlock(within), effects);
+            self.notify(id, NotificationKind::Deadlock(within), effects);
         }
         is_cyclic
     }

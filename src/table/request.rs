@@ -3,7 +3,7 @@
 use std::num::NonZeroU32;
 
 use super::list::{Links, List};
-use super::{ClientId, Millis};
+use super::{ClientId, Timestamp};
 use crate::proto::v2::LockRequest;
 use crate::proto::{LockId, Nonce, Outcome};
 
@@ -65,7 +65,7 @@ pub(super) enum Stage {
 
 /// In which line a request waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Line {
+pub(super) enum WaitList {
     V1,
     Once,
     Queue,
@@ -79,14 +79,14 @@ pub(super) struct Request {
     pub(super) lock: u32,
     pub(super) links: Links,
     pub(super) stage: Stage,
-    pub(super) line: Line,
+    pub(super) line: WaitList,
     pub(super) terms: Terms,
     /// Of a holder, its token. Of a waiter, its place in the order of arrival.
     pub(super) order: u64,
     /// When it was granted, or when it asked.
-    pub(super) since: Millis,
-    /// When its hold ends at the latest; [`Millis::NEVER`] unless there is a limit.
-    pub(super) deadline: Millis,
+    pub(super) since: Timestamp,
+    /// When its hold ends at the latest; [`Timestamp::NEVER`] unless there is a limit.
+    pub(super) deadline: Timestamp,
     /// What only protocol 2 has.
     pub(super) details: Option<Box<Details>>,
 }
@@ -115,11 +115,11 @@ pub(super) struct Lock {
 }
 
 impl Lock {
-    pub(super) fn line(&mut self, line: Line) -> &mut List {
+    pub(super) fn line(&mut self, line: WaitList) -> &mut List {
         match line {
-            Line::V1 => &mut self.v1_waiters,
-            Line::Once => &mut self.once_waiters,
-            Line::Queue => &mut self.queue,
+            WaitList::V1 => &mut self.v1_waiters,
+            WaitList::Once => &mut self.once_waiters,
+            WaitList::Queue => &mut self.queue,
         }
     }
 }

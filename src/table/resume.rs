@@ -2,15 +2,15 @@
 //! without it. And one that ends against the holder's will.
 
 use super::{
-    Change, ClientId, Details, Effects, Line, Links, Loss, Millis, Request, RequestId, Stage, Table, Terms,
-    What,
+    ClientId, Details, Effects, JournalEntry, Links, Loss, NotificationKind, Request, RequestId, Stage,
+    Table, Terms, Timestamp, WaitList,
 };
 use crate::proto::v2::LockRequest;
 use crate::proto::{LockId, Nonce, Outcome, Token};
 
 /// A hold as it survives a restart of the daemon.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Held {
+pub struct HoldState {
     /// Which lock.
     pub lock: LockId,
     /// The token of its grant.
@@ -22,18 +22,18 @@ pub struct Held {
     /// Whose it is.
     pub uid: Option<u32>,
     /// When it ends at the latest.
-    pub until: Option<Millis>,
+    pub until: Option<Timestamp>,
 }
 
 /// A nonce was sent that is somebody else's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct NotYours;
+pub struct NonceMismatch;
 
 impl Table {
     /// A lock that was held when the last daemon ended is held still, by a holder that is not connected. Called before
     /// any client is; `since` is when it was granted. It ends when its holder resumes and releases it, at `held.until`,
     /// or with [`Table::orphan_ended`]. False: it cannot be, because others hold the lock already.
-    pub fn restore(&mut self, since: Millis, held: Held) -> bool {
+    pub fn restore(&mut self, since: Timestamp, held: HoldState) -> bool {
         let index = self.find_or_add_lock(held.lock);
         let beside = |other: &Terms| {
             let mine = &held.terms;
@@ -43,7 +43,7 @@ impl Table {
         if holder.is_some_and(|holder| !beside(&self.requests[holder.index()].terms)) {
             return false;
         }
-        let line = if held.terms.protocol == 1 { Line::V1 } else { Line::Queue };
+        let line = if held.terms.protocol == 1 { WaitList::V1 } else { WaitList::Queue };
         let details = Details { nonce: held.nonce, uid: held.uid, asked: None };
         let id = self.insert_request(Request {
             client: None,
@@ -54,8 +54,8 @@ impl Table {
             terms: held.terms,
             order: held.token.0,
             since,
-            deadline: held.until.unwrap_or(Millis::NEVER),
-            details: (line != Line::V1).then(|| Box::new(details)),
+            deadline: held.until.unwrap_or(Timestamp::NEVER),
+            details: (line != WaitList::V1).then(|| Box::new(details)),
         });
         if let Some(until) = held.until {
             self.deadlines.insert((until, id));
@@ -84,7 +84,7 @@ impl Table {
     }
 
     /// A holder that has not resumed is given until `until` to do so. Nothing happens if it has less time already.
-    pub fn limit_orphan(&mut self, token: Token, until: Millis) {
+    pub fn limit_orphan(&mut self, token: Token, until: Timestamp) {
         if let Some(&id) = self.orphans.get(&token)
             && until < self.requests[id.index()].deadline
         {
@@ -96,7 +96,7 @@ impl Table {
     }
 
     /// A holder that has not resumed never will: its process has ended.
-    pub fn orphan_ended(&mut self, now: Millis, token: Token, effects: &mut Effects) {
+    pub fn orphan_ended(&mut self, now: Timestamp, token: Token, effects: &mut Effects) {
         if let Some(&id) = self.orphans.get(&token) {
             let outcome = self.requests[id.index()].outcome_of_silence();
             self.end_hold(now, id, outcome, effects);
@@ -104,14 +104,14 @@ impl Table {
     }
 
     /// A holder that is not connected is done. Nothing happens if there is none with this token.
-    pub fn release_orphan(&mut self, now: Millis, token: Token, outcome: Outcome, effects: &mut Effects) {
+    pub fn release_orphan(&mut self, now: Timestamp, token: Token, outcome: Outcome, effects: &mut Effects) {
         if let Some(&id) = self.orphans.get(&token) {
             self.end_hold(now, id, outcome, effects);
         }
     }
 
     /// Takes a lock from all who hold it here, and lets whoever is next have it.
-    pub fn break_lock(&mut self, now: Millis, lock: LockId, effects: &mut Effects) {
+    pub fn break_lock(&mut self, now: Timestamp, lock: LockId, effects: &mut Effects) {
         let Some(index) = self.index_of(lock) else { return };
         if self.held_here(lock).is_none() {
             return;
@@ -119,7 +119,7 @@ impl Table {
         // Listed first: those who are let in on the way are not to be broken in turn.
         let holders: Vec<RequestId> = self.locks[index].holders.iter(&self.requests).collect();
         for id in holders {
-            self.tell(id, What::Lost(Loss::Broken), effects);
+            self.notify(id, NotificationKind::Lost(Loss::Broken), effects);
             self.end_hold(now, id, Outcome::Vanished, effects);
         }
     }
@@ -132,26 +132,26 @@ impl Table {
         uid: Option<u32>,
         asked: Box<LockRequest>,
         effects: &mut Effects,
-    ) -> Result<(), NotYours> {
+    ) -> Result<(), NonceMismatch> {
         let request = &mut self.requests[id.index()];
         let details = request.details.as_mut().expect("only protocol 2 has nonces");
         let token = (request.stage == Stage::Holding).then_some(Token(request.order));
         let same_lock = self.locks[request.lock as usize].id == asked.key.id();
         if details.uid != uid || !same_lock || (asked.holds.is_some() && asked.holds != token) {
-            return Err(NotYours);
+            return Err(NonceMismatch);
         }
         self.nested_gone(id);
         let request = &mut self.requests[id.index()];
         let details = request.details.as_mut().expect("only protocol 2 has nonces");
         details.asked = Some(asked);
-        if request.client.is_none() && request.deadline != Millis::NEVER {
+        if request.client.is_none() && request.deadline != Timestamp::NEVER {
             // It was given so long to come back, and it has.
             self.deadlines.remove(&(request.deadline, id));
-            request.deadline = Millis::NEVER;
+            request.deadline = Timestamp::NEVER;
         }
         match (request.client, token) {
             (Some(old), _) => {
-                self.tell(id, What::Superseded, effects);
+                self.notify(id, NotificationKind::Superseded, effects);
                 self.request_of[old.0 as usize] = None;
             }
             (None, Some(token)) => drop(self.orphans.remove(&token)),
@@ -163,10 +163,10 @@ impl Table {
             Stage::Holding => {
                 self.nested_granted(id);
                 let token = Token(self.requests[id.index()].order);
-                effects.record.push(Change::Resumed(client));
-                self.tell(id, What::Granted(token), effects);
+                effects.record.push(JournalEntry::Resumed(client));
+                self.notify(id, NotificationKind::Granted(token), effects);
             }
-            Stage::Waiting => self.tell_waiting(id, effects),
+            Stage::Waiting => self.notify_waiting(id, effects),
             Stage::Deferred | Stage::Undecided => {}
         }
         Ok(())

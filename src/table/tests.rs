@@ -8,12 +8,12 @@ use super::*;
 use crate::proto::Key;
 
 const KEY: &str = "nightly";
-const LIMIT: Millis = Millis(30_000);
+const LIMIT: Timestamp = Timestamp(30_000);
 
 /// A table and a clock that stands still unless a test moves it. Every call returns what clients are told by it.
 struct Fixture {
     table: Table,
-    now: Millis,
+    now: Timestamp,
 }
 
 impl Fixture {
@@ -23,28 +23,32 @@ impl Fixture {
                 hash_key: 1,
                 first_token: Token(100),
                 hold_limit: Some(LIMIT),
-                is_shared: false,
+                is_clustered: false,
             }),
-            now: Millis(5_000),
+            now: Timestamp(5_000),
         }
     }
 
-    fn notified(&mut self, call: impl FnOnce(&mut Table, Millis, &mut Effects)) -> Vec<(u32, What)> {
+    fn notified(
+        &mut self,
+        call: impl FnOnce(&mut Table, Timestamp, &mut Effects),
+    ) -> Vec<(u32, NotificationKind)> {
         let mut effects = Effects::default();
         call(&mut self.table, self.now, &mut effects);
-        let notified = effects.tell.into_iter().map(|Effect { client, what, .. }| match what {
-            // Places have a test of their own.
-            What::Waiting { ahead, .. } => waiting(client.0, ahead),
-            what => (client.0, what),
-        });
+        let notified =
+            effects.notifications.into_iter().map(|Notification { client, kind, .. }| match kind {
+                // Places have a test of their own.
+                NotificationKind::Waiting { ahead, .. } => waiting(client.0, ahead),
+                what => (client.0, what),
+            });
         notified.collect()
     }
 
-    fn v1(&mut self, client: u32) -> Vec<(u32, What)> {
+    fn v1(&mut self, client: u32) -> Vec<(u32, NotificationKind)> {
         self.notified(|table, now, effects| table.lock_v1(now, ClientId(client), key().id(), effects))
     }
 
-    fn ask(&mut self, client: u32, asked: LockRequest) -> Vec<(u32, What)> {
+    fn ask(&mut self, client: u32, asked: LockRequest) -> Vec<(u32, NotificationKind)> {
         self.notified(|table, now, effects| {
             table
                 .lock(now, ClientId(client), None, Box::new(asked), effects)
@@ -52,15 +56,15 @@ impl Fixture {
         })
     }
 
-    fn release(&mut self, client: u32, outcome: Outcome) -> Vec<(u32, What)> {
+    fn release(&mut self, client: u32, outcome: Outcome) -> Vec<(u32, NotificationKind)> {
         self.notified(|table, now, effects| table.release(now, ClientId(client), outcome, effects))
     }
 
-    fn gone(&mut self, client: u32) -> Vec<(u32, What)> {
-        self.notified(|table, now, effects| table.gone(now, ClientId(client), effects))
+    fn disconnected(&mut self, client: u32) -> Vec<(u32, NotificationKind)> {
+        self.notified(|table, now, effects| table.disconnected(now, ClientId(client), effects))
     }
 
-    fn settle(&mut self) -> Vec<(u32, What)> {
+    fn settle(&mut self) -> Vec<(u32, NotificationKind)> {
         self.notified(|table, now, effects| {
             if let Some(mark) = table.deferred() {
                 table.settle(now, mark, effects);
@@ -89,16 +93,16 @@ fn slots(slots: u32) -> LockRequest {
     LockRequest { slots, ..queue() }
 }
 
-fn granted(client: u32, token: u64) -> (u32, What) {
-    (client, What::Granted(Token(token)))
+fn granted(client: u32, token: u64) -> (u32, NotificationKind) {
+    (client, NotificationKind::Granted(Token(token)))
 }
 
-fn waiting(client: u32, ahead: u32) -> (u32, What) {
-    (client, What::Waiting { ahead, place: 0 })
+fn waiting(client: u32, ahead: u32) -> (u32, NotificationKind) {
+    (client, NotificationKind::Waiting { ahead, place: 0 })
 }
 
-fn finished(client: u32, outcome: Outcome, token: u64) -> (u32, What) {
-    (client, What::Finished(outcome, Token(token)))
+fn finished(client: u32, outcome: Outcome, token: u64) -> (u32, NotificationKind) {
+    (client, NotificationKind::Finished(outcome, Token(token)))
 }
 
 #[test]
@@ -130,7 +134,7 @@ fn a_refusal_waits_until_everything_pending_is_processed() {
     assert_eq!(fixture.ask(2, nowait()), []);
     assert_eq!(fixture.ask(3, nowait()), []);
     assert_eq!(fixture.release(1, Outcome::Exit(0)), []);
-    assert_eq!(fixture.settle(), [granted(2, 101), (3, What::Busy)]);
+    assert_eq!(fixture.settle(), [granted(2, 101), (3, NotificationKind::Busy)]);
     assert_eq!(fixture.table.state(ClientId(3)), State::Idle);
 }
 
@@ -152,7 +156,7 @@ fn a_vanished_holder_is_succeeded_by_the_oldest_waiter_alone() {
     fixture.ask(4, once());
     fixture.settle();
     fixture.ask(5, queue());
-    assert_eq!(fixture.gone(1), [finished(2, Outcome::Vanished, 100), granted(3, 101)]);
+    assert_eq!(fixture.disconnected(1), [finished(2, Outcome::Vanished, 100), granted(3, 101)]);
     let exit = Outcome::Exit(0);
     assert_eq!(fixture.release(3, exit), [finished(4, exit, 101), granted(5, 102)]);
 }
@@ -164,7 +168,7 @@ fn a_vanished_holder_is_succeeded_by_the_head_of_the_queue_when_that_is_older() 
     fixture.ask(2, queue());
     fixture.ask(3, once());
     fixture.settle();
-    assert_eq!(fixture.gone(1), [granted(2, 101)]);
+    assert_eq!(fixture.disconnected(1), [granted(2, 101)]);
 }
 
 #[test]
@@ -173,7 +177,7 @@ fn an_exec_holders_end_counts_as_unknown() {
     fixture.ask(1, LockRequest { exec: true, ..once() });
     fixture.ask(2, once());
     fixture.settle();
-    assert_eq!(fixture.gone(1), [finished(2, Outcome::Unknown, 100)]);
+    assert_eq!(fixture.disconnected(1), [finished(2, Outcome::Unknown, 100)]);
 }
 
 #[test]
@@ -194,7 +198,7 @@ fn a_queued_exclusive_request_that_is_given_up_holds_back_nobody() {
     fixture.ask(2, queue());
     fixture.ask(3, shared());
     fixture.ask(4, shared());
-    assert_eq!(fixture.gone(2), [granted(3, 101), granted(4, 102)]);
+    assert_eq!(fixture.disconnected(2), [granted(3, 101), granted(4, 102)]);
 }
 
 #[test]
@@ -203,7 +207,7 @@ fn slots_let_so_many_in() {
     assert_eq!(fixture.ask(1, slots(2)), [granted(1, 100)]);
     assert_eq!(fixture.ask(2, slots(2)), [granted(2, 101)]);
     assert_eq!(fixture.ask(3, slots(2)), [waiting(3, 0)]);
-    assert_eq!(fixture.gone(1), [granted(3, 102)]);
+    assert_eq!(fixture.disconnected(1), [granted(3, 102)]);
 }
 
 #[test]
@@ -224,12 +228,12 @@ fn only_a_protocol_1_hold_expires() {
 
     fixture.v1(2);
     fixture.ask(3, queue());
-    let deadline = Millis(fixture.now.0 + LIMIT.0);
+    let deadline = Timestamp(fixture.now.0 + LIMIT.0);
     assert_eq!(fixture.table.next_deadline(), Some(deadline));
-    fixture.now = Millis(deadline.0 - 1);
+    fixture.now = Timestamp(deadline.0 - 1);
     assert_eq!(fixture.notified(Table::expire), []);
     fixture.now = deadline;
-    assert_eq!(fixture.notified(Table::expire), [(2, What::Expired), granted(3, 102)]);
+    assert_eq!(fixture.notified(Table::expire), [(2, NotificationKind::Expired), granted(3, 102)]);
     assert_eq!(fixture.table.next_deadline(), None);
 }
 
@@ -240,7 +244,7 @@ fn a_lock_is_forgotten_with_its_last_request() {
     fixture.ask(2, once());
     fixture.release(1, Outcome::Exit(0));
     assert!(!fixture.table.is_empty(), "an undecided request keeps it");
-    fixture.gone(2);
+    fixture.disconnected(2);
     assert!(fixture.table.is_empty());
     assert!(fixture.table.find(key().id()).is_none());
 }

@@ -5,7 +5,7 @@ use std::hash::BuildHasher;
 use slab::Slab;
 
 use super::list::List;
-use super::{ClientId, Held, Lock, Millis, Request, RequestId, Stage, Table, Terms};
+use super::{ClientId, HoldState, Lock, Request, RequestId, Stage, Table, Terms, Timestamp};
 use crate::proto::v2::{LISTED_MAX, LockRequest};
 use crate::proto::{LockId, Token};
 
@@ -17,7 +17,7 @@ pub struct LockView<'a> {
     /// Those of whom it is not decided yet whether they have to wait.
     undecided: List,
     /// The hold of another host.
-    elsewhere: Option<RequestId>,
+    remote: Option<RequestId>,
 }
 
 /// A holder or a waiter.
@@ -27,15 +27,15 @@ pub struct RequestView<'a> {
     /// Whose client it is, if it speaks protocol 2 and that is known.
     pub uid: Option<u32>,
     /// When it was granted the lock, or asked for it.
-    pub since: Millis,
+    pub since: Timestamp,
     /// What a protocol 2 client asked, if it has.
     pub asked: Option<&'a LockRequest>,
     /// Of a holder: the hold.
-    pub held: Option<Held>,
+    pub held: Option<HoldState>,
     /// On what terms it holds or waits.
     pub terms: Terms,
     /// It is the hold of another host.
-    pub is_elsewhere: bool,
+    pub is_remote: bool,
 }
 
 impl Table {
@@ -65,8 +65,8 @@ impl Table {
     }
 
     fn view(&self, index: usize) -> LockView<'_> {
-        let (undecided, elsewhere) = (self.undecided(index as u32), self.holder_elsewhere(index as u32));
-        LockView { lock: &self.locks[index], requests: &self.requests, undecided, elsewhere }
+        let (undecided, remote) = (self.undecided(index as u32), self.remote_holder(index as u32));
+        LockView { lock: &self.locks[index], requests: &self.requests, undecided, remote }
     }
 }
 
@@ -112,13 +112,13 @@ impl<'a> LockView<'a> {
         let request = &self.requests[id.index()];
         let details = request.details.as_deref();
         let uid = details.and_then(|details| details.uid);
-        let held = (request.stage == Stage::Holding).then(|| Held {
+        let held = (request.stage == Stage::Holding).then(|| HoldState {
             lock: self.lock.id,
             token: Token(request.order),
             terms: request.terms,
             nonce: details.and_then(|details| details.nonce),
             uid,
-            until: (request.deadline != Millis::NEVER).then_some(request.deadline),
+            until: (request.deadline != Timestamp::NEVER).then_some(request.deadline),
         });
         RequestView {
             client: request.client,
@@ -127,7 +127,7 @@ impl<'a> LockView<'a> {
             asked: request.asked(),
             held,
             terms: request.terms,
-            is_elsewhere: self.elsewhere == Some(id),
+            is_remote: self.remote == Some(id),
         }
     }
 }

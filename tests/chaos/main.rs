@@ -6,14 +6,14 @@
 //! as the machine's own chance lets it.
 #![allow(unreachable_pub)]
 
-#[path = "../../src/table/chance.rs"]
-#[allow(dead_code)]
-mod chance;
 mod checker;
 #[path = "../it/harness.rs"]
 #[allow(dead_code)]
 mod harness;
 mod record;
+#[path = "../../src/table/rng.rs"]
+#[allow(dead_code)]
+mod rng;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,9 +23,9 @@ use std::time::Duration;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use chance::Chance;
 use harness::{Autostarted, KMUTEX, Process, tool, wait_for, wait_until};
 use record::{CLIENT, Record, command_line, settings};
+use rng::Rng;
 
 const CLIENTS: u64 = 40;
 
@@ -76,29 +76,29 @@ impl Arena {
 
     /// One client after the other, until it is over.
     fn keep_busy(&self, number: u64) {
-        let mut chance = Chance(self.seed ^ (number << 32));
+        let mut rng = Rng(self.seed ^ (number << 32));
         while !self.record.is_over() {
             let name = self.record.name();
-            let micros = (1_000 + chance.below(20_000)).to_string();
-            if chance.below(8) == 0 {
+            let micros = (1_000 + rng.below(20_000)).to_string();
+            if rng.below(8) == 0 {
                 self.one_owner(&name, &micros);
             } else {
-                let role = &ROLES[chance.below(ROLES.len() as u64) as usize];
-                self.one_run(&name, role, &micros, &mut chance);
+                let role = &ROLES[rng.below(ROLES.len() as u64) as usize];
+                self.one_run(&name, role, &micros, &mut rng);
             }
         }
     }
 
-    fn one_run(&self, name: &str, role: &Role, micros: &str, chance: &mut Chance) {
+    fn one_run(&self, name: &str, role: &Role, micros: &str, rng: &mut Rng) {
         let mut command = Command::new(KMUTEX);
         command.arg("run").args(role.options).args([role.key, "--", "perl", CLIENT, "section"]);
         command.arg(&self.record.log).args([name, role.key, role.kind, micros]);
         command.env("KMUTEX_SOCK", self.sock()).stdin(Stdio::null()).stderr(Stdio::piped());
         let mut process = Process::spawn(&mut command);
-        let victim = chance.below(20);
+        let victim = rng.below(20);
         if victim == 0 && role.orphans && !role.options.contains(&"-F") {
             // At any moment: while it connects, waits, holds, releases.
-            std::thread::sleep(Duration::from_micros(chance.below(30_000)));
+            std::thread::sleep(Duration::from_micros(rng.below(30_000)));
             self.record.note(&format!("{name}'s kmutex is killed"));
             process.signal(Signal::SIGKILL);
             self.record.count("a kmutex is killed");
@@ -129,15 +129,15 @@ impl Arena {
 
     /// Kills the daemon, again and again, and starts every second one; the others are started by clients.
     fn kill_daemons(&self) {
-        let mut chance = Chance(self.seed ^ 1);
+        let mut rng = Rng(self.seed ^ 1);
         while !self.record.is_over() {
             // Not to wait for anything: this is when it happens.
-            std::thread::sleep(Duration::from_millis(100 + chance.below(300)));
+            std::thread::sleep(Duration::from_millis(100 + rng.below(300)));
             let Some(pid) = daemon(&self.sock()) else { continue };
             self.record.note(&format!("daemon {pid} is killed"));
             kill_it(pid);
             self.record.count("a daemon is killed");
-            if chance.below(2) == 0 {
+            if rng.below(2) == 0 {
                 let mut command = Command::new(KMUTEX);
                 command
                     .args(["serve", "--detach", "--idle-exit", "60", "--grace", "2", "--sock"])
@@ -151,9 +151,9 @@ impl Arena {
 
     /// Kills commands in their sections.
     fn kill_commands(&self) {
-        let mut chance = Chance(self.seed ^ 2);
+        let mut rng = Rng(self.seed ^ 2);
         while !self.record.is_over() {
-            std::thread::sleep(Duration::from_millis(20 + chance.below(60)));
+            std::thread::sleep(Duration::from_millis(20 + rng.below(60)));
             let text = self.record.read();
             let Some(last) = text.lines().rev().find(|line| line.starts_with("enter ")) else { continue };
             let words: Vec<&str> = last.split(' ').collect();

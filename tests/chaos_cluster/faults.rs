@@ -4,9 +4,9 @@
 use std::time::Duration;
 
 use crate::Arena;
-use crate::chance::Chance;
 use crate::host::{Host, HostFault};
 use crate::net::Cut;
+use crate::rng::Rng;
 use crate::{HOSTS, TTL_SECS};
 
 /// A fault of a daemon.
@@ -67,17 +67,17 @@ impl EtcdFault {
     }
 }
 
-/// All of them, in an order of chance.
-fn shuffled<T: Copy, const N: usize>(mut all: [T; N], chance: &mut Chance) -> [T; N] {
+/// All of them, in an order of rng.
+fn shuffled<T: Copy, const N: usize>(mut all: [T; N], rng: &mut Rng) -> [T; N] {
     for last in (1..N).rev() {
-        all.swap(last, chance.below(last as u64 + 1) as usize);
+        all.swap(last, rng.below(last as u64 + 1) as usize);
     }
     all
 }
 
 /// As long as a lease lasts, and up to a second more.
-fn past_a_lease(chance: &mut Chance) -> Duration {
-    Duration::from_millis(TTL_SECS * 1000 + 200 + chance.below(1000))
+fn past_a_lease(rng: &mut Rng) -> Duration {
+    Duration::from_millis(TTL_SECS * 1000 + 200 + rng.below(1000))
 }
 
 /// The schedule is the one place where there is nothing to wait for but time.
@@ -96,48 +96,48 @@ impl Arena {
     }
 
     /// One where somebody is in a critical section, if there is one: to fail where nobody is proves little.
-    fn any_host(&self, chance: &mut Chance) -> &Host {
+    fn any_host(&self, rng: &mut Rng) -> &Host {
         let busy = self.hosts_with_holders();
         let host = match busy.len() as u64 {
-            0 => chance.below(HOSTS as u64) as usize,
-            count => busy[chance.below(count) as usize],
+            0 => rng.below(HOSTS as u64) as usize,
+            count => busy[rng.below(count) as usize],
         };
         &self.hosts[host]
     }
 
     /// Until it is over, one after the other.
     pub fn inject_daemon_faults(&self) {
-        let mut chance = Chance(self.seed ^ 1);
+        let mut rng = Rng(self.seed ^ 1);
         loop {
-            for fault in shuffled(DaemonFault::ALL, &mut chance) {
+            for fault in shuffled(DaemonFault::ALL, &mut rng) {
                 // At times one follows on the other.
-                pass(Duration::from_millis(chance.below(2500)));
+                pass(Duration::from_millis(rng.below(2500)));
                 if self.record.is_over() {
                     return;
                 }
-                self.inject_daemon_fault(fault, &mut chance);
+                self.inject_daemon_fault(fault, &mut rng);
             }
         }
     }
 
-    fn inject_daemon_fault(&self, fault: DaemonFault, chance: &mut Chance) {
-        let host = self.any_host(chance);
+    fn inject_daemon_fault(&self, fault: DaemonFault, rng: &mut Rng) {
+        let host = self.any_host(rng);
         let whose = format!("on host {}", host.number);
         self.begin(fault.name(), &whose);
         match fault {
             DaemonFault::Killed => {
                 host.kill_daemon();
-                pass(Duration::from_millis(chance.below(400)));
+                pass(Duration::from_millis(rng.below(400)));
                 host.revive_daemon();
             }
             DaemonFault::Away => {
                 host.kill_daemon();
-                pass(past_a_lease(chance));
+                pass(past_a_lease(rng));
                 host.revive_daemon();
             }
             DaemonFault::Stopped => {
                 host.stop_daemon();
-                pass(past_a_lease(chance));
+                pass(past_a_lease(rng));
                 host.continue_daemon();
             }
         }
@@ -146,55 +146,55 @@ impl Arena {
 
     /// Until it is over, one after the other.
     pub fn inject_etcd_faults(&self) {
-        let mut chance = Chance(self.seed ^ 2);
+        let mut rng = Rng(self.seed ^ 2);
         loop {
-            for fault in shuffled(EtcdFault::ALL, &mut chance) {
+            for fault in shuffled(EtcdFault::ALL, &mut rng) {
                 // Each election gives all leases their whole time again, also those that nobody keeps any more. With one
                 // every few seconds, what the dead held would never be free.
-                pass(Duration::from_millis(1500 + chance.below(3000)));
+                pass(Duration::from_millis(1500 + rng.below(3000)));
                 if self.record.is_over() {
                     return;
                 }
                 match fault {
-                    EtcdFault::LinkCut(how) => self.cut(fault, how, &mut chance),
-                    EtcdFault::LeaderKilled => self.kill_leader(fault, &mut chance),
+                    EtcdFault::LinkCut(how) => self.cut(fault, how, &mut rng),
+                    EtcdFault::LeaderKilled => self.kill_leader(fault, &mut rng),
                     EtcdFault::FollowerStopped | EtcdFault::LeaderStopped => {
-                        self.stop_member(fault, &mut chance);
+                        self.stop_member(fault, &mut rng);
                     }
                 }
             }
         }
     }
 
-    fn cut(&self, fault: EtcdFault, how: Cut, chance: &mut Chance) {
-        let host = self.any_host(chance);
+    fn cut(&self, fault: EtcdFault, how: Cut, rng: &mut Rng) {
+        let host = self.any_host(rng);
         let whose = format!("of host {}", host.number);
         self.begin(fault.name(), &whose);
         host.begin(HostFault::Cut);
         self.net.cut(host.number, how);
-        pass(past_a_lease(chance));
+        pass(past_a_lease(rng));
         self.net.restore(host.number, how);
         host.end(HostFault::Cut);
         self.end(fault.name(), &whose);
     }
 
-    fn kill_leader(&self, fault: EtcdFault, chance: &mut Chance) {
+    fn kill_leader(&self, fault: EtcdFault, rng: &mut Rng) {
         let mut etcd = self.etcd.lock().unwrap();
         let leader = etcd.leader();
         let whose = format!("on host {leader}");
         self.begin(fault.name(), &whose);
         etcd.kill(leader);
-        pass(Duration::from_millis(chance.below(3000)));
+        pass(Duration::from_millis(rng.below(3000)));
         etcd.restart(leader);
         self.end(fault.name(), &whose);
     }
 
-    fn stop_member(&self, fault: EtcdFault, chance: &mut Chance) {
+    fn stop_member(&self, fault: EtcdFault, rng: &mut Rng) {
         let mut etcd = self.etcd.lock().unwrap();
         let leader = etcd.leader();
         let does_lead = matches!(fault, EtcdFault::LeaderStopped);
-        let member = if does_lead { leader } else { (leader + 1 + chance.below(2) as usize) % HOSTS };
-        let time = if does_lead { LEADER_STOP } else { past_a_lease(chance) };
+        let member = if does_lead { leader } else { (leader + 1 + rng.below(2) as usize) % HOSTS };
+        let time = if does_lead { LEADER_STOP } else { past_a_lease(rng) };
         let whose = format!("on host {member}");
         self.begin(fault.name(), &whose);
         etcd.stop(member);

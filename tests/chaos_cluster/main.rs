@@ -9,9 +9,6 @@
 #![cfg(feature = "etcd")]
 #![allow(unreachable_pub)]
 
-#[path = "../../src/table/chance.rs"]
-#[allow(dead_code)]
-mod chance;
 #[path = "../chaos/checker.rs"]
 #[allow(dead_code)]
 mod checker;
@@ -27,6 +24,9 @@ mod net;
 mod permitted_overlaps;
 #[path = "../chaos/record.rs"]
 mod record;
+#[path = "../../src/table/rng.rs"]
+#[allow(dead_code)]
+mod rng;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -40,7 +40,6 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use tempfile::TempDir;
 
-use chance::Chance;
 use etcd_harness::Etcd;
 use faults::{DaemonFault, EtcdFault};
 use harness::{KMUTEX, Process, TIMEOUT, wait_for, wait_until};
@@ -48,6 +47,7 @@ use host::{Host, HostFault};
 use net::Net;
 use permitted_overlaps::{Life, Speaker};
 use record::{CLIENT, Record, command_line, now, settings};
+use rng::Rng;
 
 const HOSTS: usize = 3;
 /// How many clients there are at a time on each host.
@@ -121,8 +121,8 @@ enum Victim {
 }
 
 impl Victim {
-    fn draw(chance: &mut Chance) -> Victim {
-        match chance.below(100) {
+    fn draw(rng: &mut Rng) -> Victim {
+        match rng.below(100) {
             0..8 => Victim::Kmutex,
             8..18 => Victim::Command,
             18..26 => Victim::Both,
@@ -132,12 +132,12 @@ impl Victim {
 }
 
 /// How long a section lasts.
-fn draw_micros(key: &str, chance: &mut Chance) -> String {
+fn draw_micros(key: &str, rng: &mut Rng) -> String {
     let long = if KEYS_OF_LONG.contains(&key) { 35 } else { 4 };
-    let micros = match chance.below(100) {
-        lot if lot < long => 1_000_000 + chance.below(4_000_000),
-        lot if lot < 60 => 2_000 + chance.below(30_000),
-        _ => 30_000 + chance.below(300_000),
+    let micros = match rng.below(100) {
+        lot if lot < long => 1_000_000 + rng.below(4_000_000),
+        lot if lot < 60 => 2_000 + rng.below(30_000),
+        _ => 30_000 + rng.below(300_000),
     };
     micros.to_string()
 }
@@ -145,14 +145,14 @@ fn draw_micros(key: &str, chance: &mut Chance) -> String {
 impl Arena {
     /// One client after the other, until it is over.
     fn keep_busy(&self, host: &Host, number: usize) {
-        let mut chance = Chance(self.seed ^ ((number as u64) << 32));
+        let mut rng = Rng(self.seed ^ ((number as u64) << 32));
         while !self.record.is_over() {
-            std::thread::sleep(Duration::from_millis(chance.below(200)));
+            std::thread::sleep(Duration::from_millis(rng.below(200)));
             let name = self.record.name();
-            match chance.below(32) {
-                0..6 => self.one_of_protocol_1(host, &name, &mut chance),
-                6 => self.one_etcdctl(host, &name, &mut chance),
-                _ => self.one_run(host, &name, &mut chance),
+            match rng.below(32) {
+                0..6 => self.one_of_protocol_1(host, &name, &mut rng),
+                6 => self.one_etcdctl(host, &name, &mut rng),
+                _ => self.one_run(host, &name, &mut rng),
             }
         }
     }
@@ -162,17 +162,17 @@ impl Arena {
         self.clients.lock().unwrap().insert(name.into(), client);
     }
 
-    fn one_run(&self, host: &Host, name: &str, chance: &mut Chance) {
+    fn one_run(&self, host: &Host, name: &str, rng: &mut Rng) {
         self.is_born(name, host, Speaker::KmutexRun);
-        let role = &ROLES[chance.below(ROLES.len() as u64) as usize];
-        let how = if chance.percent(25) { "stubborn" } else { "section" };
+        let role = &ROLES[rng.below(ROLES.len() as u64) as usize];
+        let how = if rng.percent(25) { "stubborn" } else { "section" };
         let mut command = host.tool(KMUTEX);
         command.arg("run").args(role.options).args([role.key, "--", "perl", CLIENT, how]);
-        command.arg(&self.record.log).args([name, role.key, "exclusive", &draw_micros(role.key, chance)]);
+        command.arg(&self.record.log).args([name, role.key, "exclusive", &draw_micros(role.key, rng)]);
         let began = now();
         let mut process = Process::spawn(command.stderr(Stdio::piped()).process_group(0));
-        let victim = Victim::draw(chance);
-        self.kill(victim, name, &mut process, chance);
+        let victim = Victim::draw(rng);
+        self.kill(victim, name, &mut process, rng);
         let Some(code) = self.outcome(name, &mut process) else { return };
         let said = process.stderr();
         self.record.count(format!("{:?} ends with {code}", role.options));
@@ -198,19 +198,19 @@ impl Arena {
     }
 
     /// Kills some of it: at any moment, while it starts, waits, holds or releases; or while the command runs.
-    fn kill(&self, victim: Victim, name: &str, process: &mut Process, chance: &mut Chance) {
+    fn kill(&self, victim: Victim, name: &str, process: &mut Process, rng: &mut Rng) {
         if victim == Victim::Nobody {
             return;
         }
         let mut command = None;
-        if victim == Victim::Command || chance.percent(70) {
+        if victim == Victim::Command || rng.percent(70) {
             let limit = Instant::now() + TIMEOUT;
             while command.is_none() && process.is_running() && Instant::now() < limit {
                 std::thread::sleep(Duration::from_millis(2));
                 command = command_of(process.pid()).filter(|pid| command_line(*pid).contains(name));
             }
         }
-        std::thread::sleep(Duration::from_millis(chance.below(80)));
+        std::thread::sleep(Duration::from_millis(rng.below(80)));
         if !process.is_running() {
             return;
         }
@@ -231,12 +231,12 @@ impl Arena {
         self.record.count(format!("killed: {victim:?}"));
     }
 
-    fn one_of_protocol_1(&self, host: &Host, name: &str, chance: &mut Chance) {
+    fn one_of_protocol_1(&self, host: &Host, name: &str, rng: &mut Rng) {
         self.is_born(name, host, Speaker::Protocol1);
-        let key = KEYS_OF_V1[chance.below(KEYS_OF_V1.len() as u64) as usize];
+        let key = KEYS_OF_V1[rng.below(KEYS_OF_V1.len() as u64) as usize];
         let mut command = host.tool("perl");
         command.args([CLIENT, "sharer"]).arg(&self.record.log);
-        command.args([name, key, "exclusive", &draw_micros(key, chance)]).arg(host.sock());
+        command.args([name, key, "exclusive", &draw_micros(key, rng)]).arg(host.sock());
         let Some(code) = self.outcome(name, &mut Process::spawn(&mut command)) else { return };
         self.record.count(format!("protocol 1 ends with {code}"));
         if code == 74 {
@@ -250,13 +250,13 @@ impl Arena {
     /// A program that is not kmutex. It does not stop a command whose lease is over, so it is the command that does not
     /// go on for longer than the lease lasts at least, which etcdctl gets after this. Nor does it always find its way
     /// back after a fault; then it is killed.
-    fn one_etcdctl(&self, host: &Host, name: &str, chance: &mut Chance) {
+    fn one_etcdctl(&self, host: &Host, name: &str, rng: &mut Rng) {
         self.is_born(name, host, Speaker::Etcdctl);
         let until = now() + ETCDCTL_TTL_SECS as f64 - 1.0;
         let lock = lock_of(KEY_OF_ETCDCTL);
         let mut command = host.etcdctl();
         command.args(["lock", &format!("--ttl={ETCDCTL_TTL_SECS}"), &lock, "perl", CLIENT, "guest"]);
-        let micros = (2_000 + chance.below(300_000)).to_string();
+        let micros = (2_000 + rng.below(300_000)).to_string();
         command.arg(&self.record.log).args([name, KEY_OF_ETCDCTL, "exclusive", &micros, &until.to_string()]);
         let mut process = Process::spawn(command.stderr(Stdio::null()));
         while process.is_running() && now() < until {

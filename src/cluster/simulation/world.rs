@@ -6,8 +6,8 @@ use super::super::{Cluster, ClusterRequest, Failure, LeaseName, QueueOp, QueueSn
 use super::store::Store;
 use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{Key, LockId, Outcome, Token};
-use crate::table::chance::Chance;
-use crate::table::{self, ClientId, Effects, Millis, Table, What};
+use crate::table::rng::Rng;
+use crate::table::{self, ClientId, Effects, NotificationKind, Table, Timestamp};
 
 const HOSTS: usize = 3;
 const CLIENTS: u32 = 6;
@@ -61,7 +61,7 @@ struct Flight {
 
 pub(super) struct World {
     seed: u64,
-    chance: Chance,
+    rng: Rng,
     now: u64,
     step: u64,
     store: Store,
@@ -82,7 +82,7 @@ impl World {
                 hash_key: seed,
                 first_token: Token(1_000_000),
                 hold_limit: None,
-                is_shared: true,
+                is_clustered: true,
             }),
             cluster: Cluster::new(number << 32),
             clients: vec![Client::Idle; CLIENTS as usize],
@@ -97,7 +97,7 @@ impl World {
         };
         World {
             seed,
-            chance: Chance(seed),
+            rng: Rng(seed),
             now: 1,
             step: 0,
             store: Store::default(),
@@ -114,7 +114,7 @@ impl World {
     pub(super) fn run(mut self, steps: u64) -> Seen {
         for _ in 0..steps {
             self.step();
-            let host = self.chance.below(HOSTS as u64) as usize;
+            let host = self.rng.below(HOSTS as u64) as usize;
             if self.hosts[host].frozen_until <= self.now {
                 self.act(host);
                 self.settle(host);
@@ -130,7 +130,7 @@ impl World {
     /// Time passes; etcd, the links and the daemons do their part.
     fn step(&mut self) {
         self.step += 1;
-        self.now += self.chance.below(8);
+        self.now += self.rng.below(8);
         let expired = self.store.expire(self.now);
         self.note("expired", expired);
         if expired > 0 {
@@ -177,7 +177,7 @@ impl World {
         }
         self.keep_lease(host);
         let cut = self.hosts[host].cut_until > now;
-        if !cut && self.chance.percent(30) {
+        if !cut && self.rng.percent(30) {
             self.watch(host);
         }
         let mut flights = std::mem::take(&mut self.hosts[host].flights);
@@ -190,7 +190,7 @@ impl World {
                 }
                 let about = (flight.ask.lock, flight.ask.id);
                 self.feed(host, |table, cluster, effects| {
-                    cluster.answered(table, Millis(now), about, answer, effects);
+                    cluster.answered(table, Timestamp(now), about, answer, effects);
                 });
             }
             flight.arrives.is_some() || flight.returns.is_some()
@@ -200,12 +200,12 @@ impl World {
     }
 
     fn settle(&mut self, host: usize) {
-        let now = Millis(self.now);
+        let now = Timestamp(self.now);
         if let Some(mark) = self.hosts[host].table.deferred() {
             self.feed(host, |table, _, effects| table.settle(now, mark, effects));
         }
         let mut rounds = 0;
-        while self.hosts[host].cluster.is_stirred(now) {
+        while self.hosts[host].cluster.has_work(now) {
             self.feed(host, |table, cluster, effects| cluster.poll(table, now, effects));
             rounds += 1;
             assert!(rounds < 20, "it does not come to rest");
@@ -217,10 +217,10 @@ impl World {
 
     fn send(&mut self, host: usize, ask: ClusterRequest) {
         let lease = LeaseName(self.hosts[host].lease.clone().expect("nothing is asked without a lease"));
-        let soon = self.now + 1 + self.chance.below(20);
-        let back = soon + self.chance.below(20);
+        let soon = self.now + 1 + self.rng.below(20);
+        let back = soon + self.rng.below(20);
         let cut = self.hosts[host].cut_until > self.now;
-        let kind = if self.calm { 99 } else { self.chance.below(100) };
+        let kind = if self.calm { 99 } else { self.rng.below(100) };
         let (arrives, returns, answer) = match kind {
             _ if cut => (None, Some(soon), Err(Failure::NotDone)),
             // It is done, or is done late, and the host does not hear of it.
@@ -260,14 +260,14 @@ impl World {
         };
         self.store.leases.insert(name.clone(), now + TTL);
         let this = &mut self.hosts[host];
-        this.cluster.leased(LeaseName(name), Millis(now + TTL - MARGIN));
+        this.cluster.leased(LeaseName(name), Timestamp(now + TTL - MARGIN));
     }
 
     fn lose_lease(&mut self, host: usize) {
-        let now = Millis(self.now);
+        let now = Timestamp(self.now);
         self.hosts[host].next_keep = 0;
         if let Some(lease) = self.hosts[host].lease.take()
-            && self.chance.percent(30)
+            && self.rng.percent(30)
             && self.hosts[host].cluster.good_until().is_some_and(|until| until.0 + MARGIN <= now.0)
         {
             self.store.revoke(&lease);
@@ -301,40 +301,40 @@ impl World {
         let this = &mut self.hosts[host];
         let mut effects = std::mem::take(&mut this.effects);
         event(&mut this.table, &mut this.cluster, &mut effects);
-        effects.stir.drain(..).for_each(|stir| this.cluster.stir(stir));
+        effects.notices.drain(..).for_each(|notice| this.cluster.notify(notice));
         effects.record.clear();
-        for effect in effects.tell.drain(..) {
-            self.hear(host, effect.client.0 as usize, effect.lock, effect.what);
+        for notification in effects.notifications.drain(..) {
+            self.hear(host, notification.client.0 as usize, notification.lock, notification.kind);
         }
         self.hosts[host].table.audit();
         self.hosts[host].effects = effects;
     }
 
-    fn hear(&mut self, host: usize, client: usize, lock: LockId, what: What) {
+    fn hear(&mut self, host: usize, client: usize, lock: LockId, kind: NotificationKind) {
         let before = self.hosts[host].clients[client];
         let (key, since) = match before {
-            Client::Idle => panic!("an idle client is told {what:?}"),
+            Client::Idle => panic!("an idle client is told {kind:?}"),
             Client::Asking { key, since, .. } => (key, since),
             Client::Holding { key } => (key, self.step),
         };
         assert_eq!(self.keys[key].id(), lock);
-        let after = match what {
-            What::Granted(token) => {
+        let after = match kind {
+            NotificationKind::Granted(token) => {
                 self.check_grant(host, key, token);
                 Client::Holding { key }
             }
-            What::Waiting { .. } => {
+            NotificationKind::Waiting { .. } => {
                 self.note("waiting", 1);
                 before
             }
-            What::Finished(outcome, _) => {
+            NotificationKind::Finished(outcome, _) => {
                 if outcome != Outcome::Vanished {
                     assert!(self.ended[key] >= since, "told of an end that came before it asked");
                     self.note("finished", 1);
                 }
                 Client::Idle
             }
-            What::Busy => {
+            NotificationKind::Busy => {
                 let is_held = !self.store.line(lock).entries.is_empty();
                 assert!(
                     is_held || self.occupied[key] >= since,
@@ -343,12 +343,12 @@ impl World {
                 self.note("busy", 1);
                 Client::Idle
             }
-            What::Unavailable => {
+            NotificationKind::Unavailable => {
                 assert!(matches!(before, Client::Asking { nowait: true, .. }), "one that waits is sent away");
                 self.note("unavailable", 1);
                 Client::Idle
             }
-            What::Lost(_) => {
+            NotificationKind::Lost(_) => {
                 assert!(matches!(before, Client::Holding { .. }), "one that holds nothing loses it");
                 self.note("lost", 1);
                 self.ended[key] = self.step;
@@ -381,25 +381,25 @@ impl World {
 
     /// One client of a host does something.
     fn act(&mut self, host: usize) {
-        let now = Millis(self.now);
-        let client = self.chance.below(u64::from(CLIENTS)) as usize;
+        let now = Timestamp(self.now);
+        let client = self.rng.below(u64::from(CLIENTS)) as usize;
         let id = ClientId(client as u32);
         match self.hosts[host].clients[client] {
             Client::Idle => self.ask(host, client),
             Client::Asking { .. } => {
-                if self.chance.percent(5) {
+                if self.rng.percent(5) {
                     self.hosts[host].clients[client] = Client::Idle;
-                    self.feed(host, |table, _, effects| table.gone(now, id, effects));
+                    self.feed(host, |table, _, effects| table.disconnected(now, id, effects));
                 }
             }
             Client::Holding { key } => {
-                if self.chance.percent(40) {
-                    let vanishes = self.chance.percent(20);
+                if self.rng.percent(40) {
+                    let vanishes = self.rng.percent(20);
                     self.ended[key] = self.step;
                     self.hosts[host].clients[client] = Client::Idle;
                     if vanishes {
                         self.note("vanished", 1);
-                        self.feed(host, |table, _, effects| table.gone(now, id, effects));
+                        self.feed(host, |table, _, effects| table.disconnected(now, id, effects));
                     } else {
                         self.feed(host, |table, _, effects| {
                             table.release(now, id, Outcome::Exit(0), effects)
@@ -411,11 +411,11 @@ impl World {
     }
 
     fn ask(&mut self, host: usize, client: usize) {
-        let (now, id) = (Millis(self.now), ClientId(client as u32));
-        let key = self.chance.below(KEYS) as usize;
+        let (now, id) = (Timestamp(self.now), ClientId(client as u32));
+        let key = self.rng.below(KEYS) as usize;
         let lock = self.keys[key].clone();
-        let nowait = self.chance.percent(20);
-        let kind = self.chance.below(10);
+        let nowait = self.rng.percent(20);
+        let kind = self.rng.below(10);
         self.hosts[host].clients[client] =
             Client::Asking { key, since: self.step, nowait: nowait && kind != 0 };
         if kind == 0 {
@@ -429,20 +429,20 @@ impl World {
     }
 
     fn trouble(&mut self) {
-        let host = self.chance.below(HOSTS as u64) as usize;
-        match self.chance.below(2_000) {
+        let host = self.rng.below(HOSTS as u64) as usize;
+        match self.rng.below(2_000) {
             0..4 => {
                 self.note("cut", 1);
-                self.hosts[host].cut_until = self.now + self.chance.below(3 * TTL);
+                self.hosts[host].cut_until = self.now + self.rng.below(3 * TTL);
             }
             4..8 => {
                 self.note("frozen", 1);
-                self.hosts[host].frozen_until = self.now + self.chance.below(3 * TTL);
+                self.hosts[host].frozen_until = self.now + self.rng.below(3 * TTL);
             }
             8..10 => self.store.compact(),
             10..20 => {
                 self.note("other program", 1);
-                let lock = self.keys[self.chance.below(KEYS) as usize].id();
+                let lock = self.keys[self.rng.below(KEYS) as usize].id();
                 self.store.other_program(lock);
                 if !self.store.has_other_program(lock) {
                     let key = self.keys.iter().position(|key| key.id() == lock).unwrap();
@@ -469,7 +469,7 @@ impl World {
         }
         for round in 0.. {
             self.step();
-            let now = Millis(self.now);
+            let now = Timestamp(self.now);
             for host in 0..HOSTS {
                 for client in 0..CLIENTS as usize {
                     if let Client::Holding { key } = self.hosts[host].clients[client] {

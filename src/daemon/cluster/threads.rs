@@ -20,7 +20,7 @@ use crate::daemon::listing::Page;
 use crate::daemon::remote::RemoteRequest;
 use crate::etcd::{self, Client, LeaseId, Range, Sort};
 use crate::proto::LockId;
-use crate::table::Millis;
+use crate::table::Timestamp;
 
 /// How many commands are carried out side by side.
 const WORKERS: usize = 16;
@@ -61,7 +61,7 @@ pub(super) enum Event {
     /// The lease lives, and did when this was asked for, at `sent`.
     Leased {
         lease: LeaseId,
-        sent: Millis,
+        sent: Timestamp,
         ttl_secs: u64,
         revision: i64,
     },
@@ -82,7 +82,7 @@ pub(super) enum Event {
     /// Where records may be put for [`RECORDS_TTL_SECS`] after `sent`.
     RecordsLease {
         lease: LeaseId,
-        sent: Millis,
+        sent: Timestamp,
     },
     /// This lease for records is gone, perhaps.
     RecordsGone(LeaseId),

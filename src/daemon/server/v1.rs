@@ -5,7 +5,7 @@ use crate::daemon::connection::Protocol;
 use crate::daemon::log;
 use crate::proto::v1::{OWNER, RELEASE, Request, decode};
 use crate::proto::{LockId, Outcome, v2::PREAMBLE};
-use crate::table::{ClientId, Effect, What};
+use crate::table::{ClientId, Notification, NotificationKind};
 
 impl Server {
     /// Takes one message from the front of `input`. Returns `false` if there is no whole one.
@@ -30,21 +30,23 @@ impl Server {
         true
     }
 
-    pub(super) fn notify_v1(&mut self, effect: Effect) {
-        let byte = match effect.what {
-            What::Granted(_) => OWNER,
-            What::Finished(..) => RELEASE,
+    pub(super) fn notify_v1(&mut self, notification: Notification) {
+        let byte = match notification.kind {
+            NotificationKind::Granted(_) => OWNER,
+            NotificationKind::Finished(..) => RELEASE,
             // Protocol 1 cannot express these: the client gets no answer yet, or its connection is closed.
-            What::Waiting { .. }
-            | What::Busy
-            | What::Unavailable
-            | What::HeldAbove
-            | What::Deadlock(_)
-            | What::Expired
-            | What::Superseded => return,
-            What::Lost(loss) => return self.close_after_flush(effect.client, v2::describe_loss(loss)),
+            NotificationKind::Waiting { .. }
+            | NotificationKind::Busy
+            | NotificationKind::Unavailable
+            | NotificationKind::HeldAbove
+            | NotificationKind::Deadlock(_)
+            | NotificationKind::Expired
+            | NotificationKind::Superseded => return,
+            NotificationKind::Lost(loss) => {
+                return self.close_after_flush(notification.client, v2::describe_loss(loss));
+            }
         };
-        self.connections[effect.client].output().push(byte);
-        self.connections.mark_dirty(effect.client);
+        self.connections[notification.client].output().push(byte);
+        self.connections.mark_dirty(notification.client);
     }
 }

@@ -16,7 +16,7 @@ use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, Request, decode_request, encode, error,
 };
 use crate::proto::{Key, Outcome};
-use crate::table::{ClientId, Effect, Loss, What};
+use crate::table::{ClientId, Loss, Notification, NotificationKind};
 
 /// A status continues when less output than this waits to be sent. One lock of it may be as long as a frame.
 const STATUS_BYTES_AHEAD: usize = OUTPUT_BYTES_MAX - FRAME_BYTES_MAX;
@@ -34,7 +34,7 @@ pub(super) fn cannot_record() -> Answer {
 pub(super) fn describe_loss(loss: Loss) -> &'static str {
     match loss {
         Loss::Unknown => "the daemon does not know of it",
-        Loss::Elsewhere => "its lease in etcd is lost, or its key there was removed",
+        Loss::LeaseLost => "its lease in etcd is lost, or its key there was removed",
         Loss::Broken => "broken by `kmutex break`",
     }
 }
@@ -166,30 +166,34 @@ impl Server {
         self.connections.answer(client, &Answer::Broken);
     }
 
-    pub(super) fn notify_v2(&mut self, effect: Effect) {
+    pub(super) fn notify_v2(&mut self, notification: Notification) {
         let lookup = self.lookup();
-        let holders = || lookup.holders_of(effect.lock);
-        let answer = match effect.what {
-            What::Granted(token) => Answer::Granted { token, lease: lookup.lease_terms() },
-            What::Waiting { ahead, place } => Answer::Waiting { holders: holders(), ahead, place },
-            What::Finished(outcome, token) => Answer::Finished { outcome, token },
-            What::Busy => Answer::Busy { holders: holders() },
-            What::Lost(loss) => Answer::Lost { why: describe_loss(loss).into() },
-            What::Expired => Answer::Lost { why: "hold limit exceeded".into() },
-            What::HeldAbove => {
-                let name = lookup.lock_name(effect.lock);
+        let holders = || lookup.holders_of(notification.lock);
+        let answer = match notification.kind {
+            NotificationKind::Granted(token) => Answer::Granted { token, lease: lookup.lease_terms() },
+            NotificationKind::Waiting { ahead, place } => {
+                Answer::Waiting { holders: holders(), ahead, place }
+            }
+            NotificationKind::Finished(outcome, token) => Answer::Finished { outcome, token },
+            NotificationKind::Busy => Answer::Busy { holders: holders() },
+            NotificationKind::Lost(loss) => Answer::Lost { why: describe_loss(loss).into() },
+            NotificationKind::Expired => Answer::Lost { why: "hold limit exceeded".into() },
+            NotificationKind::HeldAbove => {
+                let name = lookup.lock_name(notification.lock);
                 let message = format!("lock: {name} is held by the command that this is part of");
                 error(ErrorCode::HeldAbove, message)
             }
-            What::Deadlock(within) => error(ErrorCode::Deadlock, lookup.describe_cycle(within, effect.lock)),
-            What::Unavailable => error(
+            NotificationKind::Deadlock(within) => {
+                error(ErrorCode::Deadlock, lookup.describe_cycle(within, notification.lock))
+            }
+            NotificationKind::Unavailable => error(
                 ErrorCode::Unavailable,
                 "etcd cannot be asked whether the lock is free; see the daemon's log",
             ),
             // The daemon does not use that connection any more.
-            What::Superseded => return,
+            NotificationKind::Superseded => return,
         };
-        self.connections.answer(effect.client, &answer);
+        self.connections.answer(notification.client, &answer);
     }
 
     fn status_of(&mut self, client: ClientId, key: &Key) {

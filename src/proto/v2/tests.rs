@@ -25,13 +25,13 @@ fn any_key() -> impl Strategy<Value = Key> {
     any_string(1..=KEY_BYTES_MAX / 4).prop_map(|text| Key::new(text).unwrap())
 }
 
-fn any_text() -> impl Strategy<Value = Text> {
-    any_string(0..=Text::BYTES_MAX).prop_map(Text::from)
+fn any_text() -> impl Strategy<Value = ShortText> {
+    any_string(0..=ShortText::BYTES_MAX).prop_map(ShortText::from)
 }
 
-fn any_who() -> impl Strategy<Value = Who> {
+fn any_who() -> impl Strategy<Value = ClientInfo> {
     (any::<u32>(), any_text(), any_text(), any_text(), any_text())
-        .prop_map(|(pid, host, user, command, note)| Who { pid, host, user, command, note })
+        .prop_map(|(pid, host, user, command, note)| ClientInfo { pid, host, user, command, note })
 }
 
 fn any_mode() -> impl Strategy<Value = Mode> {
@@ -80,11 +80,11 @@ fn any_token() -> impl Strategy<Value = Token> {
     (0..1_u64 << 53).prop_map(Token)
 }
 
-fn any_party() -> impl Strategy<Value = Party> {
+fn any_party() -> impl Strategy<Value = LockUser> {
     let token = option::of(any_token());
     let mode = option::of(any_mode());
     (1..=2_u8, option::of(any::<u32>()), any_who(), any::<u64>(), token, mode, any::<bool>(), any::<bool>())
-        .prop_map(|(protocol, uid, who, for_ms, token, mode, shared, orphan)| Party {
+        .prop_map(|(protocol, uid, who, for_ms, token, mode, shared, orphan)| LockUser {
             protocol,
             uid,
             who,
@@ -318,26 +318,26 @@ fn an_error_does_not_send_the_whole_line_back() {
 #[test]
 fn a_text_is_cut_between_characters() {
     let fits = "é".repeat(128);
-    assert_eq!(Text::from(fits.as_str()).as_str(), fits);
-    let cut = Text::from("é".repeat(129).as_str());
+    assert_eq!(ShortText::from(fits.as_str()).as_str(), fits);
+    let cut = ShortText::from("é".repeat(129).as_str());
     assert_eq!(cut.as_str(), format!("{}…", "é".repeat(126)));
-    assert!(cut.as_str().len() <= Text::BYTES_MAX);
+    assert!(cut.as_str().len() <= ShortText::BYTES_MAX);
 }
 
 #[test]
 fn a_text_has_no_control_characters() {
-    assert_eq!(Text::from("a\x1b[2J\u{9b}31m\r\n\0b\x7f").as_str(), "a?[2J?31m???b?");
+    assert_eq!(ShortText::from("a\x1b[2J\u{9b}31m\r\n\0b\x7f").as_str(), "a?[2J?31m???b?");
     let asked = lock_request(r#"{"type":"lock","key":"k","who":{"note":"\u001b]0;x\u0007"}}"#);
     assert_eq!(asked.who.note.as_str(), "?]0;x?");
 }
 
 #[test]
 fn the_longest_status_line_fits_a_frame() {
-    let worst = || Text::from("\"".repeat(Text::BYTES_MAX).as_str());
-    let party = Party {
+    let worst = || ShortText::from("\"".repeat(ShortText::BYTES_MAX).as_str());
+    let party = LockUser {
         protocol: u8::MAX,
         uid: Some(u32::MAX),
-        who: Who { pid: u32::MAX, host: worst(), user: worst(), command: worst(), note: worst() },
+        who: ClientInfo { pid: u32::MAX, host: worst(), user: worst(), command: worst(), note: worst() },
         for_ms: u64::MAX,
         token: Some(Token(u64::MAX)),
         mode: Some(Mode::Queue),

@@ -1,7 +1,7 @@
 //! What must hold of the table's own insides, whatever has happened to it.
 
 use super::super::list::List;
-use super::super::{ClientId, Line, Millis, RequestId, Stage, Table};
+use super::super::{ClientId, RequestId, Stage, Table, Timestamp, WaitList};
 
 impl Table {
     /// Panics when the table's parts contradict each other.
@@ -23,7 +23,11 @@ impl Table {
         let found = self.by_id.find(lock.hash, |&other| other as usize == index);
         assert!(found.is_some(), "a lock is not found by its identity");
         let holders = self.audit_list(lock.holders, Stage::Holding);
-        let lines = [(lock.v1_waiters, Line::V1), (lock.once_waiters, Line::Once), (lock.queue, Line::Queue)];
+        let lines = [
+            (lock.v1_waiters, WaitList::V1),
+            (lock.once_waiters, WaitList::Once),
+            (lock.queue, WaitList::Queue),
+        ];
         let lines = lines.map(|(line, kind)| {
             let ids = self.audit_list(line, Stage::Waiting);
             let order = |id: &RequestId| self.requests[id.index()].order;
@@ -63,14 +67,14 @@ impl Table {
             );
             count += 1;
         }
-        let elsewhere = self.locks.iter().filter(|(index, _)| self.holder_elsewhere(*index as u32).is_some());
+        let elsewhere = self.locks.iter().filter(|(index, _)| self.remote_holder(*index as u32).is_some());
         let others = self.orphans.len() + elsewhere.count();
         assert_eq!(count + others, self.requests.len(), "a request has no client");
     }
 
     fn audit_deadlines(&self) {
         let limited = |(_, request): &(usize, &super::super::Request)| {
-            request.stage == Stage::Holding && request.deadline != Millis::NEVER
+            request.stage == Stage::Holding && request.deadline != Timestamp::NEVER
         };
         let mut count = 0;
         for (index, request) in self.requests.iter().filter(limited) {

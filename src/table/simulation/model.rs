@@ -5,7 +5,7 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
-use super::super::{Change, ClientId, Effect, Millis, What};
+use super::super::{ClientId, JournalEntry, Notification, NotificationKind, Timestamp};
 use super::tally::Tally;
 use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{Key, LockId, Outcome, Token};
@@ -61,7 +61,7 @@ pub(super) struct Client {
     pub(super) key: usize,
     pub(super) wish: Wish,
     /// When it asked, or was granted.
-    pub(super) since: Millis,
+    pub(super) since: Timestamp,
     arrival: u64,
 }
 
@@ -104,12 +104,12 @@ pub(super) struct Model {
     pub(super) locks: Vec<Lock>,
     /// All that are undecided, in the order in which they came.
     pub(super) deferred: VecDeque<u32>,
-    pub(super) deadlines: BTreeSet<(Millis, u32)>,
+    pub(super) deadlines: BTreeSet<(Timestamp, u32)>,
     /// Which locks the step under way has to do with.
     pub(super) touched: BTreeSet<usize>,
     pub(super) seen: Tally,
     by_id: HashMap<LockId, usize>,
-    hold_limit: Option<Millis>,
+    hold_limit: Option<Timestamp>,
     last_token: Option<Token>,
     arrivals: u64,
     ended: Vec<Ended>,
@@ -117,12 +117,12 @@ pub(super) struct Model {
     granting: Vec<u32>,
     /// The tokens of the holds that the journal knows.
     recorded: BTreeSet<Token>,
-    now: Millis,
+    now: Timestamp,
 }
 
 impl Model {
-    pub(super) fn new(clients: u32, keys: usize, hold_limit: Option<Millis>) -> Model {
-        let idle = Client { stage: Stage::Idle, key: 0, wish: Wish::V1, since: Millis(0), arrival: 0 };
+    pub(super) fn new(clients: u32, keys: usize, hold_limit: Option<Timestamp>) -> Model {
+        let idle = Client { stage: Stage::Idle, key: 0, wish: Wish::V1, since: Timestamp(0), arrival: 0 };
         let lock = |number| {
             let key = Key::new(format!("key {number}")).unwrap();
             let id = key.id();
@@ -144,7 +144,7 @@ impl Model {
             ended: Vec::new(),
             granting: Vec::new(),
             recorded: BTreeSet::new(),
-            now: Millis(0),
+            now: Timestamp(0),
         }
     }
 
@@ -153,7 +153,7 @@ impl Model {
     }
 
     /// What the event means by itself, before the table has said anything.
-    pub(super) fn begin(&mut self, now: Millis, event: Event) {
+    pub(super) fn begin(&mut self, now: Timestamp, event: Event) {
         self.now = now;
         self.ended.clear();
         self.touched.clear();
@@ -171,42 +171,46 @@ impl Model {
     }
 
     /// Follows what is to be recorded before anybody is told: the journal must always know all who hold.
-    pub(super) fn record(&mut self, changes: &[Change]) {
+    pub(super) fn record(&mut self, changes: &[JournalEntry]) {
         self.granting.clear();
         for change in changes {
             match change {
-                Change::Granted(ClientId(client)) | Change::Resumed(ClientId(client)) => {
+                JournalEntry::Granted(ClientId(client)) | JournalEntry::Resumed(ClientId(client)) => {
                     self.granting.push(*client)
                 }
-                Change::Ended(token) => {
+                JournalEntry::Ended(token) => {
                     assert!(self.recorded.remove(token), "a hold that was not recorded ends")
                 }
             }
         }
     }
 
-    /// Follows one effect, and panics when it breaks a rule.
-    pub(super) fn hear(&mut self, event: Event, effect: &Effect) {
-        let ClientId(client) = effect.client;
+    /// Follows one notification, and panics when it breaks a rule.
+    pub(super) fn hear(&mut self, event: Event, notification: &Notification) {
+        let ClientId(client) = notification.client;
         let about = *self.client(client);
         assert_ne!(about.stage, Stage::Idle, "an idle client is told something");
         assert_eq!(
-            self.by_id.get(&effect.lock),
+            self.by_id.get(&notification.lock),
             Some(&about.key),
             "a client hears of a lock it did not ask for"
         );
         if about.stage == Stage::Undecided {
             self.decide(event, client);
         }
-        match effect.what {
-            What::Granted(token) => self.granted(client, about, token),
-            What::Waiting { ahead, .. } => self.told_to_wait(event, client, about, ahead),
-            What::Finished(outcome, token) => self.finished(client, about, outcome, token),
-            What::Busy => self.told_busy(event, client, about),
-            What::Expired => self.expired(event, client),
-            What::HeldAbove | What::Deadlock(_) => panic!("nobody asks under another lock here"),
-            What::Lost(_) | What::Superseded => panic!("nobody resumes or breaks anything here"),
-            What::Unavailable => panic!("there are no other hosts here"),
+        match notification.kind {
+            NotificationKind::Granted(token) => self.granted(client, about, token),
+            NotificationKind::Waiting { ahead, .. } => self.told_to_wait(event, client, about, ahead),
+            NotificationKind::Finished(outcome, token) => self.finished(client, about, outcome, token),
+            NotificationKind::Busy => self.told_busy(event, client, about),
+            NotificationKind::Expired => self.expired(event, client),
+            NotificationKind::HeldAbove | NotificationKind::Deadlock(_) => {
+                panic!("nobody asks under another lock here")
+            }
+            NotificationKind::Lost(_) | NotificationKind::Superseded => {
+                panic!("nobody resumes or breaks anything here")
+            }
+            NotificationKind::Unavailable => panic!("there are no other hosts here"),
         }
     }
 
@@ -274,7 +278,7 @@ impl Model {
         let Client { stage, key, wish, since, .. } = *self.client(client);
         let Stage::Holding(token) = stage else { panic!("a client that holds nothing ends a hold") };
         if let (true, Some(limit)) = (wish.v1, self.hold_limit) {
-            self.deadlines.remove(&(Millis(since.0 + limit.0), client));
+            self.deadlines.remove(&(Timestamp(since.0 + limit.0), client));
         }
         remove(&mut self.locks[key].holders, client);
         self.clients[client as usize].stage = Stage::Idle;
@@ -330,7 +334,7 @@ impl Model {
         self.clients[client as usize].stage = Stage::Holding(token);
         self.clients[client as usize].since = self.now;
         if let (true, Some(limit)) = (about.wish.v1, self.hold_limit) {
-            self.deadlines.insert((Millis(self.now.0 + limit.0), client));
+            self.deadlines.insert((Timestamp(self.now.0 + limit.0), client));
         }
     }
 

@@ -1,9 +1,11 @@
-//! Time, chance, and clients that ask, release, die and overstay.
+//! Time, rng, and clients that ask, release, die and overstay.
 
 use std::collections::{BTreeSet, VecDeque};
 
-use super::super::chance::Chance;
-use super::super::{ClientId, Config, Effect, Effects, Millis, RequestView, Table, What};
+use super::super::rng::Rng;
+use super::super::{
+    ClientId, Config, Effects, Notification, NotificationKind, RequestView, Table, Timestamp,
+};
 use super::model::{Event, Model, Stage, Wish};
 use super::tally::Tally;
 use crate::proto::v1::State;
@@ -36,20 +38,20 @@ struct Odds {
 }
 
 impl Odds {
-    fn draw(chance: &mut Chance) -> Odds {
+    fn draw(rng: &mut Rng) -> Odds {
         Odds {
-            hot_keys: 1 + chance.below(8),
-            slots_max: 1 + chance.below(4),
-            events_per_settle_max: 1 + chance.below(30),
-            cold: chance.below(60),
-            v1: chance.below(70),
-            queue: chance.below(100),
-            nowait: chance.below(40),
-            shared: chance.below(80),
-            exec: chance.below(30),
-            death: chance.below(80),
-            despair: chance.below(20),
-            leap: chance.below(4),
+            hot_keys: 1 + rng.below(8),
+            slots_max: 1 + rng.below(4),
+            events_per_settle_max: 1 + rng.below(30),
+            cold: rng.below(60),
+            v1: rng.below(70),
+            queue: rng.below(100),
+            nowait: rng.below(40),
+            shared: rng.below(80),
+            exec: rng.below(30),
+            death: rng.below(80),
+            despair: rng.below(20),
+            leap: rng.below(4),
         }
     }
 }
@@ -57,10 +59,10 @@ impl Odds {
 pub(super) struct World {
     seed: u64,
     step: u64,
-    past: VecDeque<(Millis, Event)>,
-    chance: Chance,
+    past: VecDeque<(Timestamp, Event)>,
+    rng: Rng,
     odds: Odds,
-    now: Millis,
+    now: Timestamp,
     table: Table,
     model: Model,
     /// Which protocol each client speaks, until another comes under its number.
@@ -70,21 +72,21 @@ pub(super) struct World {
 
 impl World {
     pub(super) fn new(seed: u64) -> World {
-        let mut chance = Chance(seed);
-        let odds = Odds::draw(&mut chance);
-        let clients = 3 + chance.below(500) as u32;
-        let hold_limit = chance.percent(80).then(|| Millis(1 + chance.below(2_000)));
-        let (hash_key, first_token) = (chance.draw(), Token(chance.below(1 << 52)));
+        let mut rng = Rng(seed);
+        let odds = Odds::draw(&mut rng);
+        let clients = 3 + rng.below(500) as u32;
+        let hold_limit = rng.percent(80).then(|| Timestamp(1 + rng.below(2_000)));
+        let (hash_key, first_token) = (rng.next_u64(), Token(rng.below(1 << 52)));
         World {
             seed,
             step: 0,
             past: VecDeque::new(),
-            now: Millis(chance.below(1_000_000)),
-            table: Table::new(Config { hash_key, first_token, hold_limit, is_shared: false }),
+            now: Timestamp(rng.below(1_000_000)),
+            table: Table::new(Config { hash_key, first_token, hold_limit, is_clustered: false }),
             model: Model::new(clients, odds.hot_keys as usize + COLD_KEYS, hold_limit),
-            speaks_v1: (0..clients).map(|_| chance.percent(odds.v1)).collect(),
+            speaks_v1: (0..clients).map(|_| rng.percent(odds.v1)).collect(),
             effects: Effects::default(),
-            chance,
+            rng,
             odds,
         }
     }
@@ -95,9 +97,9 @@ impl World {
         while self.step < steps {
             self.pass_time();
             if until_settle == 0 {
-                until_settle = 1 + self.chance.below(self.odds.events_per_settle_max);
+                until_settle = 1 + self.rng.below(self.odds.events_per_settle_max);
                 self.act(Event::Settle);
-            } else if self.table.next_deadline().is_some_and(|at| at <= self.now) && self.chance.percent(70) {
+            } else if self.table.next_deadline().is_some_and(|at| at <= self.now) && self.rng.percent(70) {
                 self.act(Event::Expire);
             } else {
                 until_settle -= 1;
@@ -132,31 +134,31 @@ impl World {
     fn pass_time(&mut self) {
         let next = self.table.next_deadline().filter(|&at| at > self.now);
         self.now = match next {
-            Some(at) if self.chance.percent(1) => Millis(at.0 - self.chance.below(2)),
-            _ if self.chance.percent(self.odds.leap) => Millis(self.now.0 + self.chance.below(3_000)),
-            _ => Millis(self.now.0 + self.chance.below(3)),
+            Some(at) if self.rng.percent(1) => Timestamp(at.0 - self.rng.below(2)),
+            _ if self.rng.percent(self.odds.leap) => Timestamp(self.now.0 + self.rng.below(3_000)),
+            _ => Timestamp(self.now.0 + self.rng.below(3)),
         };
     }
 
     fn draw_event(&mut self) -> Event {
-        if self.chance.percent(2) {
+        if self.rng.percent(2) {
             return Event::Expire;
         }
-        let hot = self.chance.below(self.odds.hot_keys) as usize;
+        let hot = self.rng.below(self.odds.hot_keys) as usize;
         let holders = &self.model.locks[hot].holders;
         // Among hundreds of waiters a holder would hardly ever be drawn, and nothing would move.
-        if !holders.is_empty() && self.chance.percent(25) {
-            let client = holders[self.chance.below(holders.len() as u64) as usize];
+        if !holders.is_empty() && self.rng.percent(25) {
+            let client = holders[self.rng.below(holders.len() as u64) as usize];
             return self.end_of_hold(client);
         }
-        let client = self.chance.below(self.model.clients.len() as u64) as u32;
+        let client = self.rng.below(self.model.clients.len() as u64) as u32;
         match self.model.client(client).stage {
-            Stage::Idle if self.chance.percent(85) => self.ask(client),
-            Stage::Holding(_) if self.chance.percent(30) => self.end_of_hold(client),
-            Stage::Undecided | Stage::Waiting if self.chance.percent(self.odds.despair) => {
+            Stage::Idle if self.rng.percent(85) => self.ask(client),
+            Stage::Holding(_) if self.rng.percent(30) => self.end_of_hold(client),
+            Stage::Undecided | Stage::Waiting if self.rng.percent(self.odds.despair) => {
                 Event::Gone { client }
             }
-            Stage::Idle if self.chance.percent(50) => Event::Gone { client },
+            Stage::Idle if self.rng.percent(50) => Event::Gone { client },
             // What only a confused client does, and what must change nothing.
             Stage::Idle | Stage::Undecided | Stage::Waiting => {
                 Event::Release { client, outcome: Outcome::Exit(0) }
@@ -166,29 +168,28 @@ impl World {
     }
 
     fn ask(&mut self, client: u32) -> Event {
-        let (chance, odds) = (&mut self.chance, &self.odds);
-        let cold = chance.percent(odds.cold);
-        let key =
-            if cold { odds.hot_keys + chance.below(COLD_KEYS as u64) } else { chance.below(odds.hot_keys) };
-        let shared = chance.percent(odds.shared);
+        let (rng, odds) = (&mut self.rng, &self.odds);
+        let cold = rng.percent(odds.cold);
+        let key = if cold { odds.hot_keys + rng.below(COLD_KEYS as u64) } else { rng.below(odds.hot_keys) };
+        let shared = rng.percent(odds.shared);
         let wish = Wish {
             v1: false,
-            mode: if chance.percent(odds.queue) { Mode::Queue } else { Mode::Once },
+            mode: if rng.percent(odds.queue) { Mode::Queue } else { Mode::Once },
             shared,
-            slots: if shared { 1 } else { 1 + chance.below(odds.slots_max) as u32 },
-            nowait: chance.percent(odds.nowait),
-            exec: chance.percent(odds.exec),
+            slots: if shared { 1 } else { 1 + rng.below(odds.slots_max) as u32 },
+            nowait: rng.percent(odds.nowait),
+            exec: rng.percent(odds.exec),
         };
         let wish = if self.speaks_v1[client as usize] { Wish::V1 } else { wish };
         Event::Ask { client, key: key as usize, wish }
     }
 
     fn end_of_hold(&mut self, client: u32) -> Event {
-        if self.chance.percent(self.odds.death) {
+        if self.rng.percent(self.odds.death) {
             return Event::Gone { client };
         }
-        let number = self.chance.below(256) as u8;
-        let outcome = match self.chance.below(4) {
+        let number = self.rng.below(256) as u8;
+        let outcome = match self.rng.below(4) {
             0 => Outcome::Signal(number),
             1 => Outcome::Unknown,
             // Nothing keeps a client from saying so itself.
@@ -209,17 +210,19 @@ impl World {
         let mut effects = std::mem::take(&mut self.effects);
         self.feed(event, &mut effects);
         self.model.record(&effects.record);
-        effects.tell.iter().for_each(|effect| self.model.hear(event, effect));
+        effects.notifications.iter().for_each(|notification| self.model.hear(event, notification));
         self.model.end(event);
-        self.check_touched(&effects.tell);
+        self.check_touched(&effects.notifications);
         if self.step.is_multiple_of(STEPS_PER_FULL_CHECK) {
             self.check_everything();
         }
         if let Event::Gone { client } = event {
-            self.speaks_v1[client as usize] = self.chance.percent(self.odds.v1);
+            self.speaks_v1[client as usize] = self.rng.percent(self.odds.v1);
         }
-        let expired = |effect: Effect| (effect.what == What::Expired).then_some(effect.client.0);
-        let closed: Vec<u32> = effects.tell.drain(..).filter_map(expired).collect();
+        let expired = |notification: Notification| {
+            (notification.kind == NotificationKind::Expired).then_some(notification.client.0)
+        };
+        let closed: Vec<u32> = effects.notifications.drain(..).filter_map(expired).collect();
         effects.record.clear();
         self.effects = effects;
         closed.into_iter().for_each(|client| self.act(Event::Gone { client }));
@@ -239,7 +242,7 @@ impl World {
                 }
             }
             Event::Release { client, outcome } => table.release(now, ClientId(client), outcome, effects),
-            Event::Gone { client } => table.gone(now, ClientId(client), effects),
+            Event::Gone { client } => table.disconnected(now, ClientId(client), effects),
             Event::Settle => {
                 if let Some(mark) = table.deferred() {
                     table.settle(now, mark, effects);
@@ -249,11 +252,11 @@ impl World {
         }
     }
 
-    fn check_touched(&self, effects: &[Effect]) {
+    fn check_touched(&self, notifications: &[Notification]) {
         assert_eq!(self.table.deferred().is_some(), !self.model.deferred.is_empty());
         let deadline = self.model.deadlines.first().map(|&(at, _)| at);
         assert_eq!(self.table.next_deadline(), deadline, "the next deadline is wrong");
-        effects.iter().for_each(|effect| self.check_client(effect.client.0));
+        notifications.iter().for_each(|notification| self.check_client(notification.client.0));
         self.model.touched.iter().for_each(|&key| self.check_lock(key));
     }
 

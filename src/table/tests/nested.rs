@@ -10,8 +10,8 @@ fn within(token: u64, key: &str) -> LockRequest {
     LockRequest { within: Some(Token(token)), ..of(key) }
 }
 
-fn deadlock(client: u32, within: u64) -> (u32, What) {
-    (client, What::Deadlock(Token(within)))
+fn deadlock(client: u32, within: u64) -> (u32, NotificationKind) {
+    (client, NotificationKind::Deadlock(Token(within)))
 }
 
 #[test]
@@ -25,7 +25,7 @@ fn a_lock_that_is_held_above_is_refused_at_once_in_every_mode() {
         LockRequest { mode: Mode::Once, ..within(101, "a") },
         LockRequest { nowait: true, ..within(101, "a") },
     ] {
-        assert_eq!(fixture.ask(3, asked), [(3, What::HeldAbove)]);
+        assert_eq!(fixture.ask(3, asked), [(3, NotificationKind::HeldAbove)]);
     }
     assert_eq!(fixture.ask(3, within(99, "a")), [waiting(3, 0)], "a token that is not above");
 }
@@ -68,7 +68,11 @@ fn a_once_request_is_refused_when_it_would_begin_to_wait() {
     assert_eq!(fixture.ask(4, LockRequest { mode: Mode::Once, ..within(101, "a") }), []);
     assert_eq!(fixture.settle(), [deadlock(4, 101)]);
     assert_eq!(fixture.ask(5, LockRequest { nowait: true, ..within(101, "a") }), []);
-    assert_eq!(fixture.settle(), [(5, What::Busy)], "one that does not wait cannot wait for ever");
+    assert_eq!(
+        fixture.settle(),
+        [(5, NotificationKind::Busy)],
+        "one that does not wait cannot wait for ever"
+    );
 }
 
 #[test]
@@ -77,11 +81,11 @@ fn what_is_over_is_in_no_cycle() {
     fixture.ask(1, of("a"));
     fixture.ask(2, of("b"));
     fixture.ask(3, within(100, "b"));
-    assert_eq!(fixture.gone(3), []);
+    assert_eq!(fixture.disconnected(3), []);
     assert_eq!(fixture.ask(4, within(101, "a")), [waiting(4, 0)]);
     assert_eq!(fixture.release(1, Outcome::Exit(0)), [granted(4, 102)]);
     assert!(fixture.table.cycle(Token(101), Key::new("a").unwrap().id()).is_none());
-    fixture.gone(4);
-    fixture.gone(2);
+    fixture.disconnected(4);
+    fixture.disconnected(2);
     assert!(fixture.table.is_empty());
 }

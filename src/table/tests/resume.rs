@@ -12,7 +12,7 @@ impl Fixture {
         client: u32,
         uid: Option<u32>,
         asked: LockRequest,
-    ) -> Result<Vec<(u32, What)>, NotYours> {
+    ) -> Result<Vec<(u32, NotificationKind)>, NonceMismatch> {
         let mut result = Ok(());
         let notified = self.notified(|table, now, effects| {
             result = table.lock(now, ClientId(client), uid, Box::new(asked), effects);
@@ -20,19 +20,19 @@ impl Fixture {
         result.map(|()| notified)
     }
 
-    fn restore(&mut self, held: Held) -> bool {
-        self.table.restore(Millis(0), held)
+    fn restore(&mut self, held: HoldState) -> bool {
+        self.table.restore(Timestamp(0), held)
     }
 
-    fn orphan_ended(&mut self, token: u64) -> Vec<(u32, What)> {
+    fn orphan_ended(&mut self, token: u64) -> Vec<(u32, NotificationKind)> {
         self.notified(|table, now, effects| table.orphan_ended(now, Token(token), effects))
     }
 }
 
 /// A hold as the journal tells of it.
-fn held(token: u64) -> Held {
+fn held(token: u64) -> HoldState {
     let terms = Terms::from(&queue());
-    Held { lock: key().id(), token: Token(token), terms, nonce: Some(NONCE), uid: UID, until: None }
+    HoldState { lock: key().id(), token: Token(token), terms, nonce: Some(NONCE), uid: UID, until: None }
 }
 
 fn resuming(token: u64) -> LockRequest {
@@ -61,14 +61,14 @@ fn a_restored_hold_whose_process_ends_has_vanished() {
         [granted(1, 100)],
         "one of those who wait, and not a word to the others"
     );
-    assert_eq!(fixture.ask_as(3, UID, resuming(7)), Ok(vec![(3, What::Lost(Loss::Unknown))]));
+    assert_eq!(fixture.ask_as(3, UID, resuming(7)), Ok(vec![(3, NotificationKind::Lost(Loss::Unknown))]));
 }
 
 #[test]
 fn a_restored_hold_of_a_client_that_became_its_command_ends_with_an_outcome() {
     let mut fixture = Fixture::new();
     let terms = Terms { exec: true, ..held(7).terms };
-    fixture.restore(Held { terms, ..held(7) });
+    fixture.restore(HoldState { terms, ..held(7) });
     fixture.ask(1, once());
     fixture.settle();
     assert_eq!(fixture.orphan_ended(7), [finished(1, Outcome::Unknown, 7)]);
@@ -76,15 +76,15 @@ fn a_restored_hold_of_a_client_that_became_its_command_ends_with_an_outcome() {
 
 #[test]
 fn a_restored_hold_with_a_limit_ends_then_unless_it_is_resumed() {
-    let until = Millis(9_000);
+    let until = Timestamp(9_000);
     let mut fixture = Fixture::new();
-    fixture.restore(Held { until: Some(until), ..held(7) });
+    fixture.restore(HoldState { until: Some(until), ..held(7) });
     fixture.ask(2, queue());
     fixture.now = until;
     assert_eq!(fixture.notified(Table::expire), [granted(2, 100)]);
 
     let mut fixture = Fixture::new();
-    fixture.restore(Held { until: Some(until), ..held(7) });
+    fixture.restore(HoldState { until: Some(until), ..held(7) });
     fixture.ask_as(1, UID, resuming(7)).unwrap();
     assert_eq!(fixture.table.next_deadline(), None);
 }
@@ -93,12 +93,12 @@ fn a_restored_hold_with_a_limit_ends_then_unless_it_is_resumed() {
 fn an_orphan_may_be_given_less_time_and_never_more() {
     let mut fixture = Fixture::new();
     fixture.restore(held(7));
-    fixture.table.limit_orphan(Token(7), Millis(9_000));
-    assert_eq!(fixture.table.next_deadline(), Some(Millis(9_000)));
-    fixture.table.limit_orphan(Token(7), Millis(20_000));
-    assert_eq!(fixture.table.next_deadline(), Some(Millis(9_000)));
-    fixture.table.limit_orphan(Token(8), Millis(1));
-    assert_eq!(fixture.table.next_deadline(), Some(Millis(9_000)));
+    fixture.table.limit_orphan(Token(7), Timestamp(9_000));
+    assert_eq!(fixture.table.next_deadline(), Some(Timestamp(9_000)));
+    fixture.table.limit_orphan(Token(7), Timestamp(20_000));
+    assert_eq!(fixture.table.next_deadline(), Some(Timestamp(9_000)));
+    fixture.table.limit_orphan(Token(8), Timestamp(1));
+    assert_eq!(fixture.table.next_deadline(), Some(Timestamp(9_000)));
     assert_eq!(fixture.ask_as(1, UID, resuming(7)), Ok(vec![granted(1, 7)]));
     assert_eq!(fixture.table.next_deadline(), None);
 }
@@ -108,7 +108,7 @@ fn of_two_holds_that_cannot_be_together_only_the_first_is_restored() {
     let mut fixture = Fixture::new();
     let mut restore = |token, asked: LockRequest, nonce| {
         let terms = Terms::from(&asked);
-        fixture.restore(Held { terms, nonce: Some(Nonce(nonce)), ..held(token) })
+        fixture.restore(HoldState { terms, nonce: Some(Nonce(nonce)), ..held(token) })
     };
     assert!(restore(1, shared(), 1));
     assert!(restore(2, shared(), 2));
@@ -123,7 +123,7 @@ fn a_hold_is_resumed_only_by_whose_it_is_and_as_what_it_is() {
     let other_key = LockRequest { key: Key::new("weekly").unwrap(), ..resuming(7) };
     for (uid, asked) in [(Some(1001), resuming(7)), (None, resuming(7)), (UID, resuming(8)), (UID, other_key)]
     {
-        assert_eq!(fixture.ask_as(1, uid, asked), Err(NotYours));
+        assert_eq!(fixture.ask_as(1, uid, asked), Err(NonceMismatch));
     }
     assert_eq!(fixture.ask_as(1, UID, resuming(7)), Ok(vec![granted(1, 7)]));
 }
@@ -133,8 +133,11 @@ fn a_second_connection_takes_over_from_the_first() {
     let mut fixture = Fixture::new();
     let asked = LockRequest { nonce: Some(NONCE), ..queue() };
     fixture.ask_as(1, UID, asked).unwrap();
-    assert_eq!(fixture.ask_as(2, UID, resuming(100)), Ok(vec![(1, What::Superseded), granted(2, 100)]));
-    assert_eq!(fixture.gone(1), [], "it is nobody now");
+    assert_eq!(
+        fixture.ask_as(2, UID, resuming(100)),
+        Ok(vec![(1, NotificationKind::Superseded), granted(2, 100)])
+    );
+    assert_eq!(fixture.disconnected(1), [], "it is nobody now");
     fixture.ask(3, queue());
     assert_eq!(fixture.release(2, Outcome::Exit(0)), [granted(3, 101)]);
 }
@@ -145,7 +148,7 @@ fn a_detached_hold_goes_on_without_its_client() {
     fixture.ask(1, queue());
     fixture.ask(2, queue());
     fixture.table.detach(ClientId(1));
-    assert_eq!(fixture.gone(1), []);
+    assert_eq!(fixture.disconnected(1), []);
     fixture.table.detach(ClientId(2));
     assert_eq!(fixture.orphan_ended(100), [granted(2, 101)], "one that only waits cannot be detached");
 }
@@ -160,8 +163,8 @@ fn those_who_waited_before_come_before_those_who_come_later() {
         fixture.ask(client, LockRequest { place: Some(place), nonce: Some(Nonce(place.into())), ..queue() });
     }
     assert_eq!(fixture.orphan_ended(7), [granted(11, 100)]);
-    assert_eq!(fixture.gone(11), [granted(12, 101)]);
-    assert_eq!(fixture.gone(12), [granted(10, 102)]);
+    assert_eq!(fixture.disconnected(11), [granted(12, 101)]);
+    assert_eq!(fixture.disconnected(12), [granted(10, 102)]);
 }
 
 #[test]
@@ -171,7 +174,14 @@ fn a_lock_that_is_broken_is_the_next_ones() {
     fixture.ask(2, shared());
     fixture.ask(3, queue());
     let notified = fixture.notified(|table, now, effects| table.break_lock(now, key().id(), effects));
-    assert_eq!(notified, [(1, What::Lost(Loss::Broken)), (2, What::Lost(Loss::Broken)), granted(3, 100 + 2)]);
+    assert_eq!(
+        notified,
+        [
+            (1, NotificationKind::Lost(Loss::Broken)),
+            (2, NotificationKind::Lost(Loss::Broken)),
+            granted(3, 100 + 2)
+        ]
+    );
     assert_eq!(fixture.release(1, Outcome::Exit(0)), [], "it holds nothing");
     let unheard_of = Key::new("weekly").unwrap().id();
     assert_eq!(fixture.notified(|table, now, effects| table.break_lock(now, unheard_of, effects)), []);

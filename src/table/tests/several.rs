@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 
 use super::*;
-use crate::table::chance::Chance;
+use crate::table::rng::Rng;
 
 const KEYS: u64 = 5;
 const CLIENTS: u32 = 24;
@@ -49,11 +49,11 @@ impl World {
         self.hear(notified);
     }
 
-    fn hear(&mut self, notified: Vec<(u32, What)>) {
+    fn hear(&mut self, notified: Vec<(u32, NotificationKind)>) {
         for (connection, what) in notified {
             let number = self.owner[&connection];
             match what {
-                What::Granted(token) => {
+                NotificationKind::Granted(token) => {
                     let job = self.jobs.get_mut(&number).unwrap();
                     job.holds.push((connection, token.0));
                     self.longest = self.longest.max(self.done - job.asked_at);
@@ -62,8 +62,8 @@ impl World {
                         self.ask(number);
                     }
                 }
-                What::Waiting { .. } => {}
-                What::Deadlock(_) => self.refused.push(number),
+                NotificationKind::Waiting { .. } => {}
+                NotificationKind::Deadlock(_) => self.refused.push(number),
                 other => panic!("nobody should be told {other:?}"),
             }
         }
@@ -102,24 +102,24 @@ impl World {
         for (connection, _) in holds {
             let notified = self.fixture.release(connection, Outcome::Exit(0));
             self.hear(notified);
-            self.fixture.gone(connection);
+            self.fixture.disconnected(connection);
         }
     }
 }
 
 /// Some want many, some only one.
-fn some_keys(chance: &mut Chance) -> Vec<u64> {
-    let some: Vec<u64> = (0..KEYS).filter(|_| chance.below(3) == 0).collect();
-    if some.is_empty() { vec![chance.below(KEYS)] } else { some }
+fn some_keys(rng: &mut Rng) -> Vec<u64> {
+    let some: Vec<u64> = (0..KEYS).filter(|_| rng.below(3) == 0).collect();
+    if some.is_empty() { vec![rng.below(KEYS)] } else { some }
 }
 
 #[test]
 fn jobs_that_take_their_locks_in_order_all_come_to_their_end() {
     for seed in 1..=8 {
-        let mut chance = Chance(seed);
-        let mut wants = || some_keys(&mut chance);
+        let mut rng = Rng(seed);
+        let mut wants = || some_keys(&mut rng);
         let mut world = World::new(&mut wants);
-        let mut pick = Chance(seed + 100);
+        let mut pick = Rng(seed + 100);
         while world.done < JOBS {
             let ready = world.ready();
             assert!(!ready.is_empty(), "all wait for each other (seed {seed})");
@@ -140,15 +140,15 @@ fn jobs_that_take_their_locks_in_order_all_come_to_their_end() {
 #[test]
 fn of_jobs_that_take_their_locks_in_any_order_enough_are_refused_and_no_more() {
     for seed in 1..=8 {
-        let mut chance = Chance(seed);
+        let mut rng = Rng(seed);
         let mut wants = || {
-            let mut keys = some_keys(&mut chance);
-            let by = chance.below(keys.len() as u64) as usize;
+            let mut keys = some_keys(&mut rng);
+            let by = rng.below(keys.len() as u64) as usize;
             keys.rotate_left(by);
             keys
         };
         let mut world = World::new(&mut wants);
-        let mut pick = Chance(seed + 100);
+        let mut pick = Rng(seed + 100);
         let mut refused = 0;
         while world.done < JOBS {
             let number = match world.refused.pop() {
