@@ -17,7 +17,10 @@ ZSH_COMPLETIONS := $(DESTDIR)$(PREFIX)/share/zsh/site-functions
 FISH_COMPLETIONS := $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 UNITS := $(DESTDIR)$(PREFIX)/lib/systemd/system
 
-.PHONY: build build-slim test test-tools lint generate check-generated bench bench-cluster bench-plot check-counts counts fuzz soak install \
+# The oldest Rust that Cargo.toml promises.
+MSRV := $(shell sed -n 's/^rust-version = "\(.*\)"/\1.0/p' Cargo.toml)
+
+.PHONY: build build-slim test test-tools lint cargo-deny advisories msrv generate check-generated bench bench-cluster bench-plot check-counts counts fuzz soak install \
 	install-keyedmutexd uninstall
 
 build:
@@ -33,7 +36,7 @@ test: test-tools
 test-tools:
 	./tests/install-tools
 
-lint:
+lint: cargo-deny
 	$(CARGO) fmt --check
 	cd fuzz && $(CARGO) fmt --check
 	cd benches && $(CARGO) fmt --check
@@ -43,6 +46,21 @@ lint:
 	$(CARGO) clippy --locked --lib --no-default-features -- --deny warnings
 	cd benches && $(CARGO) clippy --locked --all-targets -- --deny warnings
 	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --no-deps --document-private-items
+	$(CARGO) deny --locked check bans licenses sources
+
+# Without optimization it is built in a third of the time, and it has little to do here.
+cargo-deny:
+	@$(CARGO) deny --version >/dev/null 2>&1 || \
+		CARGO_PROFILE_DEV_DEBUG=0 $(CARGO) install cargo-deny --locked --version 0.20.2 --debug
+
+# Asks for the advisories of rustsec.org, so a new one fails what has passed before.
+advisories: cargo-deny
+	$(CARGO) deny --locked check advisories
+
+msrv:
+	rustup run $(MSRV) rustc --version || rustup toolchain install $(MSRV) --profile minimal
+	rustup run $(MSRV) cargo check --locked
+	rustup run $(MSRV) cargo check --locked --lib --no-default-features
 
 # The man pages and the completions, from the definition of the command line.
 generate:
