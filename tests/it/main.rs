@@ -25,6 +25,7 @@ mod like_flock;
 mod limits;
 mod nested;
 mod other_user;
+mod pages;
 mod peers;
 mod protocol1;
 mod protocol2;
