@@ -4,10 +4,10 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 
 CARGO ?= cargo
-# .cargo/config.toml builds for the host by its name, so that is where the program is.
+# .cargo/config.toml names the host as the target, so cargo puts the program into this folder.
 HOST := $(shell rustc -vV | sed -n 's/^host: //p')
 PROGRAM := target/$(HOST)/release/kmutex
-# Without the feature etcd, to see what it costs; in a folder of its own, so that neither is built anew each time.
+# The build without the feature etcd, to see what the feature costs. It has a folder of its own, so neither build replaces the other.
 SLIM := target/slim
 
 BIN := $(DESTDIR)$(PREFIX)/bin
@@ -20,8 +20,8 @@ UNITS := $(DESTDIR)$(PREFIX)/lib/systemd/system
 # The oldest Rust that Cargo.toml promises.
 MSRV := $(shell sed -n 's/^rust-version = "\(.*\)"/\1.0/p' Cargo.toml)
 
-.PHONY: build build-slim test test-tools lint cargo-deny advisories msrv generate check-generated bench bench-cluster bench-plot check-counts counts fuzz soak install \
-	install-keyedmutexd uninstall
+.PHONY: build build-slim test test-tools lint cargo-deny advisories msrv generate check-generated bench bench-cluster bench-plot \
+	check-counts counts fuzz soak install install-keyedmutexd uninstall
 
 build:
 	$(CARGO) build --release --locked
@@ -29,7 +29,7 @@ build:
 build-slim:
 	$(CARGO) build --release --locked --no-default-features --features cli --target-dir $(SLIM)
 
-# Everything, with the tools that the tests use; a tool that is missing and cannot be installed is an error.
+# Runs all tests. Installs the tools that they use; a missing tool that cannot be installed is an error.
 test: test-tools
 	$(CARGO) test --locked --features failpoints
 
@@ -48,12 +48,12 @@ lint: cargo-deny
 	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --no-deps --document-private-items
 	$(CARGO) deny --locked check bans licenses sources
 
-# Without optimization it is built in a third of the time, and it has little to do here.
+# Without optimization it is built sooner, and it has little to do here.
 cargo-deny:
 	@$(CARGO) deny --version >/dev/null 2>&1 || \
 		CARGO_PROFILE_DEV_DEBUG=0 $(CARGO) install cargo-deny --locked --version 0.20.2 --debug
 
-# Asks for the advisories of rustsec.org, so a new one fails what has passed before.
+# Compares the dependencies with the advisories of rustsec.org. A new advisory makes this fail without a change here.
 advisories: cargo-deny
 	$(CARGO) deny --locked check advisories
 
@@ -62,7 +62,7 @@ msrv:
 	rustup run $(MSRV) cargo check --locked
 	rustup run $(MSRV) cargo check --locked --lib --no-default-features
 
-# The man pages and the completions, from the definition of the command line.
+# Writes the man pages and the completions from the definition of the command line.
 generate:
 	$(CARGO) run --quiet --locked --example generate .
 
@@ -72,36 +72,36 @@ check-generated:
 	diff -r -x sections man target/generated/man
 	diff -r completions target/generated/completions
 
-# Times: kmutex beside flock(1), beside the least that any daemon must do, and beside etcdctl; the table goes to
+# Measures times: kmutex compared with flock(1), with the least that any daemon must do, and with etcdctl. Writes the table in
 # docs/performance.md.
 bench: build build-slim
 	cd benches && $(CARGO) run --release --locked -- run
 
-# Of these, those of locks that are shared through etcd; needs etcd and etcdctl.
+# Only the measurements of clustered locks; needs etcd and etcdctl.
 bench-cluster: build
 	cd benches && $(CARGO) run --release --locked -- cluster
 
-# The pictures of docs/performance.md, from what `make bench` has measured.
+# Draws the pictures of docs/performance.md from the results of `make bench`.
 bench-plot:
 	cd benches && $(CARGO) run --release --locked -- plot
 
-# Instructions, system calls and bytes, which are the same each time: fails where one has grown by more than a tenth.
+# Counts instructions, system calls and bytes, which are the same each time. Fails if a count has grown by more than a tenth.
 check-counts: build build-slim test-tools
 	cd benches && $(CARGO) run --release --locked -- count --check
 
-# Takes the counts as they are now for right.
+# Updates the expected counts.
 counts: build build-slim test-tools
 	cd benches && $(CARGO) run --release --locked -- count
 
-# For a minute each; KMUTEX_FUZZ_SECS says how many seconds.
+# Fuzzes each target for a minute, or for KMUTEX_FUZZ_SECS seconds.
 fuzz:
 	./tests/fuzz
 
-# For an hour each; KMUTEX_CHAOS_SECS says how many seconds.
+# Runs each chaos test for an hour, or for KMUTEX_CHAOS_SECS seconds.
 soak:
 	KMUTEX_CHAOS_SECS=$${KMUTEX_CHAOS_SECS:-3600} $(CARGO) test --locked --release --test chaos --test chaos_cluster -- --nocapture
 
-# What `make` has built, and nothing else, so that it needs no cargo as root.
+# Installs what `make` has built. It builds nothing, so root needs no cargo.
 install:
 	@test -x $(PROGRAM) || { echo "run make first: there is no $(PROGRAM)" >&2; exit 1; }
 	install -d $(BIN) $(MAN) $(BASH_COMPLETIONS) $(ZSH_COMPLETIONS) $(FISH_COMPLETIONS) $(UNITS)
@@ -114,7 +114,7 @@ install:
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' packaging/systemd/kmutex.service > $(UNITS)/kmutex.service
 	chmod 644 $(UNITS)/kmutex.service
 
-# In the place of KeyedMutex's daemon.
+# Also installs the name of KeyedMutex's daemon.
 install-keyedmutexd: install
 	ln -sf kmutex $(BIN)/keyedmutexd
 
