@@ -74,6 +74,42 @@ fn kmutex_takes_the_command_lines_that_the_documents_print() {
     assert!(count > 40, "the search found too little: {count}");
 }
 
+#[test]
+fn make_has_the_targets_that_are_named() {
+    let read = |name: &str| fs::read_to_string(root().join(name)).unwrap();
+    let makefile = read("Makefile");
+    let mut texts: Vec<String> = documents().into_iter().map(|(_, text)| text).collect();
+    texts.extend([read(".ci/run"), read(".github/workflows/ci.yml")]);
+    let mut count = 0;
+    for name in texts.iter().flat_map(|text| make_targets(text)) {
+        count += 1;
+        assert!(makefile.contains(&format!("\n{name}:")), "make {name}");
+    }
+    assert!(count > 20, "the search found too little: {count}");
+}
+
+#[test]
+fn github_runs_each_step_of_the_gate() {
+    let read = |name: &str| fs::read_to_string(root().join(name)).unwrap();
+    let (gate, workflow) = (read(".ci/run"), read(".github/workflows/ci.yml"));
+    let steps: Vec<&str> = gate.lines().filter_map(|line| line.strip_prefix("step ")).collect();
+    assert!(steps.len() >= 7, "{steps:?}");
+    for step in steps {
+        // The program that was built is run there without cargo.
+        let step = step.strip_prefix("cargo run --release --locked -- ").unwrap_or(step);
+        assert!(workflow.contains(step), "{step}");
+    }
+}
+
+/// The targets of `make` in commands: after a line's beginning, `$ `, a backtick, `run: ` and the like.
+fn make_targets(text: &str) -> impl Iterator<Item = &str> {
+    let calls = ["`make ", "    make ", "step make ", "run: make ", "COLOR make "];
+    calls.into_iter().flat_map(move |call| text.split(call).skip(1)).filter_map(|rest| {
+        let end = rest.find(|c: char| !(c.is_ascii_lowercase() || c == '-')).unwrap_or(rest.len());
+        (end > 0).then(|| &rest[..end])
+    })
+}
+
 /// The targets of a page's links.
 fn links(text: &str) -> impl Iterator<Item = &str> {
     text.split("](").skip(1).filter_map(|rest| rest.split(')').next())
