@@ -6,6 +6,7 @@ use std::net::{TcpListener, TcpStream};
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
@@ -41,6 +42,13 @@ impl Place {
         command.args(["-c", script]).env("KMUTEX", KMUTEX).env("KMUTEX_SOCK", self.sock());
         command.current_dir(self.folder.path()).stdin(Stdio::null());
         command
+    }
+
+    /// What `kmutex status --json` prints there. Empty if no daemon answers.
+    fn status(&self) -> String {
+        let mut command = Command::new(KMUTEX);
+        command.args(["status", "--json"]).env("KMUTEX_SOCK", self.sock());
+        String::from_utf8(command.output().unwrap().stdout).unwrap()
     }
 
     /// All processes that serve this place: those whose command line says so.
@@ -131,14 +139,19 @@ fn fifty_at_the_same_moment_start_one_daemon_and_run_one_after_the_other() {
 }
 
 #[test]
-fn fifty_at_the_same_moment_do_the_work_or_hear_that_it_was_done() {
+fn of_fifty_at_the_same_moment_one_does_the_work_and_the_others_hear_that_it_was_done() {
     let place = Place::new();
-    let start = |_| Process::spawn(&mut place.run(&["k", "sh", "-c", "echo ran >> log"]));
+    let file = |name: &str| place.folder.path().join(name);
+    // The command lasts until all the others wait for its end.
+    let script = "echo ran >> log; until test -e go; do sleep 0.01; done";
+    let start = |_| Process::spawn(&mut place.run(&["k", "sh", "-c", script]));
     let mut clients: Vec<Process> = (0..50).map(start).collect();
-    let codes: Vec<i32> = clients.iter_mut().map(Process::wait).collect();
-    let ran = codes.iter().filter(|&&code| code == 0).count();
-    assert!(codes.iter().all(|code| [0, 79].contains(code)), "{codes:?}");
-    assert_eq!(fs::read_to_string(place.folder.path().join("log")).unwrap().lines().count(), ran);
+    wait_until("49 waiters", || place.status().contains(r#""waiting":49"#));
+    fs::write(file("go"), "").unwrap();
+    let mut codes: Vec<i32> = clients.iter_mut().map(Process::wait).collect();
+    codes.sort_unstable();
+    assert_eq!((codes[0], &codes[1..]), (0, &[79; 49][..]));
+    assert_eq!(fs::read_to_string(file("log")).unwrap(), "ran\n");
     place.daemon();
 }
 
@@ -266,11 +279,32 @@ fn the_socket_of_a_daemon_that_was_killed_is_replaced() {
 }
 
 #[test]
-fn who_waits_for_a_time_has_that_time_with_a_new_daemon_too() {
+fn a_run_that_does_not_wait_starts_a_daemon_too() {
+    for option in [&["-n"][..], &["-w", "0"], &["-w", "30"]] {
+        let place = Place::new();
+        finish(&mut place.run(&[option, &["k", "true"]].concat())).assert_silent(0);
+        place.daemon();
+    }
+}
+
+#[test]
+fn a_time_to_wait_goes_on_when_clients_start_another_daemon() {
     let place = Place::new();
-    finish(&mut place.run(&["-w", "30", "k", "true"])).assert_silent(0);
-    finish(&mut place.run(&["-n", "k", "true"])).assert_silent(0);
-    place.daemon();
+    let mut holder = place.run(&["k", "--", "sh", "-c", "echo holding; read line; exit 0"]);
+    let mut holder = Process::spawn(holder.stdin(Stdio::piped()).stdout(Stdio::piped()));
+    holder.wait_for_line("holding");
+    let first = place.daemon();
+    let begun = Instant::now();
+    let mut waiter = Process::spawn(&mut place.run(&["-w", "1.5", "k", "true"]));
+    wait_until("the waiter", || place.status().contains(r#""waiting":1"#));
+    kill(first, Signal::SIGKILL).unwrap();
+    wait_until("another daemon", || matches!(place.daemons()[..], [daemon] if daemon != first));
+    assert_eq!(waiter.wait(), 75);
+    let took = begun.elapsed();
+    assert!(took >= Duration::from_millis(1500), "{took:?}");
+    assert!(took < Duration::from_secs(10), "{took:?}: the time began anew");
+    drop(holder.child.stdin.take());
+    assert_eq!(holder.wait(), 0);
 }
 
 #[test]

@@ -10,6 +10,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
@@ -242,6 +243,7 @@ pub struct Process {
 
 impl Process {
     pub fn spawn(command: &mut Command) -> Process {
+        handle_ignored_signals();
         let child = command.spawn();
         let child = child
             .unwrap_or_else(|e| panic!("cannot start {:?}, which is needed: {e}", command.get_program()));
@@ -309,6 +311,22 @@ impl Drop for Process {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+/// Lets no test depend on how the tests were started: a shell script starts what it puts into the background with SIGINT and
+/// SIGQUIT ignored, and nohup(1) does so with SIGHUP. Children inherit that; a signal that is handled is theirs by default.
+fn handle_ignored_signals() {
+    static ONCE: Once = Once::new();
+    ONCE.call_once(|| {
+        let status = fs::read_to_string("/proc/self/status").unwrap();
+        let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:")).unwrap();
+        let mask = u64::from_str_radix(mask.trim(), 16).unwrap();
+        for signal in [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT] {
+            if mask & (1 << (signal as i32 - 1)) != 0 {
+                signal_hook::flag::register(signal as i32, Arc::default()).unwrap();
+            }
+        }
+    });
 }
 
 /// What a process that has ended leaves behind.

@@ -54,6 +54,22 @@ impl Tool {
         finish(&mut self.run(options, command)).assert_silent(code)
     }
 
+    /// Waits until these processes wait for the lock.
+    fn wait_for_waiters(&self, waiters: &[&Process]) {
+        if self.name == "kmutex" {
+            return self.daemon.wait_for_counts("l", 1, waiters.len() as u64);
+        }
+        // proc_locks(5): "1: -> FLOCK  ADVISORY  WRITE 1234 ..." is a process that waits.
+        let waits = |locks: &str, waiter: &Process| {
+            let pid = waiter.pid().to_string();
+            locks.lines().any(|line| line.contains(" -> FLOCK ") && line.split(' ').any(|word| word == pid))
+        };
+        wait_until("all to wait for the lock", || {
+            let locks = fs::read_to_string("/proc/locks").unwrap();
+            waiters.iter().all(|waiter| waits(&locks, waiter))
+        });
+    }
+
     /// Whether the lock is free.
     fn is_free(&self) -> bool {
         let code = finish(&mut self.run(&["-n"], &["true"])).code;
@@ -102,6 +118,7 @@ fn who_waits_runs_after_the_holder() {
         holder.wait_for_line("holding");
         let mut waiter = Process::spawn(&mut tool.run(&[], &["sh", "-c", "echo waiter >> order"]));
         let mut patient = Process::spawn(&mut tool.run(&["-w", "600"], &["sh", "-c", "exit 4"]));
+        tool.wait_for_waiters(&[&waiter, &patient]);
         drop(holder.child.stdin.take());
         assert_eq!((holder.wait(), waiter.wait(), patient.wait()), (0, 0, 4));
         assert_eq!(fs::read_to_string(tool.daemon.folder().join("order")).unwrap(), "holder\nwaiter\n");

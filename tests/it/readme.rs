@@ -21,7 +21,12 @@ const CLUSTER: &str = include_str!("../../docs/cluster.md");
 /// What the recipes call, and do not show.
 const PROGRAMS: [(&str, &str); 4] = [
     ("report", "echo reported >> report.log"),
-    ("make-page", "echo 'made once' >> made.log; echo 'a page that took long to make'"),
+    // It takes until the other two wait for it.
+    (
+        "make-page",
+        "until kmutex status --json page | grep -q '\"waiting\":2'; do sleep 0.01; done
+         echo 'made once' >> made.log; echo 'a page that took long to make'",
+    ),
     ("build-index", "echo \"$(ls \"$1\" | wc -l) document\""),
     ("deploy", "echo \"deployed to $1\""),
 ];

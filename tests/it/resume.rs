@@ -231,8 +231,8 @@ fn with_a_lost_lock(options: &[&str], command: &str) -> (Daemon, Process) {
 }
 
 #[test]
-fn a_command_whose_lock_is_lost_is_stopped_with_all_that_it_started() {
-    let (_daemon, mut run) = with_a_lost_lock(&[], "sleep 1000 & echo $!; echo running; wait");
+fn a_command_whose_lock_is_lost_is_stopped_and_kmutex_says_why() {
+    let (_daemon, mut run) = with_a_lost_lock(&[], "echo running; exec sleep 1000");
     assert_eq!(run.wait(), 74);
     assert_eq!(
         run.stderr(),
@@ -286,16 +286,16 @@ fn while_no_daemon_is_there_the_command_goes_on() {
 #[test]
 fn a_release_waits_a_moment_for_the_daemon() {
     let mut daemon = Daemon::start();
-    let run = daemon.hold("k");
-    let mut waiter = Process::spawn(&mut daemon.run(&["k", "false"]));
-    daemon.wait_for_counts("k", 1, 1);
+    let mut run = daemon.hold("k");
     daemon.kill();
-    let finished = std::thread::spawn(move || run.finish(0));
+    drop(run.process.child.stdin.take());
+    let children = format!("/proc/{0}/task/{0}/children", run.process.pid());
+    wait_until("the end of the command", || fs::read_to_string(&children).is_ok_and(|pids| pids.is_empty()));
+    assert!(run.process.is_running(), "kmutex does not give the release up at once");
     daemon.restart(&[]);
-    assert_eq!(finished.join().unwrap(), 0);
-    let code = waiter.wait();
-    // The one that was done told the new daemon, unless that came too late for it; then the work is done again.
-    assert!(code == 79 || code == 1, "{code}");
+    assert_eq!(run.process.wait(), 0);
+    daemon.wait_for_log(r#"release: "k" by "#);
+    assert!(daemon.log().contains(": exit 0"), "{}", daemon.log());
 }
 
 #[test]

@@ -108,7 +108,7 @@ fn a_reader_that_has_enough_ends_it_quietly() {
     drop(reader);
     let mut command = daemon.kmutex(&["status", "--json"]);
     let output = command.stdout(writer).stderr(Stdio::piped()).output().unwrap();
-    assert_eq!(String::from_utf8_lossy(&output.stderr), "");
+    assert_eq!((output.status.code(), String::from_utf8_lossy(&output.stderr)), (Some(0), "".into()));
     assert_eq!(daemon.status().len(), 2_000);
 }
 
