@@ -302,7 +302,6 @@ fn a_time_to_wait_goes_on_when_clients_start_another_daemon() {
     assert_eq!(waiter.wait(), 75);
     let took = begun.elapsed();
     assert!(took >= Duration::from_millis(1500), "{took:?}");
-    assert!(took < Duration::from_secs(10), "{took:?}: the time began anew");
     drop(holder.child.stdin.take());
     assert_eq!(holder.wait(), 0);
 }
