@@ -16,6 +16,7 @@ BASH_COMPLETIONS := $(DESTDIR)$(PREFIX)/share/bash-completion/completions
 ZSH_COMPLETIONS := $(DESTDIR)$(PREFIX)/share/zsh/site-functions
 FISH_COMPLETIONS := $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d
 UNITS := $(DESTDIR)$(PREFIX)/lib/systemd/system
+TMPFILES := $(DESTDIR)$(PREFIX)/lib/tmpfiles.d
 
 # The oldest Rust that Cargo.toml promises.
 MSRV := $(shell sed -n 's/^rust-version = "\(.*\)"/\1.0/p' Cargo.toml)
@@ -104,13 +105,14 @@ soak:
 # Installs what `make` has built. It builds nothing, so root needs no cargo.
 install:
 	@test -x $(PROGRAM) || { echo "run make first: there is no $(PROGRAM)" >&2; exit 1; }
-	install -d $(BIN) $(MAN) $(BASH_COMPLETIONS) $(ZSH_COMPLETIONS) $(FISH_COMPLETIONS) $(UNITS)
+	install -d $(BIN) $(MAN) $(BASH_COMPLETIONS) $(ZSH_COMPLETIONS) $(FISH_COMPLETIONS) $(UNITS) $(TMPFILES)
 	install -m 755 $(PROGRAM) $(BIN)/kmutex
 	install -m 644 man/*.1 $(MAN)
 	install -m 644 completions/kmutex.bash $(BASH_COMPLETIONS)/kmutex
 	install -m 644 completions/_kmutex $(ZSH_COMPLETIONS)/_kmutex
 	install -m 644 completions/kmutex.fish $(FISH_COMPLETIONS)/kmutex.fish
 	install -m 644 packaging/systemd/kmutex.socket $(UNITS)
+	install -m 644 packaging/tmpfiles.d/kmutex.conf $(TMPFILES)
 	sed 's|/usr/local/bin/|$(PREFIX)/bin/|' packaging/systemd/kmutex.service > $(UNITS)/kmutex.service
 	chmod 644 $(UNITS)/kmutex.service
 
@@ -120,4 +122,4 @@ install-keyedmutexd: install
 
 uninstall:
 	rm -f $(BIN)/kmutex $(BIN)/keyedmutexd $(MAN)/kmutex.1 $(MAN)/kmutex-*.1 $(BASH_COMPLETIONS)/kmutex \
-		$(ZSH_COMPLETIONS)/_kmutex $(FISH_COMPLETIONS)/kmutex.fish $(UNITS)/kmutex.service $(UNITS)/kmutex.socket
+		$(ZSH_COMPLETIONS)/_kmutex $(FISH_COMPLETIONS)/kmutex.fish $(UNITS)/kmutex.service $(UNITS)/kmutex.socket $(TMPFILES)/kmutex.conf

@@ -5,7 +5,6 @@ use std::fmt;
 use std::io;
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -15,10 +14,17 @@ use nix::sys::time::{TimeVal, TimeValLike};
 use crate::exit::Exit;
 use crate::lookup;
 
-/// Where the daemon is when nobody says otherwise. The old daemon's path, so that its clients find the new one.
-pub const DEFAULT: &str = "/tmp/keyedmutexd.sock";
-/// The environment variable that says otherwise.
+/// The environment variable that says where the daemon is.
 pub const VARIABLE: &str = "KMUTEX_SOCK";
+/// Returns the address in [`VARIABLE`], if it is set.
+///
+/// # Errors
+/// [`Error::Bad`].
+pub fn from_environment() -> Result<Option<Addr>, Error> {
+    let text = std::env::var_os(VARIABLE).filter(|text| !text.is_empty());
+    text.map(|text| Addr::parse(&text)).transpose()
+}
+
 /// The longest path of a Unix socket, in bytes: `sun_path` less its final zero (unix(7)).
 const PATH_BYTES_MAX: usize = 107;
 
@@ -73,20 +79,6 @@ impl Addr {
             bytes => {
                 Err(bad(&format!("the path has {bytes} bytes, the most for a socket is {PATH_BYTES_MAX}")))
             }
-        }
-    }
-
-    /// The address that was given, or else the environment's, or else the default.
-    ///
-    /// # Errors
-    /// [`Error::Bad`].
-    pub fn or_default(given: Option<&OsStr>) -> Result<Addr, Error> {
-        match given {
-            Some(text) => Addr::parse(text),
-            None => match std::env::var_os(VARIABLE) {
-                Some(text) if !text.is_empty() => Addr::parse(&text),
-                _ => Ok(Addr::Unix(DEFAULT.into())),
-            },
         }
     }
 
@@ -229,12 +221,16 @@ pub fn peer(socket: impl AsFd) -> io::Result<Peer> {
     Ok(Peer { pid: u32::try_from(cred.pid()).unwrap_or(0), uid: cred.uid() })
 }
 
-/// Connects to a Unix socket only to see whether somebody serves it.
+/// Connects to a Unix socket only to see who serves it. Waits for nothing.
 ///
 /// # Errors
-/// As connect(2) gives them: `ConnectionRefused` when nobody does.
-pub fn who_serves(path: &Path) -> io::Result<Peer> {
-    peer(UnixStream::connect(path)?)
+/// As connect(2) gives them: `ConnectionRefused` when no daemon listens, `WouldBlock` when more connections wait for the
+/// daemon than it may have waiting.
+pub fn probe(path: &Path) -> io::Result<Peer> {
+    let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+    let fd = socket::socket(AddressFamily::Unix, SockType::Stream, flags, None)?;
+    socket::connect(fd.as_raw_fd(), &UnixAddr::new(path)?)?;
+    peer(fd)
 }
 
 /// What is wrong with an address.

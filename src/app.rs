@@ -94,6 +94,7 @@ macro_rules! exit_codes {
 
 exit_codes!(
     addr::Error,
+    crate::place::Error,
     client::Error,
     daemon::Error,
     crate::break_lock::Error,

@@ -322,7 +322,8 @@ pub struct Break {
 pub struct Daemon {
     /// Connect to the daemon at ADDR: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)
     ///
-    /// The default is $KMUTEX_SOCK, or /tmp/keyedmutexd.sock if that is not set.
+    /// The default is $KMUTEX_SOCK. If that is not set: the machine's daemon, /run/kmutex/kmutex.sock, if it is there and this
+    /// user may connect; or a trusted daemon on /tmp/keyedmutexd.sock; or this user's own daemon. See WHICH DAEMON in kmutex(1).
     #[arg(long, value_name = "ADDR", value_hint = ValueHint::AnyPath)]
     pub sock: Option<OsString>,
 
@@ -336,7 +337,8 @@ pub struct Daemon {
 pub struct Serve {
     /// Listen on ADDR: a path, a PORT (of 127.0.0.1 and ::1), or HOST:PORT (an IPv6 address in brackets); repeat for more
     ///
-    /// The default is $KMUTEX_SOCK, or /tmp/keyedmutexd.sock if that is not set.
+    /// The default is $KMUTEX_SOCK. If that is not set: the socket of this user's own daemon (root's is
+    /// /run/kmutex/kmutex.sock) and, if no other daemon has it, /tmp/keyedmutexd.sock for clients of KeyedMutex.
     #[arg(short = 's', long, visible_alias = "socket", value_name = "ADDR", value_hint = ValueHint::AnyPath)]
     pub sock: Vec<OsString>,
 

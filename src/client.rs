@@ -49,10 +49,12 @@ mod lease;
 mod retry;
 mod session;
 
+use std::ffi::OsStr;
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
 
 use crate::addr::Addr;
+use crate::place::{self, Missing};
 use crate::proto::v2::{LockRequest, LockUser, Mode};
 use crate::proto::{Key, Nonce, Outcome, Token};
 pub use error::Error;
@@ -75,6 +77,20 @@ impl Target {
     /// A daemon that must be running already.
     pub fn new(addr: Addr) -> Target {
         Target { addr, trusted_uids: Vec::new(), autostart: false }
+    }
+}
+
+impl Target {
+    /// The daemon that every command of kmutex uses: the one at `given`, or else in `$KMUTEX_SOCK`, or else the machine's, or
+    /// else one that was started on KeyedMutex's socket, or else the user's own ([`crate::place`]). With `autostart`, the
+    /// user's own is started if it is missing.
+    ///
+    /// # Errors
+    /// When the address is bad, or there is no place for the user's own daemon.
+    pub fn find(given: Option<&OsStr>, trusted_uids: Vec<u32>, autostart: bool) -> Result<Target, Error> {
+        let missing = if autostart { Missing::Make } else { Missing::Name };
+        let place = place::find(given, &trusted_uids, missing)?;
+        Ok(Target { addr: place.addr, trusted_uids, autostart: autostart && place.starts })
     }
 }
 

@@ -5,7 +5,6 @@
 //! | --- | --- |
 //! | `server.rs` | the loop: the order in which things are read, recorded and sent. Only it knows all other parts |
 //! | `server/v1.rs`, `server/v2.rs` | the protocols: bytes to the table, effects to bytes |
-//! | `batch.rs` | the readiness events that the kernel gives at a time |
 //! | `source.rs` | what a readiness event is about |
 //! | `accept.rs` | accepting connections, up to the limits |
 //! | `listener.rs` | the listening sockets |
@@ -23,7 +22,6 @@
 //! | `failpoint.rs` | places where a test can have the daemon killed |
 
 mod accept;
-mod batch;
 #[cfg_attr(not(feature = "etcd"), path = "daemon/cluster_disabled.rs")]
 mod cluster;
 mod connection;
@@ -52,6 +50,7 @@ use crate::addr::{self, Addr, Reason};
 use crate::exit::Exit;
 use crate::fd;
 use crate::journal;
+use crate::place;
 use crate::table::Timestamp;
 #[cfg(feature = "etcd")]
 pub use cluster::Config as Clustering;
@@ -64,7 +63,8 @@ use socket_lock::SocketLock;
 /// What to serve, and how.
 #[derive(Clone, Debug)]
 pub struct Config {
-    /// Where to listen.
+    /// Where to listen. Empty: where the user's own clients look for a daemon, and on the socket of KeyedMutex's clients if
+    /// no other daemon does.
     pub addrs: Vec<Addr>,
     /// Which users may connect to the Unix sockets among them.
     pub access: Access,
@@ -137,7 +137,10 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     }
     let mut listeners = Listener::inherit()?;
     if listeners.is_empty() {
-        listeners = Listener::bind_all(&config.addrs, &config.access)?;
+        listeners = match &config.addrs[..] {
+            [] => Listener::bind_default(&config.access)?,
+            addrs => Listener::bind_all(addrs, &config.access)?,
+        };
     }
     failpoint::hit("start");
     let recorder = open_recorder(config, &listeners)?;
@@ -242,6 +245,9 @@ pub enum Error {
     /// An address is wrong or cannot be resolved.
     #[error(transparent)]
     Addr(#[from] addr::Error),
+    /// There is no place for a socket.
+    #[error(transparent)]
+    Place(#[from] place::Error),
     /// A socket cannot be made.
     #[error("cannot serve on {addr}: {}", Reason(error))]
     Bind {
@@ -318,6 +324,7 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Error::Addr(error) => error.exit(),
+            Error::Place(error) => error.exit(),
             Error::Bind { .. } | Error::LockFile { .. } | Error::Journal { .. } => Exit::CannotCreate,
             Error::Served { .. } => Exit::Busy,
             Error::Clustered { .. } => Exit::Unavailable,

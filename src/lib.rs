@@ -15,6 +15,7 @@
 //! | `break_lock` | breaking a lock | `cli` |
 //! | [`client`] | the blocking client | |
 //! | `etcd` | the blocking client of etcd | `etcd` |
+//! | [`place`] | where to look for a daemon when the user does not say | |
 //! | [`addr`] | where a daemon is | |
 //! | `describe` | holders and times in words | `cli` |
 //! | `fd` | descriptors that this process was started with | `daemon` |
@@ -44,6 +45,7 @@ compile_error!("kmutex runs on Linux only: it needs epoll, pidfds, waitid and ti
 pub mod addr;
 pub mod client;
 pub mod exit;
+pub mod place;
 pub mod proto;
 
 // What follows is public for the program, the tests, the benchmarks and the fuzz targets alone: it changes without notice,

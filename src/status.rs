@@ -32,17 +32,28 @@ pub enum Which {
     Cluster,
 }
 
+/// What to ask, and of which daemon.
+#[derive(Clone, Copy, Debug)]
+pub struct Question<'a> {
+    /// The daemon.
+    pub target: &'a Target,
+    /// Which locks to print.
+    pub which: &'a Which,
+    /// The first line of a table: where the daemon is, if the user did not say.
+    pub heading: Option<&'a str>,
+}
+
 /// Prints locks.
 ///
 /// # Errors
 /// When there is no daemon, or the output cannot be written.
-pub fn print(target: &Target, which: &Which, format: Format, out: &mut impl Write) -> Result<(), Error> {
-    let (key, cluster) = match which {
+pub fn print(question: &Question<'_>, format: Format, out: &mut impl Write) -> Result<(), Error> {
+    let (key, cluster) = match question.which {
         Which::Key(key) => (Some(key.clone()), false),
         Which::All => (None, false),
         Which::Cluster => (None, true),
     };
-    let mut session = Session::connect(target, None)?;
+    let mut session = Session::connect(question.target, None)?;
     session.send(&Request::Status { key, cluster })?;
     let mut table = Table::default();
     loop {
@@ -68,6 +79,9 @@ pub fn print(target: &Target, which: &Which, format: Format, out: &mut impl Writ
         }
     }
     if format == Format::People {
+        if let Some(heading) = question.heading {
+            writeln!(out, "{heading}")?;
+        }
         table.print(out)?;
     }
     Ok(out.flush()?)
@@ -81,12 +95,12 @@ const PAUSE: Duration = Duration::from_secs(1);
 ///
 /// # Errors
 /// When there is no daemon at the beginning, or the output cannot be written. Does not return otherwise.
-pub fn watch(target: &Target, which: &Which, out: &mut impl Write) -> Result<(), Error> {
+pub fn watch(question: &Question<'_>, out: &mut impl Write) -> Result<(), Error> {
     let is_terminal = io::stdout().is_terminal();
     let mut has_begun = false;
     loop {
         let mut table = Vec::new();
-        match print(target, which, Format::People, &mut table) {
+        match print(question, Format::People, &mut table) {
             Err(Error::Client(error)) if has_begun => writeln!(table, "kmutex: {error}")?,
             other => other?,
         }

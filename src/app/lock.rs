@@ -6,7 +6,6 @@ use std::time::Duration;
 
 use super::{Failure, failure};
 use crate::acquire::{Acquire, Wait};
-use crate::addr::Addr;
 use crate::cli;
 use crate::client::Target;
 use crate::exit::Exit;
@@ -47,10 +46,9 @@ pub(super) fn acquire(args: &cli::LockArgs, key: Key) -> Result<Acquire, Failure
     })
 }
 
-/// Which daemon the arguments name.
+/// Which daemon the arguments name, or else where it is by default.
 pub(super) fn target(args: &cli::Daemon, autostart: bool) -> Result<Target, Failure> {
-    let addr = Addr::or_default(args.sock.as_deref())?;
-    Ok(Target { addr, trusted_uids: args.trust_uid.clone(), autostart })
+    Ok(Target::find(args.sock.as_deref(), args.trust_uid.clone(), autostart)?)
 }
 
 /// A key as it stands on the command line.

@@ -8,7 +8,7 @@ use env_logger::Target;
 use super::{Failure, log};
 #[cfg(feature = "etcd")]
 use super::{failure, usage};
-use crate::addr::Addr;
+use crate::addr::{self, Addr};
 use crate::cli::{self, Keyedmutexd, LogLevel};
 use crate::daemon;
 #[cfg(feature = "etcd")]
@@ -26,7 +26,8 @@ impl TryFrom<cli::Serve> for daemon::Config {
 
     fn try_from(args: cli::Serve) -> Result<daemon::Config, Failure> {
         let addrs = match &args.sock[..] {
-            [] => vec![Addr::or_default(None)?],
+            // Without an address, the daemon serves where this user's clients look for one.
+            [] => addr::from_environment()?.into_iter().collect(),
             given => given.iter().map(|text| Addr::parse(text)).collect::<Result<_, _>>()?,
         };
         Ok(daemon::Config {

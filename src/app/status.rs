@@ -3,8 +3,10 @@
 use std::io;
 
 use super::{Failure, lock};
-use crate::cli;
-use crate::status::{self, Format, Which};
+use crate::cli::{self, Daemon};
+use crate::client::Target;
+use crate::place::{self, Found, Missing};
+use crate::status::{self, Format, Question, Which};
 
 pub(super) fn status(args: cli::Status) -> Result<u8, Failure> {
     let format = match (args.json, args.keys) {
@@ -17,10 +19,18 @@ pub(super) fn status(args: cli::Status) -> Result<u8, Failure> {
         (None, true) => Which::Cluster,
         (None, false) => Which::All,
     };
-    let target = lock::target(&args.daemon, false)?;
+    let Daemon { sock, trust_uid } = args.daemon;
+    let place = place::find(sock.as_deref(), &trust_uid, Missing::Name)?;
+    // What the user has said needs no telling.
+    let heading = match place.found {
+        Found::Given => None,
+        found => Some(format!("daemon: {} ({})", place.addr, found.describe())),
+    };
+    let target = Target { addr: place.addr, trusted_uids: trust_uid, autostart: false };
+    let question = Question { target: &target, which: &which, heading: heading.as_deref() };
     let printed = match args.watch {
-        true => status::watch(&target, &which, &mut io::stdout().lock()),
-        false => status::print(&target, &which, format, &mut io::BufWriter::new(io::stdout().lock())),
+        true => status::watch(&question, &mut io::stdout().lock()),
+        false => status::print(&question, format, &mut io::BufWriter::new(io::stdout().lock())),
     };
     match printed {
         // The reader of the pipe has read enough, as `head` does.

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use crate::addr::{self, Addr, Reason};
 use crate::exit::Exit;
+use crate::place;
 use crate::proto::KeyError;
 use crate::proto::v2::Answer;
 
@@ -15,6 +16,9 @@ pub enum Error {
     /// The daemon's address is invalid, or no daemon can be reached there.
     #[error(transparent)]
     Addr(addr::Error),
+    /// There is no place for a daemon.
+    #[error(transparent)]
+    Place(#[from] place::Error),
     /// The client cannot start a daemon.
     #[error("cannot start a daemon on {}: {why}", path.display())]
     Autostart {
@@ -92,6 +96,7 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Error::Addr(error) => error.exit(),
+            Error::Place(error) => error.exit(),
             Error::Autostart { exit, .. } => *exit,
             Error::Untrusted { .. } => Exit::NotPermitted,
             Error::Closed | Error::Silent | Error::Unrecorded(_) | Error::Unavailable(_) => Exit::Unavailable,

@@ -13,6 +13,7 @@ use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
+use log::info;
 use nix::sys::socket::{Backlog, listen};
 use nix::sys::stat::{Mode, umask};
 use nix::unistd::Gid;
@@ -21,6 +22,7 @@ use super::Error;
 use super::socket_lock::SocketLock;
 use crate::addr::{self, Addr};
 use crate::lookup;
+use crate::place::{self, Missing};
 
 /// Which users may connect to a Unix socket.
 #[derive(Clone, Debug)]
@@ -61,6 +63,17 @@ impl Listener {
                 }
                 _ => bind_tcp(addr, &mut listeners)?,
             }
+        }
+        Ok(listeners)
+    }
+
+    /// Listens on the socket of the user's own daemon, and on that of KeyedMutex's clients if that can be had.
+    pub(super) fn bind_default(access: &Access) -> Result<Vec<Listener>, Error> {
+        let own = place::own_socket(Missing::Make)?;
+        let mut listeners = Listener::bind_all(&[Addr::Unix(own)], access)?;
+        match Listener::bind_all(&[Addr::Unix(place::KEYEDMUTEXD.into())], access) {
+            Ok(also) => listeners.extend(also),
+            Err(e) => info!("KeyedMutex's clients will not find this daemon: {e}"),
         }
         Ok(listeners)
     }
@@ -209,8 +222,12 @@ fn remove_dead_socket(path: &Path) -> Result<(), Error> {
         Ok(_) => {}
     }
     // A daemon of another kind does not lock that file, so the socket is tried as well.
-    match addr::who_serves(path) {
+    match addr::probe(path) {
         Ok(peer) => Err(Error::Served { path: path.into(), pid: Some(peer.pid) }),
+        // It has so many clients that it cannot be asked.
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+            Err(Error::Served { path: path.into(), pid: None })
+        }
         Err(e) if e.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path).map_err(error),
         Err(e) => Err(error(e)),
     }
