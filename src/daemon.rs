@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | `server.rs` | the loop: the order in which things are read, recorded and sent. Only it knows all other parts |
 //! | `server/v1.rs`, `server/v2.rs` | the protocols: bytes to the table, effects to bytes |
+//! | `batch.rs` | the readiness events that the kernel gives at a time |
 //! | `source.rs` | what a readiness event is about |
 //! | `accept.rs` | accepting connections, up to the limits |
 //! | `listener.rs` | the listening sockets |
@@ -22,6 +23,7 @@
 //! | `failpoint.rs` | places where a test can have the daemon killed |
 
 mod accept;
+mod batch;
 #[cfg_attr(not(feature = "etcd"), path = "daemon/cluster_disabled.rs")]
 mod cluster;
 mod connection;

@@ -254,18 +254,24 @@ impl Table {
     /// All that had happened before `mark` was taken is in the table: decides the requests that were deferred until
     /// then, in order of arrival.
     pub fn settle(&mut self, now: Timestamp, mark: ArrivalMark, effects: &mut Effects) {
-        while let Some(id) = self.deferred.head()
-            && self.requests[id.index()].order < mark.0
-        {
-            self.deferred.unlink(&mut self.requests, id);
-            if self.admits(id) {
-                self.grant(now, id, effects);
-            } else if self.needs_cluster(id) {
-                self.query_cluster(id, effects);
-            } else {
-                self.wait_or_refuse(id, effects);
-            }
+        while self.settle_next(now, mark, effects) {}
+    }
+
+    /// Decides one of the requests that [`Table::settle`] would decide. Returns `false` if there is none.
+    pub fn settle_next(&mut self, now: Timestamp, mark: ArrivalMark, effects: &mut Effects) -> bool {
+        let Some(id) = self.deferred.head() else { return false };
+        if self.requests[id.index()].order >= mark.0 {
+            return false;
         }
+        self.deferred.unlink(&mut self.requests, id);
+        if self.admits(id) {
+            self.grant(now, id, effects);
+        } else if self.needs_cluster(id) {
+            self.query_cluster(id, effects);
+        } else {
+            self.wait_or_refuse(id, effects);
+        }
+        true
     }
 
     /// Lets a request wait, for which the lock is not to be had now, or sends it away if it does not want to wait.
@@ -285,12 +291,18 @@ impl Table {
 
     /// Ends the holds whose time is up.
     pub fn expire(&mut self, now: Timestamp, effects: &mut Effects) {
-        while let Some(&(deadline, id)) = self.deadlines.first()
-            && deadline <= now
-        {
-            self.notify(id, NotificationKind::Expired, effects);
-            self.end_hold(now, id, Outcome::Vanished, effects);
+        while self.expire_next(now, effects) {}
+    }
+
+    /// Ends one of the holds that [`Table::expire`] would end. Returns `false` if there is none.
+    pub fn expire_next(&mut self, now: Timestamp, effects: &mut Effects) -> bool {
+        let Some(&(deadline, id)) = self.deadlines.first() else { return false };
+        if deadline > now {
+            return false;
         }
+        self.notify(id, NotificationKind::Expired, effects);
+        self.end_hold(now, id, Outcome::Vanished, effects);
+        true
     }
 
     /// When [`Table::expire`] is next needed.

@@ -13,9 +13,6 @@ use crate::addr::Peer;
 use crate::proto::v2;
 use crate::table::{ClientId, Timestamp};
 
-/// How much output a client may leave unread before it is disconnected: a whole frame, and then some.
-pub(super) const OUTPUT_BYTES_MAX: usize = 2 * v2::FRAME_BYTES_MAX;
-
 /// Half a protocol 1 key, or the answer to one, fits in without an allocation.
 pub(super) type Buffer = SmallVec<[u8; 16]>;
 
@@ -34,19 +31,22 @@ pub(super) struct Connection {
     pub(super) protocol: Protocol,
     /// It is in the list of connections that have output.
     pub(super) dirty: bool,
-    /// The kernel took only part of the output; the rest is sent when the socket is writable.
-    pub(super) blocked: bool,
+    /// What the loop is woken for.
+    pub(super) interest: Interest,
+    /// `input` holds whole requests, which are handled when the output was sent. Until then nothing is read.
+    pub(super) postponed: bool,
     /// It holds nothing and waits for nothing any more. It is closed once `output` was sent, or cannot be sent.
     pub(super) closing: bool,
     /// `peer` is known, which it is on a Unix socket. (The two fields are not an `Option` because that would take four
-    /// more bytes of each of very many connections. The same is true of `unfinished`.)
+    /// more bytes of each of very many connections. The same is true of `deadline`.)
     has_peer: bool,
     peer: Peer,
     /// The process that has inherited the lock from this client; 0 if no such process is known.
     pub(super) child: u32,
-    /// When it is closed unless the message that it has begun is complete; [`Timestamp::NEVER`] if it has begun none.
-    pub(super) unfinished: Timestamp,
-    /// The beginning of a message whose end has not arrived yet.
+    /// When it is closed unless the message that it has begun is complete by then, or, if its requests are postponed, unless
+    /// it has read something by then; [`Timestamp::NEVER`] if there is no limit.
+    pub(super) deadline: Timestamp,
+    /// What was read and not handled: the beginning of a message whose end has not arrived yet, or postponed requests.
     pub(super) input: Buffer,
     output: Buffer,
 }
@@ -59,6 +59,17 @@ pub(super) enum Protocol {
         /// The table's cursor of the status that is being sent.
         status: Option<u32>,
     },
+}
+
+/// What the loop is woken for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Interest {
+    /// The client has sent something.
+    Input,
+    /// That, or the client has read what the kernel kept for it.
+    Both,
+    /// Only the latter: nothing is read until the client reads.
+    Output,
 }
 
 /// What [`Connection::send`] achieved.
@@ -78,12 +89,13 @@ impl Connection {
             generation,
             protocol: Protocol::V1,
             dirty: false,
-            blocked: false,
+            interest: Interest::Input,
+            postponed: false,
             closing: false,
             has_peer: peer.is_some(),
             peer: peer.unwrap_or(Peer { pid: 0, uid: 0 }),
             child: 0,
-            unfinished: Timestamp::NEVER,
+            deadline: Timestamp::NEVER,
             input: Buffer::new(),
             output: Buffer::new(),
         }
@@ -103,6 +115,7 @@ impl Connection {
     /// line that arrives byte by byte is not searched from its beginning each time.
     pub(super) fn continues_line(&self, bytes: &[u8]) -> bool {
         matches!(self.protocol, Protocol::V2 { .. })
+            && !self.postponed
             && !self.input.is_empty()
             && self.input.len() + bytes.len() < v2::FRAME_BYTES_MAX
             && memchr::memchr(b'\n', bytes).is_none()

@@ -1,6 +1,7 @@
-//! All connections: which of them have output, and which have sent only part of a message.
+//! All connections: which of them have output, which have sent only part of a message, which have requests that were
+//! postponed, and how much memory all of that takes.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::{Index, IndexMut};
 
 use slab::Slab;
@@ -9,16 +10,27 @@ use super::connection::{Buffer, Connection, ConnectionId};
 use crate::proto::v2::{self, Answer};
 use crate::table::{ClientId, Timestamp};
 
-/// How long the rest of a message may take to arrive.
-const MESSAGE_WAIT: Timestamp = Timestamp(10_000);
+/// How long the rest of a message may take to arrive, and how long a client that sends requests may take to read answers.
+const CLIENT_WAIT: Timestamp = Timestamp(10_000);
+/// How much input of all clients the daemon keeps, in bytes: incomplete messages and postponed requests.
+const INPUT_TOTAL_MAX: usize = 16 * 1024 * 1024;
+/// How much output the daemon keeps for all clients that do not read, in bytes.
+const OUTPUT_TOTAL_MAX: usize = 16 * 1024 * 1024;
 
 #[derive(Default)]
 pub(super) struct Connections {
     slab: Slab<Connection>,
     /// The connections to flush at the end of the turn.
-    dirty: Vec<ClientId>,
-    /// When connections with part of a message are closed.
-    unfinished: BTreeSet<(Timestamp, ClientId)>,
+    dirty: VecDeque<ClientId>,
+    /// The connections whose postponed requests can be handled.
+    postponed: VecDeque<ConnectionId>,
+    /// When connections are closed that do not go on.
+    deadlines: BTreeSet<(Timestamp, ClientId)>,
+    /// The length of all `input`.
+    input_total: usize,
+    /// The length of the output that clients have left unread, and the sum of these.
+    unread: BTreeMap<ClientId, usize>,
+    unread_total: usize,
 }
 
 impl Connections {
@@ -28,10 +40,10 @@ impl Connections {
     }
 
     pub(super) fn remove(&mut self, client: ClientId) -> Connection {
+        self.set_deadline(client, Timestamp::NEVER);
+        self.all_read(client);
         let connection = self.slab.remove(client.0 as usize);
-        if connection.unfinished != Timestamp::NEVER {
-            self.unfinished.remove(&(connection.unfinished, client));
-        }
+        self.input_total -= connection.input.len();
         connection
     }
 
@@ -62,63 +74,123 @@ impl Connections {
     /// Has the connection flushed at the end of the turn.
     pub(super) fn mark_dirty(&mut self, client: ClientId) {
         if !std::mem::replace(&mut self[client].dirty, true) {
-            self.dirty.push(client);
+            self.dirty.push_back(client);
         }
     }
 
+    /// Returns the next connection to flush, and takes it from the list.
+    pub(super) fn pop_dirty(&mut self) -> Option<ClientId> {
+        let client = self.dirty.pop_front()?;
+        self[client].dirty = false;
+        Some(client)
+    }
+
+    /// Returns `true` if there is something to flush.
     pub(super) fn has_dirty(&self) -> bool {
         !self.dirty.is_empty()
     }
 
-    /// Takes the list of dirty connections. Give it back with [`Connections::reuse`], so that it is not allocated anew
-    /// each turn.
-    pub(super) fn take_dirty(&mut self) -> Vec<ClientId> {
-        std::mem::take(&mut self.dirty)
-    }
-
-    pub(super) fn reuse(&mut self, empty: Vec<ClientId>) {
-        if self.dirty.is_empty() {
-            self.dirty = empty;
-        }
+    /// Returns `true` if there is something to do without waiting for an event.
+    pub(super) fn has_work(&self) -> bool {
+        !self.dirty.is_empty() || !self.postponed.is_empty()
     }
 
     /// Keeps the beginning of a message until the rest arrives. The first piece sets the deadline for the whole message:
-    /// pass the `deadline` that [`Connections::take_partial`] returned with it, or [`Timestamp::NEVER`].
+    /// pass the deadline that [`Connections::take_input`] returned with it, or [`Timestamp::NEVER`]. Returns `false` if that is
+    /// too much.
     pub(super) fn buffer_partial(
         &mut self,
         client: ClientId,
         rest: &[u8],
         deadline: Timestamp,
         now: Timestamp,
-    ) {
-        let connection = &mut self[client];
-        connection.input.extend_from_slice(rest);
-        let deadline = deadline.min(now.plus(MESSAGE_WAIT));
-        connection.unfinished = deadline;
-        self.unfinished.insert((deadline, client));
+    ) -> bool {
+        self.set_deadline(client, deadline.min(now.plus(CLIENT_WAIT)));
+        self.buffer(client, rest)
     }
 
-    /// Takes the beginning of a message that has been kept, and its deadline.
-    pub(super) fn take_partial(&mut self, client: ClientId) -> (Buffer, Timestamp) {
+    /// Keeps requests until the client has read the answers to those before them. Returns `false` if that is too much.
+    pub(super) fn postpone(&mut self, client: ClientId, rest: &[u8], now: Timestamp) -> bool {
+        self[client].postponed = true;
+        self.mark_dirty(client);
+        self.set_deadline(client, now.plus(CLIENT_WAIT));
+        self.buffer(client, rest)
+    }
+
+    /// Keeps more input. Returns `false` if that is too much.
+    pub(super) fn buffer(&mut self, client: ClientId, bytes: &[u8]) -> bool {
+        self[client].input.extend_from_slice(bytes);
+        self.input_total += bytes.len();
+        self.input_total <= INPUT_TOTAL_MAX
+    }
+
+    /// Takes what was kept of the input, and the deadline for the rest of a message.
+    pub(super) fn take_input(&mut self, client: ClientId) -> (Buffer, Timestamp) {
         let connection = &mut self[client];
         let earlier = std::mem::take(&mut connection.input);
-        let deadline = std::mem::replace(&mut connection.unfinished, Timestamp::NEVER);
-        if deadline != Timestamp::NEVER {
-            self.unfinished.remove(&(deadline, client));
-        }
+        let deadline = connection.deadline;
+        connection.postponed = false;
+        self.input_total -= earlier.len();
+        self.set_deadline(client, Timestamp::NEVER);
         (earlier, deadline)
+    }
+
+    /// The client has read everything so far. Its postponed requests can be handled.
+    pub(super) fn all_read(&mut self, client: ClientId) {
+        if let Some(unread) = self.unread.remove(&client) {
+            self.unread_total -= unread;
+        }
+        if self[client].postponed && !self[client].closing {
+            self.postponed.push_back(self.id(client));
+        }
+    }
+
+    /// The client has left some output unread. Returns `false` if the daemon keeps too much for clients that do not read.
+    pub(super) fn left_unread(&mut self, client: ClientId, now: Timestamp) -> bool {
+        let bytes = self[client].output().len();
+        let before = self.unread.insert(client, bytes).unwrap_or(0);
+        self.unread_total = self.unread_total - before + bytes;
+        if self[client].postponed {
+            self.set_deadline(client, now.plus(CLIENT_WAIT));
+        }
+        self.unread_total <= OUTPUT_TOTAL_MAX
+    }
+
+    /// Returns how many connections have postponed requests that can be handled.
+    pub(super) fn postponed(&self) -> usize {
+        self.postponed.len()
+    }
+
+    /// Returns a connection whose postponed requests can be handled, and takes it from the list.
+    pub(super) fn pop_postponed(&mut self) -> Option<ClientId> {
+        while let Some(id) = self.postponed.pop_front() {
+            if let Some(client) = self.find(id).filter(|&client| self[client].postponed) {
+                return Some(client);
+            }
+        }
+        None
     }
 
     /// When [`Connections::pop_overdue`] is next needed.
     pub(super) fn next_deadline(&self) -> Option<Timestamp> {
-        self.unfinished.first().map(|&(deadline, _)| deadline)
+        self.deadlines.first().map(|&(deadline, _)| deadline)
     }
 
-    /// Returns a client whose message has not arrived whole in time, once.
+    /// Returns a client that has not sent the rest of its message, or not read its answers, in time; once.
     pub(super) fn pop_overdue(&mut self, now: Timestamp) -> Option<ClientId> {
-        let overdue = self.unfinished.first().is_some_and(|&(deadline, _)| deadline <= now);
-        let (_, client) = overdue.then(|| self.unfinished.pop_first())??;
+        let &(deadline, client) = self.deadlines.first()?;
+        (deadline <= now).then(|| self.set_deadline(client, Timestamp::NEVER))?;
         Some(client)
+    }
+
+    fn set_deadline(&mut self, client: ClientId, deadline: Timestamp) {
+        let old = std::mem::replace(&mut self[client].deadline, deadline);
+        if old != Timestamp::NEVER {
+            self.deadlines.remove(&(old, client));
+        }
+        if deadline != Timestamp::NEVER {
+            self.deadlines.insert((deadline, client));
+        }
     }
 
     /// A client, for the log.

@@ -102,7 +102,7 @@ impl<'a> Lookup<'a> {
     /// Describes why a request for `lock`, made under the lock with the token `within`, would never be granted.
     pub(super) fn describe_cycle(&self, within: Token, lock: LockId) -> String {
         let cycle = self.table.cycle(within, lock).unwrap_or_default();
-        let steps = cycle.iter().map(|&(id, token)| {
+        let steps = cycle.iter().take(LISTED_MAX).map(|&(id, token)| {
             let holder = self.table.find(id).and_then(|lock| {
                 lock.holders().find(|holder| holder.held.is_some_and(|held| held.token == token))
             });

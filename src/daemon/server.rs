@@ -1,7 +1,7 @@
 //! The loop: waits for sockets, applies what comes to the table, records what changed, and sends what the table decides.
 //!
-//! Each turn reads all that is ready, then writes the journal, then the answers: one write for each client that has
-//! output, however many requests were in one read.
+//! Each turn reads what is ready, then writes the journal, then the answers: one write for each client that has output,
+//! however many requests were in one read. No turn takes long: what there is no time for is left to the next one.
 
 mod v1;
 mod v2;
@@ -17,8 +17,9 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::accept::Acceptor;
+use super::batch::Batch;
 use super::cluster::Clustering;
-use super::connection::{ConnectionId, OUTPUT_BYTES_MAX, Protocol, Sent};
+use super::connection::{ConnectionId, Interest, Protocol, Sent};
 use super::connections::Connections;
 use super::listener::Listener;
 use super::listing::Listing;
@@ -35,15 +36,25 @@ use crate::journal::HoldRecord;
 use crate::proto::Token;
 use crate::proto::v2::{ErrorCode, error};
 use crate::table::{
-    self, ClientId, ClusterNotice, Effects, JournalEntry, NotificationKind, Table, Timestamp,
+    self, ArrivalMark, ClientId, ClusterNotice, Effects, JournalEntry, NotificationKind, Table, Timestamp,
 };
 
-/// How many events are taken from the kernel at a time.
-const EVENTS_MAX: usize = 256;
+/// How long a turn may take events and requests before it goes on to record and to send.
+const TURN_MAX: Timestamp = Timestamp(5);
+/// How long it may take until it stops sending.
+const FLUSH_MAX: Timestamp = Timestamp(10);
+/// Reading the clock takes a while, compared with sending a few bytes.
+const SENDS_BETWEEN_CLOCKS: usize = 16;
+/// How many requests of one connection are handled before the other connections have their turn.
+const REQUESTS_AT_ONCE_MAX: usize = 64;
+/// The same, in bytes of answers: a connection that has so much to read is not answered any more requests until then.
+const ANSWERS_AT_ONCE_BYTES: usize = 8 * 1024;
 /// How many connections a listener accepts before the other sources get their turn.
 const ACCEPTS_MAX: usize = 64;
 /// How much is read from one connection before the other connections get their turn.
 const READ_BYTES_MAX: usize = 16 * 1024;
+/// Why a connection is closed whose requests the daemon cannot keep.
+const INPUT_FULL: &str = "input buffers full";
 
 pub(super) struct Server {
     epoll: Epoll,
@@ -59,7 +70,11 @@ pub(super) struct Server {
     cluster: Option<Clustering>,
     /// Lists of the locks of all hosts that clients are being sent.
     listings: BTreeMap<ClientId, Listing>,
-    /// The time of this turn, by the clock that counts from boot.
+    /// What the table is to decide when all events that were ready at some moment are handled: the requests before this mark.
+    mark: Option<ArrivalMark>,
+    /// The last turn has left something to the next one.
+    has_work: bool,
+    /// When this turn began, by the clock that counts from boot.
     now: Timestamp,
     started: Timestamp,
     grace: Timestamp,
@@ -110,6 +125,8 @@ impl Server {
             effects: Effects::default(),
             cluster,
             listings: BTreeMap::new(),
+            mark: None,
+            has_work: false,
             now,
             started: now,
             grace: millis(config.grace),
@@ -167,46 +184,74 @@ impl Server {
     }
 
     /// Serves until a signal arrives or the daemon was idle for long enough; returns which.
+    ///
+    /// A turn ends after [`TURN_MAX`], whatever clients send: the rest of its events, requests and output is left to the
+    /// next turns, which take no new events before.
     pub(super) fn run(&mut self) -> io::Result<&'static str> {
-        let mut events = [EpollEvent::empty(); EVENTS_MAX];
+        let mut batch = Batch::new();
+        let mut timer = failpoint::TurnTimer::new();
         let mut buffer = vec![0; READ_BYTES_MAX].into_boxed_slice();
-        let mut turns_full = 0;
         loop {
-            let mark = self.table.deferred();
-            let timeout = if mark.is_some() { EpollTimeout::ZERO } else { self.timeout() };
-            let ready = match self.epoll.wait(&mut events, timeout) {
-                Err(nix::Error::EINTR) => 0,
-                other => other?,
-            };
+            if batch.is_handled() {
+                if self.mark.is_none() {
+                    self.mark = self.table.deferred();
+                    batch.start_round();
+                }
+                batch.wait(&self.epoll, self.timeout())?;
+            }
             self.now = clock::now();
+            timer.start();
             self.poll_cluster();
-            for event in &events[..ready] {
-                match Source::unpack(event.data()) {
-                    Source::Signals if self.is_signalled() => return Ok("received a signal"),
-                    Source::Signals => {}
-                    Source::Listener(index) => self.accept(index, &mut buffer)?,
-                    Source::Connection(id) => self.connection_ready(id, event.events(), &mut buffer),
-                    Source::Orphan(token) => self.orphan_ready(token),
-                    // The clustering has been polled.
-                    Source::Cluster => {}
+            while let Some(event) = batch.next() {
+                if let Some(reason) = self.handle(event, &mut buffer)? {
+                    return Ok(reason);
+                }
+                if !batch.is_handled() && self.is_over(TURN_MAX) {
+                    break;
                 }
             }
-            // A turn with room for more events has seen all that was ready when it began. With more than one turn's
-            // worth, the kernel goes round, so that after enough full turns all has been seen as well.
-            turns_full = if ready < EVENTS_MAX { 0 } else { turns_full + 1 };
-            if let Some(mark) = mark
-                && (turns_full == 0 || turns_full > self.connections.len() / EVENTS_MAX + 1)
-            {
-                turns_full = 0;
-                self.apply(|table, now, effects| table.settle(now, mark, effects));
+            self.handle_postponed();
+            if batch.is_round_complete(self.connections.len()) {
+                self.settle();
             }
             self.expire();
             self.flush_turn();
             if self.acceptor.is_due(self.now) {
                 self.acceptor.resume(&self.epoll)?;
             }
+            timer.stop();
             if self.idle_deadline().is_some_and(|deadline| deadline <= self.now) {
                 return Ok("idle");
+            }
+        }
+    }
+
+    /// Handles one readiness event. Returns why the daemon is to end, if it is.
+    fn handle(&mut self, event: EpollEvent, buffer: &mut [u8]) -> io::Result<Option<&'static str>> {
+        match Source::unpack(event.data()) {
+            Source::Signals if self.is_signalled() => return Ok(Some("received a signal")),
+            Source::Signals => {}
+            Source::Listener(index) => self.accept(index, buffer)?,
+            Source::Connection(id) => self.connection_ready(id, event.events(), buffer),
+            Source::Orphan(token) => self.orphan_ready(token),
+            // The clustering is polled in each turn.
+            Source::Cluster => {}
+        }
+        Ok(None)
+    }
+
+    /// Returns `true` if this turn has taken longer than `limit`. (The clock has a resolution of a millisecond.)
+    fn is_over(&self, limit: Timestamp) -> bool {
+        clock::now() >= self.now.plus(limit)
+    }
+
+    /// Decides the requests that were deferred before the round of events that is complete now.
+    fn settle(&mut self) {
+        while let Some(mark) = self.mark {
+            if !self.apply(|table, now, effects| table.settle_next(now, mark, effects)) {
+                self.mark = None;
+            } else if self.is_over(TURN_MAX) {
+                return;
             }
         }
     }
@@ -223,7 +268,11 @@ impl Server {
         }
     }
 
+    /// Returns how long the loop may sleep.
     fn timeout(&self) -> EpollTimeout {
+        if self.mark.is_some() || self.has_work {
+            return EpollTimeout::ZERO;
+        }
         let deadlines = [
             self.table.next_deadline(),
             self.idle_deadline(),
@@ -251,10 +300,20 @@ impl Server {
         matches!(self.signals.read(&mut byte), Ok(1..))
     }
 
+    /// Ends holds and connections whose time is up.
     fn expire(&mut self) {
-        self.apply(|table, now, effects| table.expire(now, effects));
+        while self.table.next_deadline().is_some_and(|deadline| deadline <= self.now) {
+            self.apply(|table, now, effects| table.expire_next(now, effects));
+            if self.is_over(TURN_MAX) {
+                return;
+            }
+        }
         while let Some(client) = self.connections.pop_overdue(self.now) {
-            self.close_after_flush(client, "incomplete message for too long");
+            let why = match self.connections[client].postponed {
+                true => "does not read its answers",
+                false => "incomplete message for too long",
+            };
+            self.close_after_flush(client, why);
         }
     }
 
@@ -266,6 +325,9 @@ impl Server {
             self.idle_since = None;
             debug!("connect: {} on {}", self.connections.describe(client), accepted.listener);
             self.register(client, buffer);
+            if self.is_over(TURN_MAX) {
+                break;
+            }
         }
         Ok(())
     }
@@ -287,53 +349,99 @@ impl Server {
         if events.intersects(EpollFlags::EPOLLOUT) {
             self.connections.mark_dirty(client);
         }
-        if events.intersects(!EpollFlags::EPOLLOUT) {
+        if self.connections[client].postponed {
+            // It is read when its requests are handled. Only sending can tell that it has disconnected.
+            if events.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
+                self.connections.mark_dirty(client);
+            }
+        } else if events.intersects(!EpollFlags::EPOLLOUT) {
             self.read(client, buffer);
         }
     }
 
     fn read(&mut self, client: ClientId, buffer: &mut [u8]) {
-        let connection = &mut self.connections[client];
+        let connection = &self.connections[client];
         if connection.closing {
             return;
         }
         match connection.read(buffer) {
-            Ok(0) => {
-                self.hand_over_to_child(client);
-                self.close_after_flush(client, "end of stream");
-            }
+            Ok(0) => self.end_of_stream(client, "end of stream"),
             Ok(bytes) => self.received(client, &buffer[..bytes]),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
-            Err(e) => self.close_after_flush(client, e.desc()),
+            Err(e) => self.end_of_stream(client, e.desc()),
         }
     }
 
-    /// Takes the requests out of what has arrived, and keeps the beginning of a request that has not arrived whole.
     fn received(&mut self, client: ClientId, bytes: &[u8]) {
         let connection = &mut self.connections[client];
         if connection.continues_line(bytes) {
-            connection.input.extend_from_slice(bytes);
+            if !self.connections.buffer(client, bytes) {
+                self.close_after_flush(client, INPUT_FULL);
+            }
             return;
         }
-        let (earlier, mut deadline) = self.connections.take_partial(client);
-        let joined;
-        let mut rest = bytes;
-        if !earlier.is_empty() {
-            joined = [&earlier, bytes].concat();
-            rest = &joined;
+        if connection.input.is_empty() {
+            return self.handle_requests(client, bytes, Timestamp::NEVER);
         }
+        let (mut input, deadline) = self.connections.take_input(client);
+        input.extend_from_slice(bytes);
+        self.handle_requests(client, &input, deadline);
+    }
+
+    /// Continues with requests that were postponed: each connection once, and at least one of them in each turn.
+    fn handle_postponed(&mut self) {
+        for _ in 0..self.connections.postponed() {
+            let Some(client) = self.connections.pop_postponed() else { return };
+            let (input, _) = self.connections.take_input(client);
+            self.handle_requests(client, &input, Timestamp::NEVER);
+            if self.is_over(TURN_MAX) {
+                return;
+            }
+        }
+    }
+
+    /// Handles requests as far as this connection may in one turn, and keeps the rest. `deadline`: when the message must
+    /// have arrived whole that `input` begins with.
+    fn handle_requests(&mut self, client: ClientId, input: &[u8], mut deadline: Timestamp) {
+        let mut rest = input;
+        let mut handled = 0;
         while !self.connections[client].closing {
+            if handled > 0 && !rest.is_empty() && self.must_postpone(client, handled) {
+                if !self.connections.postpone(client, rest, self.now) {
+                    self.close_after_flush(client, INPUT_FULL);
+                }
+                return;
+            }
             let taken = match self.connections[client].protocol {
                 Protocol::V1 => self.received_v1(client, &mut rest),
                 Protocol::V2 { .. } => self.received_v2(client, &mut rest),
             };
             if !taken {
-                if !rest.is_empty() && !self.connections[client].closing {
-                    self.connections.buffer_partial(client, rest, deadline, self.now);
-                }
                 break;
             }
+            handled += 1;
             deadline = Timestamp::NEVER;
+        }
+        if !rest.is_empty()
+            && !self.connections[client].closing
+            && !self.connections.buffer_partial(client, rest, deadline, self.now)
+        {
+            self.close_after_flush(client, INPUT_FULL);
+        }
+    }
+
+    /// Returns `true` if the other connections have their turn before this one goes on.
+    fn must_postpone(&mut self, client: ClientId, handled: usize) -> bool {
+        handled >= REQUESTS_AT_ONCE_MAX
+            || self.connections[client].output().len() >= ANSWERS_AT_ONCE_BYTES
+            || self.is_over(TURN_MAX)
+    }
+
+    /// The client's stream has ended, in one way or another: with zero bytes, or with an error like ECONNRESET.
+    fn end_of_stream(&mut self, client: ClientId, why: &str) {
+        if !self.connections[client].closing {
+            self.hand_over_to_child(client);
+            self.close_after_flush(client, why);
         }
     }
 
@@ -389,6 +497,10 @@ impl Server {
         {
             self.dispatch_effects();
             replies.into_iter().for_each(|reply| self.remote_reply(reply));
+            if self.is_over(FLUSH_MAX) {
+                self.has_work = true;
+                return;
+            }
         }
     }
 
@@ -438,8 +550,8 @@ impl Server {
         // Taken and put back, so that neither is allocated anew each time.
         let mut record = std::mem::take(&mut self.effects.record);
         let mut notifications = std::mem::take(&mut self.effects.notifications);
-        for entry in record.drain(..) {
-            self.record(entry);
+        for change in record.drain(..) {
+            self.record(change);
         }
         for notification in notifications.drain(..) {
             if log::is_verbose() {
@@ -506,18 +618,24 @@ impl Server {
         self.apply(|table, now, effects| table.disconnected(now, client, effects));
     }
 
-    /// Records what has changed in this turn, then sends the output.
+    /// Records what has changed in this turn, then sends the output; what there is no time for is left to the next turn.
     fn flush_turn(&mut self) {
+        self.has_work = false;
         loop {
             self.poll_cluster();
             self.commit();
-            if !self.connections.has_dirty() {
-                return;
-            }
+            let (gone, is_done) = self.flush();
             // Clients that turn out to be gone release what they had. The journal must say so before any client hears of
             // it, so they are not closed on the way.
-            for (client, why) in self.flush() {
-                self.close_after_flush(client, why);
+            for (client, why) in gone {
+                self.end_of_stream(client, why);
+            }
+            if !self.connections.has_work() {
+                return;
+            }
+            if !is_done || self.is_over(FLUSH_MAX) || !self.connections.has_dirty() {
+                self.has_work = true;
+                return;
             }
         }
     }
@@ -554,47 +672,69 @@ impl Server {
     }
 
     /// Sends output, and closes the connections that are to be closed. Returns the clients that cannot be sent anything,
-    /// and why.
-    fn flush(&mut self) -> Vec<(ClientId, &'static str)> {
+    /// and why; and `false` if it has stopped because this turn takes too long.
+    fn flush(&mut self) -> (Vec<(ClientId, &'static str)>, bool) {
         let mut gone = Vec::new();
-        let mut dirty = self.connections.take_dirty();
-        for client in dirty.drain(..) {
-            self.connections[client].dirty = false;
-            self.continue_status(client);
+        let mut sends = 0;
+        while let Some(client) = self.connections.pop_dirty() {
+            if self.continue_status(client) {
+                sends += SENDS_BETWEEN_CLOCKS;
+            }
             let connection = &mut self.connections[client];
             failpoint::hit("before-send");
             let sent = connection.send();
             failpoint::hit("after-send");
             if connection.closing {
                 self.close(client);
-                continue;
+            } else if let Some(why) = self.sent(client, sent) {
+                gone.push((client, why));
             }
-            match sent {
-                Sent::Gone => {
-                    connection.output().clear();
-                    gone.push((client, "disconnected"));
+            sends += 1;
+            if sends >= SENDS_BETWEEN_CLOCKS {
+                sends = 0;
+                if self.is_over(FLUSH_MAX) {
+                    return (gone, false);
                 }
-                Sent::Part if connection.output().len() > OUTPUT_BYTES_MAX => {
-                    gone.push((client, "output buffer full"));
-                }
-                Sent::Part => self.watch_output(client, true),
-                Sent::All => self.watch_output(client, self.has_more_status(client)),
             }
         }
-        self.connections.reuse(dirty);
-        gone
+        (gone, true)
     }
 
-    /// Sets whether the loop is woken when the connection can be written to.
-    fn watch_output(&mut self, client: ClientId, blocked: bool) {
+    /// Returns why the client must go, if it must.
+    fn sent(&mut self, client: ClientId, sent: Sent) -> Option<&'static str> {
+        match sent {
+            Sent::Gone => {
+                self.connections[client].output().clear();
+                return Some("disconnected");
+            }
+            Sent::Part if !self.connections.left_unread(client, self.now) => {
+                return Some("output buffers full");
+            }
+            Sent::Part if self.connections[client].postponed => self.set_interest(client, Interest::Output),
+            Sent::Part => self.set_interest(client, Interest::Both),
+            Sent::All => {
+                self.connections.all_read(client);
+                let more = self.has_more_status(client);
+                self.set_interest(client, if more { Interest::Both } else { Interest::Input });
+            }
+        }
+        None
+    }
+
+    /// Sets what the loop is woken for.
+    fn set_interest(&mut self, client: ClientId, interest: Interest) {
         let id = self.connections.id(client);
         let connection = &mut self.connections[client];
-        if connection.blocked == blocked {
+        if connection.interest == interest {
             return;
         }
-        connection.blocked = blocked;
-        let output = if blocked { EpollFlags::EPOLLOUT } else { EpollFlags::empty() };
-        let mut event = EpollEvent::new(EpollFlags::EPOLLIN | output, Source::Connection(id).pack());
+        connection.interest = interest;
+        let flags = match interest {
+            Interest::Input => EpollFlags::EPOLLIN,
+            Interest::Both => EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT,
+            Interest::Output => EpollFlags::EPOLLOUT,
+        };
+        let mut event = EpollEvent::new(flags, Source::Connection(id).pack());
         if let Err(e) = self.epoll.modify(&*connection, &mut event) {
             // Its output is sent with its next answer, or never.
             warn!("cannot watch {} for output: {e}", self.connections.describe(client));

@@ -7,8 +7,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use super::{Effects, NotificationKind, RequestId, Stage, Table};
 use crate::proto::{LockId, Token};
 
-/// How many requests are looked at for a cycle, before it is taken that there is none: nobody is to keep the daemon busy
-/// with a web of requests.
+/// How many holders and requests a search for a cycle looks at. If there are more, the request is granted or waits as if
+/// there were no cycle: no web of requests may keep the daemon busy.
 const STEPS_MAX: usize = 1_000;
 
 /// The requests that were made under another lock.
@@ -50,15 +50,18 @@ impl Table {
         self.requests[id.index()].asked()?.within
     }
 
-    /// The token that a request was made under, the token which that one was made under, and so on.
+    /// Returns the token that a request was made under, the token which that one was made under, and so on; sorted.
     fn above(&self, within: Token) -> Vec<Token> {
         let mut above = vec![within];
-        while let Some(&id) = self.nested.holding.get(above.last().expect("it began with one"))
+        let mut last = within;
+        while let Some(&id) = self.nested.holding.get(&last)
             && let Some(next) = self.within(id)
             && above.len() < STEPS_MAX
         {
             above.push(next);
+            last = next;
         }
+        above.sort_unstable();
         above
     }
 
@@ -68,7 +71,8 @@ impl Table {
         let Some(within) = self.within(id) else { return false };
         let above = self.above(within);
         let lock = &self.locks[self.requests[id.index()].lock as usize];
-        let is_above = |holder: RequestId| above.contains(&Token(self.requests[holder.index()].order));
+        let is_above =
+            |holder: RequestId| above.binary_search(&Token(self.requests[holder.index()].order)).is_ok();
         let held = lock.holders.iter(&self.requests).any(is_above);
         if held {
             self.notify(id, NotificationKind::HeldAbove, effects);
@@ -90,7 +94,8 @@ impl Table {
     /// Who would wait for whom if one that runs under the token `within` waited for `lock`: the holder of `lock`, what
     /// that one waits for, and so on, to a lock that is held above the one who asks. `None`: it would not wait for ever.
     pub fn cycle(&self, within: Token, lock: LockId) -> Option<Vec<Step>> {
-        let search = Search { above: self.above(within), seen: BTreeSet::new(), path: Vec::new() };
+        let above = self.above(within);
+        let search = Search { above, seen: BTreeSet::new(), steps: 0, path: Vec::new() };
         let index = self.index_of(lock)?;
         search.through(self, index)
     }
@@ -98,9 +103,11 @@ impl Table {
 
 /// A search, depth first, through those who wait for each other.
 struct Search {
-    /// Where it is to arrive.
+    /// Where it is to arrive; sorted.
     above: Vec<Token>,
     seen: BTreeSet<Token>,
+    /// How many holders and requests it has looked at.
+    steps: usize,
     path: Vec<Step>,
 }
 
@@ -112,36 +119,51 @@ impl Search {
     /// Through all who hold a lock.
     fn lock(&mut self, table: &Table, index: usize) -> bool {
         let lock = &table.locks[index];
-        let holders = lock.holders.iter(&table.requests);
-        holders
-            .into_iter()
-            .any(|holder| self.token(table, lock.id, Token(table.requests[holder.index()].order)))
+        for holder in lock.holders.iter(&table.requests) {
+            if self.is_over() {
+                return false;
+            }
+            if self.token(table, lock.id, Token(table.requests[holder.index()].order)) {
+                return true;
+            }
+        }
+        false
+    }
+
+    fn is_over(&mut self) -> bool {
+        self.steps += 1;
+        self.steps > STEPS_MAX
     }
 
     /// Through all that is asked for under a token.
     fn token(&mut self, table: &Table, lock: LockId, token: Token) -> bool {
-        if self.seen.len() >= STEPS_MAX || !self.seen.insert(token) {
+        if !self.seen.insert(token) {
             return false;
         }
         self.path.push((lock, token));
-        let arrived = self.above.contains(&token)
-            || table
-                .nested
-                .under
-                .range((token, RequestId::FIRST)..)
-                .take_while(|(under, _)| *under == token)
-                .any(|&(_, id)| {
-                    let request = &table.requests[id.index()];
-                    let index = request.lock as usize;
-                    match request.stage {
-                        Stage::Holding => self.token(table, table.locks[index].id, Token(request.order)),
-                        Stage::Waiting => self.lock(table, index),
-                        Stage::Deferred | Stage::Undecided => false,
-                    }
-                });
+        let arrived = self.above.binary_search(&token).is_ok() || self.requests_under(table, token);
         if !arrived {
             self.path.pop();
         }
         arrived
+    }
+
+    fn requests_under(&mut self, table: &Table, token: Token) -> bool {
+        for &(under, id) in table.nested.under.range((token, RequestId::FIRST)..) {
+            if under != token || self.is_over() {
+                return false;
+            }
+            let request = &table.requests[id.index()];
+            let index = request.lock as usize;
+            let arrived = match request.stage {
+                Stage::Holding => self.token(table, table.locks[index].id, Token(request.order)),
+                Stage::Waiting => self.lock(table, index),
+                Stage::Deferred | Stage::Undecided => false,
+            };
+            if arrived {
+                return true;
+            }
+        }
+        false
     }
 }

@@ -93,7 +93,10 @@ impl Daemon {
     fn command(folder: &TempDir, options: &[&str]) -> Command {
         let log = File::create(folder.path().join("log")).unwrap();
         let mut command = Command::new(KMUTEX);
-        command.args(["serve", "--log-level", "debug", "--sock"]).arg(folder.path().join("sock"));
+        command.args(["serve", "--sock"]).arg(folder.path().join("sock"));
+        if !options.contains(&"--log-level") {
+            command.args(["--log-level", "debug"]);
+        }
         command.args(options).current_dir(folder.path()).env_remove("KMUTEX_SOCK").env_remove("RUST_LOG");
         command.stdin(Stdio::null()).stderr(log);
         command

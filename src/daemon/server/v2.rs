@@ -6,7 +6,7 @@ use ::log::warn;
 use nix::unistd::Uid;
 
 use super::Server;
-use crate::daemon::connection::{OUTPUT_BYTES_MAX, Protocol};
+use crate::daemon::connection::Protocol;
 use crate::daemon::failpoint;
 use crate::daemon::listing::{Listing, Step};
 use crate::daemon::log;
@@ -19,7 +19,7 @@ use crate::proto::{Key, Outcome};
 use crate::table::{ClientId, Loss, Notification, NotificationKind};
 
 /// A status continues when less output than this waits to be sent. One lock of it may be as long as a frame.
-const STATUS_BYTES_AHEAD: usize = OUTPUT_BYTES_MAX - FRAME_BYTES_MAX;
+const STATUS_BYTES_AHEAD: usize = 16 * 1024;
 const STATUS_UNDER_WAY: &str = "status: this connection is being sent one already";
 
 pub(super) fn hello() -> Answer {
@@ -229,7 +229,9 @@ impl Server {
 
     /// Writes as much of a status as there is room for: the daemon must not keep all of it in memory for a client that
     /// reads slowly.
-    pub(super) fn continue_status(&mut self, client: ClientId) {
+    /// Returns `true` if it has written something.
+    pub(super) fn continue_status(&mut self, client: ClientId) -> bool {
+        let before = self.connections[client].output().len();
         while !self.connections[client].closing
             && self.connections[client].output().len() < STATUS_BYTES_AHEAD
             && let Some(status) = self.next_lock(client)
@@ -237,6 +239,7 @@ impl Server {
             let answer = status.map_or(Answer::End, Answer::Lock);
             encode(&answer, self.connections[client].output());
         }
+        self.connections[client].output().len() > before
     }
 
     /// Returns the next lock of a status, or `Some(None)` once at its end, or `None` if there is nothing to send now.

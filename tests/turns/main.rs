@@ -1,0 +1,235 @@
+//! No turn of the daemon's loop takes longer than 20 ms of processor time, whatever clients send.
+//!
+//! A binary of its own, because each scene needs nearly all descriptors that a process may have; so the scenes run one
+//! after the other.
+#![cfg(feature = "failpoints")]
+#![allow(unreachable_pub)]
+
+#[allow(dead_code)]
+#[path = "../it/harness.rs"]
+mod harness;
+
+use std::io::{Read, Write};
+use std::os::unix::net::UnixStream;
+use std::path::Path;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use harness::{Daemon, PREAMBLE, Wire};
+use kmutex::journal::{HoldRecord, Journal};
+use kmutex::proto::{Key, Token};
+use kmutex::table::{HoldState, Terms, Timestamp};
+use nix::sys::resource::{Resource, getrlimit, setrlimit};
+
+/// The longest that a turn may take.
+const TURN_MAX: Duration = Duration::from_millis(20);
+/// For how long clients do their worst in each scene.
+const SCENE: Duration = Duration::from_secs(2);
+
+static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
+
+/// A daemon whose turns are measured.
+struct Measured {
+    daemon: Daemon,
+    _turn: MutexGuard<'static, ()>,
+}
+
+impl Measured {
+    fn start(options: &[&str]) -> Measured {
+        Measured::with_journal(options, |_| {})
+    }
+
+    /// `prepare` may put a journal where the daemon looks for one.
+    fn with_journal(options: &[&str], prepare: impl FnOnce(&Path)) -> Measured {
+        let turn = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
+        let (_, hard) = getrlimit(Resource::RLIMIT_NOFILE).unwrap();
+        setrlimit(Resource::RLIMIT_NOFILE, hard, hard).unwrap();
+        assert!(hard >= 18_000, "this needs 18,000 descriptors, and the hard limit is {hard}");
+        let level: &[&str] = if options.contains(&"--log-level") { &[] } else { &["--log-level", "info"] };
+        let options = [level, options].concat();
+        let daemon = Daemon::made(&options, |command| {
+            prepare(command.get_current_dir().expect("the daemon has a private folder"));
+            command.env("KMUTEX_MEASURE_TURNS", "1")
+        });
+        Measured { daemon, _turn: turn }
+    }
+
+    /// Returns the longest turn so far.
+    fn longest(&self) -> Duration {
+        let log = self.daemon.log();
+        let last = log.lines().filter_map(|line| line.split_once("longest turn: ")).next_back();
+        let micros = last.expect("turns are measured").1.trim_end_matches(" us").parse().unwrap();
+        Duration::from_micros(micros)
+    }
+
+    #[track_caller]
+    fn assert_no_long_turn(&self) {
+        let longest = self.longest();
+        println!("the longest turn took {longest:?}");
+        assert!(longest < TURN_MAX, "a turn took {longest:?}");
+    }
+}
+
+/// Sends `requests` again and again on many connections, and reads what comes, until the scene is over.
+fn flood(daemon: &Daemon, connections: usize, requests: &str) {
+    let mut streams: Vec<UnixStream> = (0..connections)
+        .map(|_| {
+            let mut stream = UnixStream::connect(daemon.sock()).unwrap();
+            stream.write_all(PREAMBLE).unwrap();
+            stream.set_nonblocking(true).unwrap();
+            stream
+        })
+        .collect();
+    let end = Instant::now() + SCENE;
+    let mut sent = vec![0; connections];
+    let mut buffer = vec![0; 256 * 1024];
+    let mut answers = 0;
+    while Instant::now() < end {
+        for (stream, sent) in streams.iter_mut().zip(&mut sent) {
+            // Where the socket is full, or closed by the daemon, the next round goes on.
+            if let Ok(bytes) = stream.write(&requests.as_bytes()[*sent..]) {
+                *sent = (*sent + bytes) % requests.len();
+            }
+            answers += stream.read(&mut buffer).unwrap_or(0);
+        }
+    }
+    assert!(answers > connections * 16, "the daemon answers the flood");
+}
+
+fn hold(daemon: &Daemon, request: &str) -> Wire<UnixStream> {
+    let mut wire = daemon.wire();
+    wire.open(request).answer_of("granted");
+    wire
+}
+
+#[test]
+fn pipelined_status_requests_of_many_clients_do_not_stall_it() {
+    let scene = Measured::start(&[]);
+    let note = "n".repeat(250);
+    let lock = format!(
+        r#"{{"type":"lock","key":"k","slots":100,"who":{{"note":"{note}","host":"{note}","command":"{note}"}}}}"#
+    );
+    let _holders: Vec<_> = (0..12).map(|_| hold(&scene.daemon, &lock)).collect();
+    flood(&scene.daemon, 64, &"{\"type\":\"status\",\"key\":\"k\"}\n".repeat(600));
+    flood(&scene.daemon, 64, &"{\"type\":\"status\"}\n".repeat(600));
+    scene.assert_no_long_turn();
+}
+
+#[test]
+fn a_client_that_reads_nothing_makes_it_keep_little() {
+    let scene = Measured::start(&[]);
+    let note = "n".repeat(250);
+    let lock = format!(
+        r#"{{"type":"lock","key":"k","slots":100,"who":{{"note":"{note}","host":"{note}","command":"{note}"}}}}"#
+    );
+    let _holders: Vec<_> = (0..12).map(|_| hold(&scene.daemon, &lock)).collect();
+    let requests = "{\"type\":\"status\",\"key\":\"k\"}\n".repeat(600);
+    let mut deaf: Vec<_> = (0..250).map(|_| UnixStream::connect(scene.daemon.sock()).unwrap()).collect();
+    for stream in &mut deaf {
+        stream.set_nonblocking(true).unwrap();
+        stream.write_all(&[PREAMBLE, requests.as_bytes()].concat()).unwrap();
+    }
+    hold(&scene.daemon, r#"{"type":"lock","key":"of another client"}"#);
+    let status = std::fs::read_to_string(format!("/proc/{}/status", scene.daemon.pid())).unwrap();
+    let peak = status.lines().find_map(|line| line.strip_prefix("VmHWM:")).unwrap();
+    let peak: u64 = peak.trim().trim_end_matches(" kB").parse().unwrap();
+    assert!(peak < 64 * 1024, "the daemon has had {peak} KiB");
+    scene.assert_no_long_turn();
+}
+
+#[test]
+fn the_search_for_cycles_among_thousands_is_short() {
+    const EACH: usize = 8_000;
+    let scene = Measured::start(&[]);
+    let daemon = &scene.daemon;
+    let holder = r#"{"type":"lock","key":"many","mode":"queue","slots":8000}"#;
+    let mut holders: Vec<_> = (0..EACH).map(|_| daemon.wire()).collect();
+    let tokens: Vec<u64> = holders
+        .iter_mut()
+        .map(|wire| wire.open(holder).answer_of("granted")["token"].as_u64().unwrap())
+        .collect();
+    // Each waits, under a lock of its own, for the lock that all hold.
+    let mut waiters: Vec<_> = (0..EACH).map(|_| daemon.wire()).collect();
+    for (wire, token) in waiters.iter_mut().zip(&tokens) {
+        wire.open(&format!(r#"{{"type":"lock","key":"many","mode":"queue","slots":8000,"within":{token}}}"#));
+    }
+    for wire in &mut waiters {
+        let answer = wire.answer();
+        assert!(answer["type"] == "waiting" || answer["type"] == "error", "{answer}");
+    }
+    let token = tokens[EACH / 2];
+    let requests =
+        format!("{{\"type\":\"lock\",\"key\":\"many\",\"mode\":\"queue\",\"slots\":2,\"within\":{token}}}\n");
+    flood(daemon, 16, &requests.repeat(100));
+    scene.assert_no_long_turn();
+}
+
+#[test]
+fn a_flood_of_connections_does_not_stall_it() {
+    let scene = Measured::start(&[]);
+    let end = Instant::now() + SCENE;
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while Instant::now() < end {
+                    let streams: Vec<_> =
+                        (0..500).filter_map(|_| UnixStream::connect(scene.daemon.sock()).ok()).collect();
+                    for mut stream in streams {
+                        // The daemon may be behind; what counts is that it has much to do.
+                        let _ = stream.write_all(&[PREAMBLE, &b"{\"type\":\"ping\"}\n"[..]].concat());
+                    }
+                }
+            });
+        }
+    });
+    hold(&scene.daemon, r#"{"type":"lock","key":"of another client"}"#);
+    scene.assert_no_long_turn();
+}
+
+#[test]
+fn twenty_thousand_locks_are_listed_to_fifty_readers() {
+    const LOCKS: u64 = 20_000;
+    let scene = Measured::with_journal(&["--grace", "600"], |folder| {
+        let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+        let boot = u128::from_str_radix(&boot.trim().replace('-', ""), 16).unwrap().to_be_bytes();
+        // Held by nobody that can be found, so that they are held until the time is up.
+        let records: Vec<HoldRecord> = (1..=LOCKS)
+            .map(|number| HoldRecord {
+                held: HoldState {
+                    lock: Key::new(format!("key {number}")).unwrap().id(),
+                    token: Token(number),
+                    terms: Terms { protocol: 2, ..Terms::V1 },
+                    nonce: None,
+                    uid: None,
+                    until: None,
+                },
+                pid: 0,
+                child: 0,
+                granted: Timestamp(1),
+                recorded: Timestamp(1),
+            })
+            .collect();
+        Journal::create(&folder.join("sock.journal"), boot, None, &records).unwrap();
+    });
+    let mut readers: Vec<_> = (0..50).map(|_| scene.daemon.wire()).collect();
+    for reader in &mut readers {
+        reader.open(r#"{"type":"status"}"#);
+    }
+    for reader in &mut readers {
+        let locks = std::iter::from_fn(|| Some(reader.answer())).take_while(|answer| answer["type"] != "end");
+        assert_eq!(locks.count() as u64, LOCKS);
+    }
+    scene.assert_no_long_turn();
+}
+
+#[test]
+fn a_flood_of_what_is_logged_does_not_stall_it() {
+    let requests = "{\"type\":\"lock\",\"key\":\"k\"}\n{\"type\":\"break\",\"key\":\"k\"}\n".repeat(300);
+    let scene = Measured::start(&[]);
+    flood(&scene.daemon, 64, &requests);
+    scene.assert_no_long_turn();
+    drop(scene);
+    let scene = Measured::start(&["--log-level", "debug"]);
+    flood(&scene.daemon, 64, &requests);
+    scene.assert_no_long_turn();
+}
