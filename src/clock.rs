@@ -2,7 +2,7 @@
 
 use nix::time::{ClockId, clock_gettime};
 
-use crate::table::Timestamp;
+use crate::timestamp::Timestamp;
 
 /// Returns the milliseconds since the machine was booted, including the time that it slept (CLOCK_BOOTTIME).
 pub(crate) fn now() -> Timestamp {

@@ -21,16 +21,17 @@ mod queue;
 mod simulation;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
 use crate::proto::v2::{ClientInfo, Mode, ShortText};
-use crate::proto::{LockId, Outcome, Token};
+use crate::proto::{LockId, Outcome, Protocol, Token};
 use crate::table::{ArrivalMark, ClusterNotice, Effects, RequestView, Table, Timestamp};
 use queue::LockQueue;
 
 /// When etcd cannot be asked, how long until it is asked again.
-const PAUSE: Timestamp = Timestamp(500);
+const PAUSE: Duration = Duration::from_millis(500);
 
 /// A revision of etcd's store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
@@ -63,7 +64,7 @@ pub struct Owner {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub uid: Option<u32>,
     /// The protocol that the client speaks.
-    pub protocol: u8,
+    pub protocol: Protocol,
     /// What it waits for, if it has to.
     #[serde(default)]
     pub mode: Mode,

@@ -53,7 +53,6 @@ use crate::exit::Exit;
 use crate::fd;
 use crate::journal;
 use crate::place;
-use crate::table::Timestamp;
 #[cfg(feature = "etcd")]
 pub use cluster::Config as Clustering;
 pub use listener::Access;
@@ -343,8 +342,4 @@ fn other_daemon(pid: Option<u32>) -> String {
         Some(pid) => format!("the daemon with pid {pid} does"),
         None => "another daemon does".into(),
     }
-}
-
-fn millis(span: Duration) -> Timestamp {
-    Timestamp(u64::try_from(span.as_millis()).unwrap_or(u64::MAX))
 }

@@ -1,13 +1,13 @@
 //! Holders, waiters and spans of time, in words.
 
 use crate::lookup;
-use crate::proto::v2::LockUser;
+use crate::proto::{Protocol, v2::LockUser};
 
 /// Describes a holder or waiter in a few words: `"make", note (pid 123, alice on host) for 1m02s`.
 pub fn party(party: &LockUser) -> String {
     let who = &party.who;
     let mut told = match who.command.as_str() {
-        _ if party.protocol == 1 => "a client of protocol 1".to_string(),
+        _ if party.protocol == Protocol::V1 => "a client of protocol 1".to_string(),
         "" => "an unnamed command".to_string(),
         command => format!("{command:?}"),
     };
@@ -69,7 +69,7 @@ mod tests {
             note: text("job 7"),
         };
         let known = LockUser {
-            protocol: 2,
+            protocol: Protocol::V2,
             uid: None,
             who,
             for_ms: 62_000,
@@ -79,7 +79,7 @@ mod tests {
             orphan: false,
         };
         assert_eq!(party(&known), r#""make all", job 7 (pid 12, u on h) for 1m02s"#);
-        let unknown = LockUser { protocol: 1, who: ClientInfo::default(), ..known };
+        let unknown = LockUser { protocol: Protocol::V1, who: ClientInfo::default(), ..known };
         assert_eq!(party(&unknown), "a client of protocol 1 for 1m02s");
     }
 }

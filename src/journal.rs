@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 
 use nix::unistd::Uid;
 
-use crate::proto::{LockId, Nonce, Token};
+use crate::proto::{LockId, Nonce, Pid, Protocol, Token};
 use crate::table::{HoldState, Terms, Timestamp};
 
 /// The length of a record, and of the header.
@@ -353,7 +353,7 @@ fn encode(entry: Entry<'_>) -> [u8; RECORD_BYTES] {
                 (held.until.is_some(), HAS_UNTIL),
             ];
             let flags = flags.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum::<u8>();
-            put(4, &[GRANT, held.terms.protocol, flags]);
+            put(4, &[GRANT, held.terms.protocol.into(), flags]);
             put(8, &held.terms.slots.to_le_bytes());
             put(12, &held.uid.unwrap_or(0).to_le_bytes());
             put(16, &pid.to_le_bytes());
@@ -390,9 +390,10 @@ fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
     match bytes[4] {
         END => Some(Decoded::End(token)),
         LEASE => Some(Decoded::Lease(token.0)),
-        GRANT if matches!(bytes[5], 1 | 2) => {
+        GRANT => {
+            let protocol = Protocol::try_from(bytes[5]).ok()?;
             let terms = Terms {
-                protocol: bytes[5],
+                protocol,
                 shared: flag(SHARED),
                 exec: flag(EXEC),
                 inherits: flag(INHERITS),

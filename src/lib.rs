@@ -22,9 +22,10 @@
 //! | `lookup` | names of users, groups and hosts | |
 //! | [`exit`] | the exit codes | |
 //! | `message` | one line on standard error | `cli` |
+//! | `clock`, `timestamp` | the clock that the daemon and the clients use, and a moment on it | |
 //! | `cluster` | this host's part in the locks of several hosts: events in, requests to etcd out, nothing else | `etcd` |
 //! | `journal` | which locks are held, on disk, to survive a crash of the daemon | `daemon` |
-//! | `table` | the lock table: events in, effects out, nothing else | |
+//! | `table` | the lock table: events in, effects out, nothing else | `daemon` |
 //! | [`proto`] | both wire protocols: bytes to messages and back, nothing else | |
 //!
 //! The daemon never imports the client. `proto`, `table` and `cluster` touch no socket, file, process or clock, and a test
@@ -94,9 +95,11 @@ pub mod run;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod status;
+#[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub mod table;
 
 mod clock;
+mod timestamp;
 
 pub use client::Client;

@@ -7,9 +7,68 @@ pub mod v1;
 pub mod v2;
 
 use std::fmt;
+use std::num::NonZeroU32;
 
 use md5::{Digest, Md5};
 use serde::{Deserialize, Serialize};
+
+/// The protocol that a client speaks: that of KeyedMutex 0.06, or kmutex's own.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(try_from = "u8", into = "u8")]
+pub enum Protocol {
+    /// Protocol 1.
+    V1,
+    /// Protocol 2.
+    #[default]
+    V2,
+}
+
+impl From<Protocol> for u8 {
+    fn from(protocol: Protocol) -> u8 {
+        match protocol {
+            Protocol::V1 => 1,
+            Protocol::V2 => 2,
+        }
+    }
+}
+
+impl TryFrom<u8> for Protocol {
+    type Error = &'static str;
+    fn try_from(number: u8) -> Result<Protocol, &'static str> {
+        match number {
+            1 => Ok(Protocol::V1),
+            2 => Ok(Protocol::V2),
+            _ => Err("the protocol is neither 1 nor 2"),
+        }
+    }
+}
+
+/// A process id. (Never 0, which is no process.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Pid(NonZeroU32);
+
+impl Pid {
+    /// Returns the process id, or `None` for 0, which stands for "unknown" on the wire and in the journal.
+    pub fn new(number: u32) -> Option<Pid> {
+        NonZeroU32::new(number).map(Pid)
+    }
+
+    /// Returns the number.
+    pub fn get(self) -> u32 {
+        self.0.get()
+    }
+
+    /// Returns the number that stands for `pid` on the wire and in the journal: 0 if it is unknown.
+    pub fn number(pid: Option<Pid>) -> u32 {
+        pid.map_or(0, Pid::get)
+    }
+}
+
+impl fmt::Display for Pid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
 
 /// The longest key, in bytes.
 pub const KEY_BYTES_MAX: usize = 1024;

@@ -7,8 +7,8 @@ use std::time::Duration;
 use crate::client::{self, Session, Target};
 use crate::describe;
 use crate::exit::Exit;
-use crate::proto::Key;
 use crate::proto::v2::{Answer, ErrorCode, LockStatus, LockUser, Request};
+use crate::proto::{Key, Protocol};
 
 /// The form of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -172,8 +172,8 @@ impl Table {
         };
         let pid = if party.who.pid == 0 { "-".into() } else { party.who.pid.to_string() };
         let command = match party.protocol {
-            1 => "(protocol 1)".into(),
-            _ => dash(party.who.command.as_str()),
+            Protocol::V1 => "(protocol 1)".into(),
+            Protocol::V2 => dash(party.who.command.as_str()),
         };
         let host = dash(party.who.host.as_str());
         self.rows.push([key.into(), state.into(), pid, user, host, describe::span(party.for_ms), command]);

@@ -5,7 +5,7 @@ use std::time::{Duration, Instant};
 
 use crate::clock;
 use crate::proto::v2::LeaseTerms;
-use crate::table::Timestamp;
+use crate::timestamp::Timestamp;
 
 /// A lease, as the client knows it.
 #[derive(Debug)]
@@ -22,7 +22,7 @@ impl Lease {
     pub(super) fn new(sent: Timestamp, terms: LeaseTerms) -> Lease {
         let margin = Duration::from_millis(terms.margin_ms);
         Lease {
-            good_until: sent.plus(Timestamp(terms.good_ms)),
+            good_until: sent.plus(Duration::from_millis(terms.good_ms)),
             margin,
             asked: None,
             ask_at: Instant::now() + margin,
@@ -36,8 +36,7 @@ impl Lease {
 
     /// Returns when to ask again, or to give up.
     pub(super) fn due(&self) -> Instant {
-        let left = self.good_until.0.saturating_sub(clock::now().0);
-        self.ask_at.min(Instant::now() + Duration::from_millis(left))
+        self.ask_at.min(Instant::now() + self.good_until.since(clock::now()))
     }
 
     /// Returns the time between the end of the lease as the client counts it and the first moment at which another host can
@@ -67,7 +66,7 @@ impl Lease {
     /// Takes in the answer to a ping. `None`: the daemon stated no lease.
     pub(super) fn answered(&mut self, terms: Option<LeaseTerms>) {
         if let (Some(sent), Some(terms)) = (self.asked.take(), terms) {
-            self.good_until = self.good_until.max(sent.plus(Timestamp(terms.good_ms)));
+            self.good_until = self.good_until.max(sent.plus(Duration::from_millis(terms.good_ms)));
         }
     }
 }

@@ -12,7 +12,6 @@ use nix::sys::resource::{Resource, getrlimit, setrlimit};
 use super::Config;
 use super::connection::Connection;
 use super::listener::{self, Listener};
-use super::millis;
 use super::source::Source;
 use crate::addr::{self, Peer, Reason};
 use crate::table::Timestamp;
@@ -97,7 +96,7 @@ impl Acceptor {
                     if self.warns_again(now) {
                         warn!("cannot accept: {}; trying again when there is room", Reason(&e));
                     }
-                    self.pause(Accepting::Refused(now.plus(millis(RETRY))), epoll)?;
+                    self.pause(Accepting::Refused(now.plus(RETRY)), epoll)?;
                 }
             }
         }
@@ -176,7 +175,7 @@ impl Acceptor {
     }
 
     fn warns_again(&mut self, now: Timestamp) -> bool {
-        let quiet = self.warned_last.is_some_and(|last| now < last.plus(millis(WARNING_EVERY)));
+        let quiet = self.warned_last.is_some_and(|last| now < last.plus(WARNING_EVERY));
         if !quiet {
             self.warned_last = Some(now);
         }

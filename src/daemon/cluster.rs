@@ -30,7 +30,7 @@ use threads::{Command, EtcdThreads, Event};
 /// How long the end of the daemon may wait for etcd.
 const STOP_WAIT: Duration = Duration::from_millis(80);
 /// After how long records get another lease, while there are any.
-const RECORDS_LEASE_EVERY: Timestamp = Timestamp(60_000);
+const RECORDS_LEASE_EVERY: Duration = Duration::from_secs(60);
 
 /// How locks are shared.
 #[derive(Clone, Debug)]
@@ -68,8 +68,8 @@ pub(super) struct Clustering {
 }
 
 /// A lease is not relied on for this last part of its time: a quarter, in which holders stop.
-fn margin(ttl_secs: u64) -> Timestamp {
-    Timestamp((ttl_secs * 250).max(500))
+fn margin(ttl_secs: u64) -> Duration {
+    Duration::from_millis((ttl_secs * 250).max(500))
 }
 
 /// Starts what the daemon needs for sharing locks. `resume` is the lease of the daemon before.
@@ -158,7 +158,7 @@ impl Clustering {
     /// Returns how long what a client holds may be relied on.
     pub(super) fn lease_terms(&self) -> LeaseTerms {
         let good_ms = self.cluster.good_until().map_or(0, |until| until.0.saturating_sub(clock::now().0));
-        LeaseTerms { good_ms, margin_ms: margin(self.ttl_secs).0 }
+        LeaseTerms { good_ms, margin_ms: margin(self.ttl_secs).as_millis() as u64 }
     }
 
     /// Returns the holder of a lock on another host, as far as it is known.
@@ -315,8 +315,7 @@ impl Clustering {
     /// Records are left behind for daemons that read them later, so they get a lease that is not this daemon's, and that
     /// ends without being kept. Until there is one, the daemon's will do.
     fn renew_records(&mut self, now: Timestamp) {
-        let is_ending =
-            |(_, sent): (LeaseId, Timestamp)| now >= sent.plus(Timestamp(3 * RECORDS_LEASE_EVERY.0 / 2));
+        let is_ending = |(_, sent): (LeaseId, Timestamp)| now >= sent.plus(RECORDS_LEASE_EVERY * 3 / 2);
         if self.records.is_some_and(is_ending) {
             self.records = None;
         }
@@ -327,9 +326,7 @@ impl Clustering {
     }
 
     fn leased(&mut self, lease: LeaseId, sent: Timestamp, ttl_secs: u64, revision: i64) -> bool {
-        let ttl = Timestamp(ttl_secs.saturating_mul(1000));
-        let margin = margin(self.ttl_secs);
-        let good_until = Timestamp(sent.plus(ttl).0.saturating_sub(margin.0));
+        let good_until = sent.plus(Duration::from_secs(ttl_secs)).minus(margin(self.ttl_secs));
         let is_new = self.lease != Some(lease);
         self.lease = Some(lease);
         self.cluster.leased(name(lease), good_until);

@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::{Index, IndexMut};
+use std::time::Duration;
 
 use slab::Slab;
 
@@ -11,7 +12,7 @@ use crate::proto::v2::{self, Answer};
 use crate::table::{ClientId, Timestamp};
 
 /// How long the rest of a message may take to arrive, and how long a client that sends requests may take to read answers.
-const CLIENT_WAIT: Timestamp = Timestamp(10_000);
+const CLIENT_WAIT: Duration = Duration::from_secs(10);
 /// How much input of all clients the daemon keeps, in bytes: incomplete messages and postponed requests.
 const INPUT_TOTAL_MAX: usize = 16 * 1024 * 1024;
 /// How much output the daemon keeps for all clients that do not read, in bytes.

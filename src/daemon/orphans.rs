@@ -11,7 +11,7 @@ use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use super::processes::Liveness;
 use super::source::Source;
 use crate::journal::HoldRecord;
-use crate::proto::Token;
+use crate::proto::{Protocol, Token};
 use crate::table::{HoldState, Timestamp};
 
 /// What the daemon knows of each unconnected holder, by the token of its grant.
@@ -105,7 +105,7 @@ impl Orphans {
         match &process {
             Liveness::Exited => return Ok(None),
             // It will come back, or end.
-            Liveness::Alive(_) if held.terms.protocol == 2 => held.until = None,
+            Liveness::Alive(_) if held.terms.protocol == Protocol::V2 => held.until = None,
             // It may live without holding the lock any more, and the daemon cannot ask it.
             Liveness::Alive(_) | Liveness::Unknown => {
                 held.until = Some(held.until.map_or(grace, |until| until.min(grace)))

@@ -4,6 +4,7 @@ use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
 
 use nix::unistd::{SysconfVar, Uid, sysconf};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -104,7 +105,7 @@ fn has_token(environment: &[u8], token: Token) -> bool {
 
 /// How much earlier a process may seem to have started than it did: the kernel gives the start time in clock ticks, and a
 /// tick is at most a hundredth of a second.
-const CLOCK_STEP: Timestamp = Timestamp(10);
+const CLOCK_STEP: Duration = Duration::from_millis(10);
 
 /// Returns when a process was started, by the clock that counts from boot (proc(5), /proc/PID/stat, starttime).
 fn start_time(pid: Pid) -> Option<Timestamp> {

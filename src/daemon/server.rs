@@ -29,7 +29,7 @@ use super::processes::Liveness;
 use super::recorder::{Grant, Recorder};
 use super::remote::{RemoteReply, RemoteRequest};
 use super::source::Source;
-use super::{Config, failpoint, log, millis};
+use super::{Config, failpoint, log};
 use crate::addr::Reason;
 use crate::clock;
 use crate::journal::HoldRecord;
@@ -77,7 +77,7 @@ pub(super) struct Server {
     /// When this turn began, by the clock that counts from boot.
     now: Timestamp,
     started: Timestamp,
-    grace: Timestamp,
+    grace: Duration,
     idle_exit: Option<Duration>,
     /// Since when no client is connected.
     idle_since: Option<Timestamp>,
@@ -117,7 +117,7 @@ impl Server {
             table: Table::new(table::Config {
                 hash_key: RandomState::new().hash_one(0),
                 first_token: Token(micros.max(last + 1)),
-                hold_limit: config.hold_limit.map(millis),
+                hold_limit: config.hold_limit,
                 is_clustered: cluster.is_some(),
             }),
             recorder,
@@ -129,7 +129,7 @@ impl Server {
             has_work: false,
             now,
             started: now,
-            grace: millis(config.grace),
+            grace: config.grace,
             idle_exit: config.idle_exit,
             idle_since: Some(now),
         };
@@ -291,7 +291,7 @@ impl Server {
 
     fn idle_deadline(&self) -> Option<Timestamp> {
         let (since, limit) = (self.idle_since?, self.idle_exit?);
-        self.table.is_empty().then(|| since.plus(millis(limit)))
+        self.table.is_empty().then(|| since.plus(limit))
     }
 
     /// Returns `true` if a signal has arrived: each of them ends the daemon.

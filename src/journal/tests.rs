@@ -7,7 +7,8 @@ use super::*;
 const BOOT: BootId = *b"this very boot!!";
 
 fn any_record() -> impl Strategy<Value = HoldRecord> {
-    let terms = (1..=2_u8, any::<[bool; 3]>(), 1..=u32::MAX).prop_map(
+    let protocol = prop_oneof![Just(Protocol::V1), Just(Protocol::V2)];
+    let terms = (protocol, any::<[bool; 3]>(), 1..=u32::MAX).prop_map(
         |(protocol, [shared, exec, inherits], slots)| Terms { protocol, shared, exec, inherits, slots },
     );
     let ends = (

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Key, Nonce, Outcome, Token};
+use super::{Key, Nonce, Outcome, Protocol, Token};
 
 /// What a client sends first, in place of a protocol 1 key.
 pub const PREAMBLE: [u8; 16] = *b"\0kmutex proto 2\n";
@@ -337,7 +337,7 @@ pub struct LockStatus {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct LockUser {
     /// The protocol that it speaks: 1 or 2.
-    pub protocol: u8,
+    pub protocol: Protocol,
     /// Its user id, as the kernel knows it; only on Unix sockets.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub uid: Option<u32>,

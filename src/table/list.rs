@@ -1,11 +1,11 @@
-//! First-in, first-out lists of requests, threaded through the requests themselves: to join and to leave, from
-//! anywhere, costs the same however long the list is, and allocates nothing.
+//! First-in, first-out lists of requests, threaded through the requests themselves: joining and leaving, at any position,
+//! takes constant time and allocates nothing.
 
 use slab::Slab;
 
-use super::{Request, RequestId};
+use super::request::{Request, RequestId};
 
-/// The ends of a list. A request is in one list at the most.
+/// The ends of a list. A request is in at most one list.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct List {
     head: Option<RequestId>,
@@ -40,13 +40,12 @@ impl List {
         }
     }
 
-    /// Puts `id` behind all that come before it in the order of arrival, and before the others. Searched from the end,
-    /// since those who come again come about in order.
-    pub(super) fn insert_by_order(&mut self, requests: &mut Slab<Request>, id: RequestId) {
-        let order = requests[id.index()].order;
+    /// Puts `id` where its place in the order of arrival says. Searched from the end, where it almost always belongs.
+    pub(super) fn insert_by_place(&mut self, requests: &mut Slab<Request>, id: RequestId) {
+        let place = requests[id.index()].place;
         let mut prev = self.tail;
         while let Some(other) = prev
-            && requests[other.index()].order > order
+            && requests[other.index()].place > place
         {
             prev = requests[other.index()].links.prev;
         }
@@ -79,13 +78,13 @@ impl List {
     }
 
     /// All members in order. Panics when they are not linked in both directions.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(super) fn audit(self, requests: &Slab<Request>) -> Vec<RequestId> {
         let forward: Vec<_> = self.iter(requests).collect();
         let mut backward: Vec<_> =
             std::iter::successors(self.tail, |id| requests[id.index()].links.prev).collect();
         backward.reverse();
-        assert_eq!(forward, backward, "a list reads otherwise from its end");
+        assert_eq!(forward, backward, "a list reads differently from its end");
         forward
     }
 }

@@ -1,10 +1,10 @@
 //! Requests that are made under another lock, by the command that runs under it: `kmutex run A -- kmutex run B -- make`.
-//! The holder of A cannot release before the request for B has come to its end, so that two such holders can wait for
-//! each other for ever. The request that would close such a cycle is refused.
+//! The holder of A cannot release before the request for B has ended, so two such holders can wait for each other for ever.
+//! The request that would close such a cycle is refused.
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use super::{Effects, NotificationKind, RequestId, Stage, Table};
+use super::{Effects, LockIndex, NotificationKind, RequestId, Stage, Table};
 use crate::proto::{LockId, Token};
 
 /// How many holders and requests a search for a cycle looks at. If there are more, the request is granted or waits as if
@@ -14,13 +14,13 @@ const STEPS_MAX: usize = 1_000;
 /// The requests that were made under another lock.
 #[derive(Default)]
 pub(super) struct Nested {
-    /// By the token that each was made under.
+    /// The requests by the token that each was made under.
     under: BTreeSet<(Token, RequestId)>,
-    /// Those that hold, by their own tokens.
+    /// The holders among them by their own tokens.
     holding: BTreeMap<Token, RequestId>,
 }
 
-/// A step of a cycle: this lock is held, with this token, by one who waits for the next.
+/// A step of a cycle: the lock, and the token of its holder, which waits for the next step's lock.
 pub type Step = (LockId, Token);
 
 impl Table {
@@ -32,22 +32,22 @@ impl Table {
 
     pub(super) fn nested_granted(&mut self, id: RequestId) {
         if self.within(id).is_some() {
-            self.nested.holding.insert(Token(self.requests[id.index()].order), id);
+            let token = self.store.token_of(id).expect("a granted request holds");
+            self.nested.holding.insert(token, id);
         }
     }
 
     pub(super) fn nested_gone(&mut self, id: RequestId) {
         if let Some(within) = self.within(id) {
-            let request = &self.requests[id.index()];
             self.nested.under.remove(&(within, id));
-            if request.stage == Stage::Holding {
-                self.nested.holding.remove(&Token(request.order));
+            if let Some(token) = self.store.token_of(id) {
+                self.nested.holding.remove(&token);
             }
         }
     }
 
     fn within(&self, id: RequestId) -> Option<Token> {
-        self.requests[id.index()].asked()?.within
+        self.store[id].asked()?.within
     }
 
     /// Returns the token that a request was made under, the token which that one was made under, and so on; sorted.
@@ -65,25 +65,25 @@ impl Table {
         above
     }
 
-    /// Refuses a request for a lock that is held by one above it, which it would wait for until that one has waited for
-    /// it. False: it is none.
+    /// Refuses a request for a lock that is held above it: the two would wait for each other. Returns `false` if the lock is
+    /// not held above it.
     pub(super) fn refuse_if_held_above(&mut self, id: RequestId, effects: &mut Effects) -> bool {
         let Some(within) = self.within(id) else { return false };
         let above = self.above(within);
-        let lock = &self.locks[self.requests[id.index()].lock as usize];
+        let lock = &self.store[self.store[id].lock];
         let is_above =
-            |holder: RequestId| above.binary_search(&Token(self.requests[holder.index()].order)).is_ok();
-        let held = lock.holders.iter(&self.requests).any(is_above);
+            |holder| self.store.token_of(holder).is_some_and(|token| above.binary_search(&token).is_ok());
+        let held = self.store.members(lock.holders).any(is_above);
         if held {
             self.notify(id, NotificationKind::HeldAbove, effects);
         }
         held
     }
 
-    /// Refuses a request that would wait for one who waits for it. False: it is none.
+    /// Refuses a request that would close a cycle of waiters. Returns `false` if it would close none.
     pub(super) fn refuse_if_cyclic(&mut self, id: RequestId, effects: &mut Effects) -> bool {
         let Some(within) = self.within(id) else { return false };
-        let lock = self.locks[self.requests[id.index()].lock as usize].id;
+        let lock = self.store[self.store[id].lock].id;
         let is_cyclic = self.cycle(within, lock).is_some();
         if is_cyclic {
             self.notify(id, NotificationKind::Deadlock(within), effects);
@@ -91,17 +91,17 @@ impl Table {
         is_cyclic
     }
 
-    /// Who would wait for whom if one that runs under the token `within` waited for `lock`: the holder of `lock`, what
-    /// that one waits for, and so on, to a lock that is held above the one who asks. `None`: it would not wait for ever.
+    /// Returns the cycle that a request for `lock` under the token `within` would close: the holder of `lock`, the lock that
+    /// this holder waits for, and so on, to a lock that is held above the request. `None`: there would be no cycle.
     pub fn cycle(&self, within: Token, lock: LockId) -> Option<Vec<Step>> {
         let above = self.above(within);
         let search = Search { above, seen: BTreeSet::new(), steps: 0, path: Vec::new() };
-        let index = self.index_of(lock)?;
+        let index = self.store.find(lock)?;
         search.through(self, index)
     }
 }
 
-/// A search, depth first, through those who wait for each other.
+/// A search, depth first, through holders that wait for each other.
 struct Search {
     /// Where it is to arrive; sorted.
     above: Vec<Token>,
@@ -112,18 +112,18 @@ struct Search {
 }
 
 impl Search {
-    fn through(mut self, table: &Table, lock: usize) -> Option<Vec<Step>> {
+    fn through(mut self, table: &Table, lock: LockIndex) -> Option<Vec<Step>> {
         self.lock(table, lock).then_some(self.path)
     }
 
-    /// Through all who hold a lock.
-    fn lock(&mut self, table: &Table, index: usize) -> bool {
-        let lock = &table.locks[index];
-        for holder in lock.holders.iter(&table.requests) {
+    /// Searches through the holders of a lock.
+    fn lock(&mut self, table: &Table, index: LockIndex) -> bool {
+        let lock = &table.store[index];
+        for token in table.store.members(lock.holders).filter_map(|holder| table.store.token_of(holder)) {
             if self.is_over() {
                 return false;
             }
-            if self.token(table, lock.id, Token(table.requests[holder.index()].order)) {
+            if self.token(table, lock.id, token) {
                 return true;
             }
         }
@@ -135,7 +135,7 @@ impl Search {
         self.steps > STEPS_MAX
     }
 
-    /// Through all that is asked for under a token.
+    /// Searches through the requests that were made under a token.
     fn token(&mut self, table: &Table, lock: LockId, token: Token) -> bool {
         if !self.seen.insert(token) {
             return false;
@@ -153,11 +153,10 @@ impl Search {
             if under != token || self.is_over() {
                 return false;
             }
-            let request = &table.requests[id.index()];
-            let index = request.lock as usize;
+            let request = &table.store[id];
             let arrived = match request.stage {
-                Stage::Holding => self.token(table, table.locks[index].id, Token(request.order)),
-                Stage::Waiting => self.lock(table, index),
+                Stage::Holding(token) => self.token(table, table.store[request.lock].id, token),
+                Stage::Waiting => self.lock(table, request.lock),
                 Stage::Deferred | Stage::Undecided => false,
             };
             if arrived {

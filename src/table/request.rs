@@ -1,36 +1,37 @@
-//! What the table keeps: requests, and the locks that they are for.
+//! Requests, and the locks that they are for.
 
 use std::num::NonZeroU32;
 
 use super::list::{Links, List};
 use super::{ClientId, Timestamp};
 use crate::proto::v2::LockRequest;
-use crate::proto::{LockId, Nonce, Outcome};
+use crate::proto::{LockId, Nonce, Outcome, Protocol, Token};
 
-/// The terms of a request that matter while the lock is held.
+/// The terms of a request that matter while it holds the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Terms {
-    /// 1 or 2.
-    pub protocol: u8,
-    /// Others who share may hold it too.
+    /// The protocol of the client.
+    pub protocol: Protocol,
+    /// Other shared holders may hold the lock too, as with `flock -s`.
     pub shared: bool,
     /// The client becomes the command: the end of its stream is the end of the work.
     pub exec: bool,
     /// A command inherits the lock.
     pub inherits: bool,
-    /// It may be had while fewer than so many hold it.
+    /// The request is admitted while fewer than so many hold the lock.
     pub slots: u32,
 }
 
 impl Terms {
-    /// Those of protocol 1, which knows only one kind of lock.
-    pub const V1: Terms = Terms { protocol: 1, shared: false, exec: false, inherits: false, slots: 1 };
+    /// The terms of protocol 1, which knows one kind of lock.
+    pub const V1: Terms =
+        Terms { protocol: Protocol::V1, shared: false, exec: false, inherits: false, slots: 1 };
 }
 
 impl From<&LockRequest> for Terms {
     fn from(asked: &LockRequest) -> Terms {
         let LockRequest { shared, exec, inherits, slots, .. } = *asked;
-        Terms { protocol: 2, shared, exec, inherits, slots }
+        Terms { protocol: Protocol::V2, shared, exec, inherits, slots }
     }
 }
 
@@ -52,18 +53,34 @@ impl RequestId {
     }
 }
 
-/// Where a request stands.
+/// Names a lock while it exists.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Stage {
-    /// Not decided until all that had already happened is in.
-    Deferred,
-    /// Not decided until the other hosts have been asked.
-    Undecided,
-    Waiting,
-    Holding,
+pub(super) struct LockIndex(u32);
+
+impl LockIndex {
+    pub(super) fn new(index: usize) -> LockIndex {
+        LockIndex(u32::try_from(index).expect("fewer locks than descriptors"))
+    }
+
+    pub(super) fn get(self) -> usize {
+        self.0 as usize
+    }
 }
 
-/// In which line a request waits.
+/// How far a request has come; it says which list the request is in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Stage {
+    /// Undecided until every event that came before it is in the table.
+    Deferred,
+    /// Undecided until etcd has answered.
+    Undecided,
+    /// In its [`WaitList`].
+    Waiting,
+    /// Holds the lock, under this token.
+    Holding(Token),
+}
+
+/// The line in which a request waits.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum WaitList {
     V1,
@@ -71,52 +88,79 @@ pub(super) enum WaitList {
     Queue,
 }
 
-/// One client's request for one lock, from the asking to the release.
+/// One client's request for one lock, from the request to the release.
 pub(super) struct Request {
-    /// `None`: it has not resumed, after a restart of the daemon.
+    /// `None`: the holder has not resumed since a restart of the daemon, or it is another host's.
     pub(super) client: Option<ClientId>,
-    /// Index of its lock.
-    pub(super) lock: u32,
+    pub(super) lock: LockIndex,
     pub(super) links: Links,
     pub(super) stage: Stage,
-    pub(super) line: WaitList,
+    pub(super) wait_list: WaitList,
     pub(super) terms: Terms,
-    /// Of a holder, its token. Of a waiter, its place in the order of arrival.
-    pub(super) order: u64,
-    /// When it was granted, or when it asked.
+    /// The place in the order of arrival.
+    pub(super) place: u64,
+    /// When the lock was granted or, before that, requested.
     pub(super) since: Timestamp,
-    /// When its hold ends at the latest; [`Timestamp::NEVER`] unless there is a limit.
+    /// When the hold ends at the latest; [`Timestamp::NEVER`] unless there is a limit.
     pub(super) deadline: Timestamp,
-    /// What only protocol 2 has.
+    /// What only requests of protocol 2 have.
     pub(super) details: Option<Box<Details>>,
 }
 
-/// What there is to a request of protocol 2.
+/// What only requests of protocol 2 have.
 pub(super) struct Details {
     pub(super) nonce: Option<Nonce>,
-    /// Whose request it is, as the kernel says; only on Unix sockets.
+    /// The uid of the client as the kernel states it; only on Unix sockets.
     pub(super) uid: Option<u32>,
-    /// As it was asked. `None`: it has not resumed, after a restart of the daemon.
+    /// The request as it came. `None`: the holder has not resumed since a restart of the daemon.
     pub(super) asked: Option<Box<LockRequest>>,
 }
 
-/// One lock that somebody holds or waits for.
+/// A lock that is held or awaited.
 pub(super) struct Lock {
     pub(super) id: LockId,
     pub(super) hash: u64,
     pub(super) holders: List,
-    pub(super) v1_waiters: List,
+    /// The requests that wait for an answer of etcd.
+    pub(super) undecided: List,
+    v1_waiters: List,
     pub(super) once_waiters: List,
     pub(super) queue: List,
     pub(super) holding: u32,
     pub(super) queued: u32,
-    /// How many requests, of all stages, name this lock. It goes when they are gone.
+    /// The number of requests for this lock, of every stage. The lock goes with the last of them.
     pub(super) requests: u32,
+    /// The hold of another host, which is among the holders.
+    pub(super) remote_holder: Option<RequestId>,
 }
 
 impl Lock {
-    pub(super) fn line(&mut self, line: WaitList) -> &mut List {
-        match line {
+    pub(super) fn new(id: LockId, hash: u64) -> Lock {
+        Lock {
+            id,
+            hash,
+            holders: List::default(),
+            undecided: List::default(),
+            v1_waiters: List::default(),
+            once_waiters: List::default(),
+            queue: List::default(),
+            holding: 0,
+            queued: 0,
+            requests: 0,
+            remote_holder: None,
+        }
+    }
+
+    pub(super) fn waiters(&self, list: WaitList) -> List {
+        match list {
+            WaitList::V1 => self.v1_waiters,
+            WaitList::Once => self.once_waiters,
+            WaitList::Queue => self.queue,
+        }
+    }
+
+    pub(super) fn waiters_mut(&mut self, list: WaitList) -> &mut List {
+        match list {
             WaitList::V1 => &mut self.v1_waiters,
             WaitList::Once => &mut self.once_waiters,
             WaitList::Queue => &mut self.queue,
@@ -129,7 +173,15 @@ impl Request {
         self.details.as_ref()?.asked.as_deref()
     }
 
-    /// How the hold ended when nobody says.
+    /// Returns the token of a holder.
+    pub(super) fn token(&self) -> Option<Token> {
+        match self.stage {
+            Stage::Holding(token) => Some(token),
+            Stage::Deferred | Stage::Undecided | Stage::Waiting => None,
+        }
+    }
+
+    /// Returns the outcome of a hold that ended without a release.
     pub(super) fn outcome_of_silence(&self) -> Outcome {
         if self.terms.exec { Outcome::Unknown } else { Outcome::Vanished }
     }

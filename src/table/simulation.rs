@@ -8,11 +8,16 @@
 //! `KMUTEX_SIM_SEED=N` replays one seed, `KMUTEX_SIM_STEPS=N` sets how many steps each seed runs.
 
 mod audit;
+#[cfg(test)]
 mod model;
+#[cfg(test)]
 mod tally;
+#[cfg(test)]
 mod world;
 
+#[cfg(test)]
 use tally::Tally;
+#[cfg(test)]
 use world::World;
 
 /// Many short worlds meet more than one long one: each seed also draws how busy, how crowded and how deadly it is.

@@ -6,9 +6,10 @@ mod several;
 
 use super::*;
 use crate::proto::Key;
+use std::time::Duration;
 
 const KEY: &str = "nightly";
-const LIMIT: Timestamp = Timestamp(30_000);
+const LIMIT: Duration = Duration::from_secs(30);
 
 /// A table and a clock that stands still unless a test moves it. Every call returns what clients are told by it.
 struct Fixture {
@@ -228,7 +229,7 @@ fn only_a_protocol_1_hold_expires() {
 
     fixture.v1(2);
     fixture.ask(3, queue());
-    let deadline = Timestamp(fixture.now.0 + LIMIT.0);
+    let deadline = fixture.now.plus(LIMIT);
     assert_eq!(fixture.table.next_deadline(), Some(deadline));
     fixture.now = Timestamp(deadline.0 - 1);
     assert_eq!(fixture.notified(Table::expire), []);

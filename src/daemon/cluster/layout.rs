@@ -171,7 +171,7 @@ fn value<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
 mod tests {
     use super::*;
     use crate::cluster::OutcomeRecord;
-    use crate::proto::{Key, Outcome, Token};
+    use crate::proto::{Key, Outcome, Protocol, Token};
 
     fn put(key: &str, value: &[u8], create_revision: i64) -> KeyValue {
         let (key, value) = (key.into(), value.into());
@@ -182,7 +182,7 @@ mod tests {
     fn the_layout_is_that_of_the_lock_recipe() {
         let layout = Layout::new("kmutex/");
         let lock = Key::new("message digest").unwrap().id();
-        let owner = Box::new(Owner { protocol: 2, host: "h".into(), ..Owner::default() });
+        let owner = Box::new(Owner { protocol: Protocol::V2, host: "h".into(), ..Owner::default() });
         let leases = Leases { places: LeaseId(10), records: LeaseId(11) };
         let question = QueueOp::Enqueue { place: "a.1".into(), owner: owner.clone() };
         let Txn { compare, then, or_else } = layout.txn(lock, &question, leases);

@@ -80,10 +80,23 @@ fn any_token() -> impl Strategy<Value = Token> {
     (0..1_u64 << 53).prop_map(Token)
 }
 
+fn any_protocol() -> impl Strategy<Value = Protocol> {
+    prop_oneof![Just(Protocol::V1), Just(Protocol::V2)]
+}
+
 fn any_party() -> impl Strategy<Value = LockUser> {
     let token = option::of(any_token());
     let mode = option::of(any_mode());
-    (1..=2_u8, option::of(any::<u32>()), any_who(), any::<u64>(), token, mode, any::<bool>(), any::<bool>())
+    (
+        any_protocol(),
+        option::of(any::<u32>()),
+        any_who(),
+        any::<u64>(),
+        token,
+        mode,
+        any::<bool>(),
+        any::<bool>(),
+    )
         .prop_map(|(protocol, uid, who, for_ms, token, mode, shared, orphan)| LockUser {
             protocol,
             uid,
@@ -335,7 +348,7 @@ fn a_text_has_no_control_characters() {
 fn the_longest_status_line_fits_a_frame() {
     let worst = || ShortText::from("\"".repeat(ShortText::BYTES_MAX).as_str());
     let party = LockUser {
-        protocol: u8::MAX,
+        protocol: Protocol::V2,
         uid: Some(u32::MAX),
         who: ClientInfo { pid: u32::MAX, host: worst(), user: worst(), command: worst(), note: worst() },
         for_ms: u64::MAX,

@@ -4,6 +4,7 @@
 //! follows what the table decided, and panics when that breaks a rule.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::time::Duration;
 
 use super::super::{ClientId, JournalEntry, Notification, NotificationKind, Timestamp};
 use super::tally::Tally;
@@ -109,7 +110,7 @@ pub(super) struct Model {
     pub(super) touched: BTreeSet<usize>,
     pub(super) seen: Tally,
     by_id: HashMap<LockId, usize>,
-    hold_limit: Option<Timestamp>,
+    hold_limit: Option<Duration>,
     last_token: Option<Token>,
     arrivals: u64,
     ended: Vec<Ended>,
@@ -121,7 +122,7 @@ pub(super) struct Model {
 }
 
 impl Model {
-    pub(super) fn new(clients: u32, keys: usize, hold_limit: Option<Timestamp>) -> Model {
+    pub(super) fn new(clients: u32, keys: usize, hold_limit: Option<Duration>) -> Model {
         let idle = Client { stage: Stage::Idle, key: 0, wish: Wish::V1, since: Timestamp(0), arrival: 0 };
         let lock = |number| {
             let key = Key::new(format!("key {number}")).unwrap();
@@ -278,7 +279,7 @@ impl Model {
         let Client { stage, key, wish, since, .. } = *self.client(client);
         let Stage::Holding(token) = stage else { panic!("a client that holds nothing ends a hold") };
         if let (true, Some(limit)) = (wish.v1, self.hold_limit) {
-            self.deadlines.remove(&(Timestamp(since.0 + limit.0), client));
+            self.deadlines.remove(&(since.plus(limit), client));
         }
         remove(&mut self.locks[key].holders, client);
         self.clients[client as usize].stage = Stage::Idle;
@@ -334,7 +335,7 @@ impl Model {
         self.clients[client as usize].stage = Stage::Holding(token);
         self.clients[client as usize].since = self.now;
         if let (true, Some(limit)) = (about.wish.v1, self.hold_limit) {
-            self.deadlines.insert((Timestamp(self.now.0 + limit.0), client));
+            self.deadlines.insert((self.now.plus(limit), client));
         }
     }
 

@@ -1,6 +1,7 @@
 //! Time, rng, and clients that ask, release, die and overstay.
 
 use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
 
 use super::super::rng::Rng;
 use super::super::{
@@ -75,7 +76,7 @@ impl World {
         let mut rng = Rng(seed);
         let odds = Odds::draw(&mut rng);
         let clients = 3 + rng.below(500) as u32;
-        let hold_limit = rng.percent(80).then(|| Timestamp(1 + rng.below(2_000)));
+        let hold_limit = rng.percent(80).then(|| Duration::from_millis(1 + rng.below(2_000)));
         let (hash_key, first_token) = (rng.next_u64(), Token(rng.below(1 << 52)));
         World {
             seed,
