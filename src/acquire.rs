@@ -2,6 +2,7 @@
 
 mod waiting;
 
+use crate::proto::Pid;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
@@ -96,7 +97,7 @@ impl Acquire {
             nowait: self.wait == Wait::Never,
             within: self.within(),
             who: ClientInfo {
-                pid: std::process::id(),
+                pid: Pid::new(std::process::id()),
                 host: (&*host.to_string_lossy()).into(),
                 user: user.unwrap_or_default().into(),
                 command: command.into(),

@@ -49,6 +49,7 @@ mod lease;
 mod retry;
 mod session;
 
+use crate::proto::Pid;
 use std::ffi::OsStr;
 use std::hash::{BuildHasher, RandomState};
 use std::time::{Duration, Instant};
@@ -176,7 +177,7 @@ impl Client {
         let key = Key::new(key).map_err(Error::Key)?;
         let mut request = LockRequest::new(key, Mode::Once);
         request.nonce = Some(nonce());
-        request.who.pid = std::process::id();
+        request.who.pid = Pid::new(std::process::id());
         let (session, reply) = match std::mem::replace(&mut self.state, State::Idle(None)) {
             State::Holding(hold) => {
                 self.state = State::Holding(hold);

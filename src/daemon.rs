@@ -145,7 +145,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     }
     failpoint::hit("start");
     let recorder = open_recorder(config, &listeners)?;
-    if recorder.lease().is_some() {
+    if recorder.lease().is_clustered() {
         // The journal may have changed since the first check.
         refuse_without_cluster(config)?;
     }
@@ -159,7 +159,7 @@ pub fn serve(config: &Config) -> Result<(), Error> {
     }
     #[cfg(feature = "etcd")]
     let cluster = match config.clustering.as_ref().zip(etcd) {
-        Some((config, client)) => Some(cluster::join(config, client, recorder.lease())?),
+        Some((config, client)) => Some(cluster::join(config, client, recorder.lease().number())?),
         None => None,
     };
     #[cfg(not(feature = "etcd"))]

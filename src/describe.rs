@@ -16,7 +16,7 @@ pub fn party(party: &LockUser) -> String {
         told.push_str(&format!(", {}", who.note.as_str()));
     }
     let user = party.uid.map(user).unwrap_or_else(|| who.user.as_str().into());
-    let pid = if who.pid == 0 { String::new() } else { format!("pid {}", who.pid) };
+    let pid = who.pid.map(|pid| format!("pid {pid}")).unwrap_or_default();
     let place = [("", user.as_str()), ("on ", who.host.as_str())];
     let place = place.iter().filter(|(_, name)| !name.is_empty()).map(|(word, name)| format!("{word}{name}"));
     let place = place.collect::<Vec<_>>().join(" ");
@@ -47,6 +47,7 @@ pub fn span(millis: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::proto::Pid;
     use crate::proto::v2::ClientInfo;
 
     #[test]
@@ -62,7 +63,7 @@ mod tests {
     fn a_holder_is_described_as_far_as_it_is_known() {
         let text = |text: &str| text.to_string().into();
         let who = ClientInfo {
-            pid: 12,
+            pid: Pid::new(12),
             host: text("h"),
             user: text("u"),
             command: text("make all"),

@@ -42,14 +42,41 @@ pub type BootId = [u8; 16];
 pub struct HoldRecord {
     /// The hold itself.
     pub held: HoldState,
-    /// The process that holds it; 0: it is not known.
-    pub pid: u32,
-    /// The command that it runs, which has inherited the lock; 0: there is none.
-    pub child: u32,
+    /// The process that holds the lock, if it is known.
+    pub pid: Option<Pid>,
+    /// The command that has inherited the lock, if there is one.
+    pub child: Option<Pid>,
     /// When it was granted, by the clock that counts from boot.
     pub granted: Timestamp,
     /// When this was recorded. Both processes lived then: one that was started later is another.
     pub recorded: Timestamp,
+}
+
+/// Whether the locks are clustered, and under which lease of etcd.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum ClusterLease {
+    /// The locks are this host's alone.
+    #[default]
+    Local,
+    /// The locks are clustered, and there is no lease now.
+    None,
+    /// The locks are clustered, under the lease with this number.
+    Id(u64),
+}
+
+impl ClusterLease {
+    /// Returns `true` if the locks are clustered.
+    pub fn is_clustered(self) -> bool {
+        self != ClusterLease::Local
+    }
+
+    /// Returns the number of the lease, if there is one.
+    pub fn number(self) -> Option<u64> {
+        match self {
+            ClusterLease::Id(number) => Some(number),
+            ClusterLease::Local | ClusterLease::None => None,
+        }
+    }
 }
 
 /// An open journal.
@@ -66,8 +93,7 @@ pub struct Journal {
     pending: Vec<u8>,
     /// Something that should be in the file is not, and is forgotten.
     stale: bool,
-    /// Locks are shared with other hosts, under this lease; 0: under none at the moment.
-    lease: Option<u64>,
+    lease: ClusterLease,
 }
 
 impl Journal {
@@ -78,11 +104,13 @@ impl Journal {
     pub fn create<'a>(
         path: &Path,
         boot: BootId,
-        lease: Option<u64>,
+        lease: ClusterLease,
         records: impl IntoIterator<Item = &'a HoldRecord>,
     ) -> io::Result<Journal> {
         let mut bytes = header(&boot).to_vec();
-        bytes.extend(lease.into_iter().flat_map(|lease| encode(Entry::Lease(lease))));
+        if lease.is_clustered() {
+            bytes.extend(encode(Entry::Lease(lease)));
+        }
         bytes.extend(records.into_iter().flat_map(|record| encode(Entry::Grant(record))));
         let file = replace(path, &bytes)?;
         let length = bytes.len() as u64;
@@ -108,9 +136,10 @@ impl Journal {
         self.pending.extend_from_slice(&encode(Entry::End(token)));
     }
 
-    /// Notes the lease under which locks are shared from now on, for the next [`Journal::write`]; 0: under none.
-    pub fn lease(&mut self, lease: u64) {
-        self.lease = Some(lease);
+    /// Notes that the locks are clustered from now on, and under which lease, for the next [`Journal::write`].
+    pub fn set_lease(&mut self, lease: ClusterLease) {
+        debug_assert!(lease.is_clustered(), "a journal of clustered locks stays one");
+        self.lease = lease;
         self.pending.extend_from_slice(&encode(Entry::Lease(lease)));
     }
 
@@ -179,8 +208,8 @@ pub struct Loaded {
     pub records: Vec<HoldRecord>,
     /// The highest token in it: new ones must be larger.
     pub last_token: Option<Token>,
-    /// The locks are shared with other hosts, under this lease; 0: under none. `None`: they are this host's alone.
-    pub lease: Option<u64>,
+    /// Whether the locks are clustered, and under which lease.
+    pub lease: ClusterLease,
     /// What an administrator should know.
     pub complaint: Option<String>,
 }
@@ -196,7 +225,7 @@ pub fn load(path: &Path, boot: &BootId) -> Loaded {
 
 /// True when a journal says that locks are shared with other hosts, whichever boot it is of.
 pub fn is_clustered(path: &Path) -> bool {
-    load(path, &BootId::default()).lease.is_some()
+    load(path, &BootId::default()).lease.is_clustered()
 }
 
 fn complaint(text: String) -> Loaded {
@@ -243,11 +272,12 @@ pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
         // Nobody who held a lock then lives now. That locks are shared is as true as it was.
         let leases = body.as_chunks::<RECORD_BYTES>().0.iter().map(decode);
         let is_clustered = leases.flatten().any(|entry| matches!(entry, Decoded::Lease(_)));
-        return Loaded { lease: is_clustered.then_some(0), ..Loaded::default() };
+        let lease = if is_clustered { ClusterLease::None } else { ClusterLease::Local };
+        return Loaded { lease, ..Loaded::default() };
     }
     let mut held = BTreeMap::new();
     let mut last_token = None;
-    let mut lease = None;
+    let mut lease = ClusterLease::Local;
     let mut damaged = 0;
     let (records, cut) = body.as_chunks::<RECORD_BYTES>();
     for bytes in records {
@@ -262,7 +292,7 @@ pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
                 token
             }
             Some(Decoded::Lease(number)) => {
-                lease = Some(number);
+                lease = number;
                 continue;
             }
             None => {
@@ -317,13 +347,13 @@ const HAS_UNTIL: u8 = 32;
 enum Entry<'a> {
     Grant(&'a HoldRecord),
     End(Token),
-    Lease(u64),
+    Lease(ClusterLease),
 }
 
 enum Decoded {
     Grant(HoldRecord),
     End(Token),
-    Lease(u64),
+    Lease(ClusterLease),
 }
 
 fn header(boot: &BootId) -> [u8; RECORD_BYTES] {
@@ -356,8 +386,8 @@ fn encode(entry: Entry<'_>) -> [u8; RECORD_BYTES] {
             put(4, &[GRANT, held.terms.protocol.into(), flags]);
             put(8, &held.terms.slots.to_le_bytes());
             put(12, &held.uid.unwrap_or(0).to_le_bytes());
-            put(16, &pid.to_le_bytes());
-            put(20, &child.to_le_bytes());
+            put(16, &Pid::number(*pid).to_le_bytes());
+            put(20, &Pid::number(*child).to_le_bytes());
             put(24, &held.token.0.to_le_bytes());
             put(32, &held.lock.0);
             put(48, &held.nonce.map_or(0, |nonce| nonce.0).to_le_bytes());
@@ -371,7 +401,7 @@ fn encode(entry: Entry<'_>) -> [u8; RECORD_BYTES] {
         }
         Entry::Lease(lease) => {
             put(4, &[LEASE]);
-            put(24, &lease.to_le_bytes());
+            put(24, &lease.number().unwrap_or(0).to_le_bytes());
         }
     }
     let sum = crc32fast::hash(&bytes[4..]);
@@ -389,7 +419,8 @@ fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
     let flag = |bit: u8| bytes[6] & bit != 0;
     match bytes[4] {
         END => Some(Decoded::End(token)),
-        LEASE => Some(Decoded::Lease(token.0)),
+        LEASE if token.0 == 0 => Some(Decoded::Lease(ClusterLease::None)),
+        LEASE => Some(Decoded::Lease(ClusterLease::Id(token.0))),
         GRANT => {
             let protocol = Protocol::try_from(bytes[5]).ok()?;
             let terms = Terms {
@@ -409,7 +440,8 @@ fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
                 until: flag(HAS_UNTIL).then(|| Timestamp(u64_at(72))),
             };
             let (granted, recorded) = (Timestamp(u64_at(64)), Timestamp(u64_at(80)));
-            Some(Decoded::Grant(HoldRecord { held, pid: u32_at(16), child: u32_at(20), granted, recorded }))
+            let (pid, child) = (Pid::new(u32_at(16)), Pid::new(u32_at(20)));
+            Some(Decoded::Grant(HoldRecord { held, pid, child, granted, recorded }))
         }
         _ => None,
     }

@@ -98,8 +98,9 @@ pub mod status;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub mod table;
+#[doc(hidden)]
+pub mod timestamp;
 
 mod clock;
-mod timestamp;
 
 pub use client::Client;

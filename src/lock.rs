@@ -1,6 +1,7 @@
 //! `kmutex lock` and `kmutex unlock`: a lock that a shell holds, or any other process. The daemon watches that process and
 //! releases the lock when it ends.
 
+use crate::proto::Pid;
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
@@ -69,7 +70,7 @@ pub fn unlock(target: &Target, key: Key, pid: Option<u32>) -> Result<(), Error> 
 }
 
 /// Returns the process that holds the lock, which must be on this machine and belong to this user.
-fn holder(target: &Target, pid: Option<u32>) -> Result<u32, Error> {
+fn holder(target: &Target, pid: Option<u32>) -> Result<Pid, Error> {
     if !matches!(target.addr, Addr::Unix(_)) {
         return Err(Error::NotHere(target.addr.clone()));
     }
@@ -82,11 +83,11 @@ fn holder(target: &Target, pid: Option<u32>) -> Result<u32, Error> {
     if !me.is_root() && owner.uid() != me.as_raw() {
         return Err(Error::NotYours(pid, owner.uid()));
     }
-    Ok(pid)
+    Pid::new(pid).ok_or(Error::NoProcess(pid))
 }
 
 /// Returns the command line of a process (proc(5), /proc/PID/cmdline).
-fn command_of(pid: u32) -> String {
+fn command_of(pid: Pid) -> String {
     let words = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
     String::from_utf8_lossy(&words).trim_end_matches('\0').replace('\0', " ")
 }
@@ -112,7 +113,7 @@ pub enum Error {
     Process(u32, #[source] io::Error),
     /// The process does not hold the lock.
     #[error("process {} does not hold the lock {:?}", .1, .0.as_str())]
-    NotHeld(Key, u32),
+    NotHeld(Key, Pid),
 }
 
 impl Error {

@@ -44,7 +44,7 @@ impl TryFrom<u8> for Protocol {
 }
 
 /// A process id. (Never 0, which is no process.)
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 pub struct Pid(NonZeroU32);
 
 impl Pid {

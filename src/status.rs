@@ -170,7 +170,7 @@ impl Table {
                 name.or_insert_with(|| describe::user(uid)).clone()
             }
         };
-        let pid = if party.who.pid == 0 { "-".into() } else { party.who.pid.to_string() };
+        let pid = party.who.pid.map_or("-".into(), |pid| pid.to_string());
         let command = match party.protocol {
             Protocol::V1 => "(protocol 1)".into(),
             Protocol::V2 => dash(party.who.command.as_str()),

@@ -27,7 +27,10 @@
 //! | `nested.rs` | requests under another lock, and the cycles that they could close |
 //! | `remote.rs` | clustered locks: what other hosts hold, and what this host may grant |
 //! | `view.rs` | a read-only view for status answers |
+//! | `audit.rs` | what must hold of all these parts, for tests and fuzz targets |
 
+#[cfg(any(test, fuzzing))]
+mod audit;
 mod effect;
 mod list;
 mod nested;
@@ -36,7 +39,7 @@ mod request;
 mod resume;
 #[cfg(test)]
 pub(crate) mod rng;
-#[cfg(any(test, fuzzing))]
+#[cfg(test)]
 mod simulation;
 mod store;
 #[cfg(test)]

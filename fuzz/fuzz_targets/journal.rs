@@ -3,8 +3,9 @@
 
 mod table;
 
+use std::time::Duration;
+
 use kmutex::journal::{BootId, parse};
-use kmutex::table::Timestamp;
 use libfuzzer_sys::fuzz_target;
 use table::Checked;
 
@@ -20,7 +21,7 @@ fn restore(bytes: &[u8]) {
     }
     for record in &loaded.records {
         checked.feed(|table, now, effects| {
-            table.limit_orphan(record.held.token, now.plus(Timestamp(1)));
+            table.limit_orphan(record.held.token, now.plus(Duration::from_millis(1)));
             table.orphan_ended(now, record.held.token, effects);
         });
     }

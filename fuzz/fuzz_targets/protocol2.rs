@@ -38,7 +38,9 @@ fuzz_target!(|data: &[u8]| {
             (Request::Break { key }, _) => {
                 checked.feed(|table, now, effects| table.break_lock(now, key.id(), effects));
             }
-            (Request::Ping, _) => checked.feed(|table, now, effects| table.disconnected(now, client, effects)),
+            (Request::Ping, _) => {
+                checked.feed(|table, now, effects| table.disconnected(now, client, effects))
+            }
             _ => {}
         }
     }

@@ -1,7 +1,9 @@
 //! A table whose promise is checked after each event: an exclusive lock has one holder.
 
+use std::time::Duration;
+
 use kmutex::proto::Token;
-use kmutex::table::{ClientId, Config, Effects, Timestamp, Table};
+use kmutex::table::{ClientId, Config, Effects, Table, Timestamp};
 
 pub const CLIENTS: u8 = 8;
 
@@ -12,7 +14,7 @@ pub struct Checked {
 
 impl Checked {
     pub fn new() -> Checked {
-        let hold_limit = Some(Timestamp(1_000));
+        let hold_limit = Some(Duration::from_secs(1));
         let config = Config { hash_key: 1, first_token: Token(1), hold_limit, is_clustered: false };
         Checked { table: Table::new(config), now: Timestamp(0) }
     }
@@ -20,7 +22,7 @@ impl Checked {
     /// One event, and the time that passes with it.
     pub fn feed(&mut self, event: impl FnOnce(&mut Table, Timestamp, &mut Effects)) {
         let mut effects = Effects::default();
-        self.now = self.now.plus(Timestamp(7));
+        self.now = self.now.plus(Duration::from_millis(7));
         event(&mut self.table, self.now, &mut effects);
         if let Some(mark) = self.table.deferred() {
             self.table.settle(self.now, mark, &mut effects);
@@ -30,6 +32,7 @@ impl Checked {
     }
 
     fn check(&self) {
+        self.table.audit();
         let mut cursor = 0;
         while let Some((lock, next)) = self.table.next_lock(cursor) {
             let terms: Vec<_> =

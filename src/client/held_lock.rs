@@ -1,6 +1,7 @@
 //! A held lock that survives a restart of the daemon: the client reconnects and sends the same request again, and the
 //! daemon recognises its grant by the nonce.
 
+use crate::proto::Pid;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
@@ -92,7 +93,7 @@ impl HeldLock {
     ///
     /// (Until then the inherited connection tells the daemon when the process ends. If this client and the daemon were both
     /// killed before that, the next daemon would have to search for the process.)
-    pub fn set_child(&mut self, pid: u32) {
+    pub fn set_child(&mut self, pid: Pid) {
         self.request.child = Some(pid);
         self.name_child_at = Some(Instant::now() + NAME_CHILD_AFTER);
     }

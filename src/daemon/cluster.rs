@@ -7,6 +7,7 @@ mod layout;
 mod listing;
 mod threads;
 
+use crate::journal::ClusterLease;
 use std::io;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -193,7 +194,7 @@ impl Clustering {
             self.abandoned = Some(lease);
         }
         // The next daemon must not resume it either: it would give up places in whose remaining time holders are stopping.
-        RemoteReply::RecordLease(0)
+        RemoteReply::RecordLease(ClusterLease::None)
     }
 
     /// Handles what one of the threads reports.
@@ -212,7 +213,7 @@ impl Clustering {
                     info!("etcd: sharing locks under lease {:016x}, of {ttl_secs} s", lease.0);
                     // A resumed lease may have places that this daemon does not know of.
                     self.threads.command(Command::ListEntries(lease));
-                    RemoteReply::RecordLease(lease.0 as u64)
+                    RemoteReply::RecordLease(ClusterLease::Id(lease.0 as u64))
                 })
             }
             Event::LeaseGone(lease) => (self.lease.is_none() || self.lease == Some(lease)).then(|| {

@@ -4,6 +4,7 @@
 //! A daemon may have many thousands of connections, most of them idle, so an idle connection is small: its buffers are
 //! inline until they are needed, and are freed when they are empty.
 
+use crate::proto::Pid;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::sys::socket::{MsgFlags, recv, send};
@@ -42,7 +43,7 @@ pub(super) struct Connection {
     has_peer: bool,
     peer: Peer,
     /// The process that has inherited the lock from this client; 0 if no such process is known.
-    pub(super) child: u32,
+    pub(super) child: Option<Pid>,
     /// When it is closed unless the message that it has begun is complete by then, or, if its requests are postponed, unless
     /// it has read something by then; [`Timestamp::NEVER`] if there is no limit.
     pub(super) deadline: Timestamp,
@@ -94,7 +95,7 @@ impl Connection {
             closing: false,
             has_peer: peer.is_some(),
             peer: peer.unwrap_or(Peer { pid: 0, uid: 0 }),
-            child: 0,
+            child: None,
             deadline: Timestamp::NEVER,
             input: Buffer::new(),
             output: Buffer::new(),

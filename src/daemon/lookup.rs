@@ -4,6 +4,7 @@ use super::cluster::Clustering;
 use super::connections::Connections;
 use super::orphans::Orphans;
 use crate::journal::HoldRecord;
+use crate::proto::Pid;
 use crate::proto::v2::{LISTED_MAX, LeaseTerms, LockStatus, LockUser, Mode};
 use crate::proto::{LockId, Token};
 use crate::table::{ClientId, HoldState, LockView, RequestView, Table, Timestamp};
@@ -40,7 +41,7 @@ impl<'a> Lookup<'a> {
     }
 
     /// Returns the hold of a lock that a process keeps without a connection, if it does.
-    pub(super) fn hold_of_process(&self, lock: LockId, pid: u32) -> Option<HoldState> {
+    pub(super) fn hold_of_process(&self, lock: LockId, pid: Pid) -> Option<HoldState> {
         let lock = self.table.find(lock)?;
         let mut unconnected =
             lock.holders().filter(|holder| holder.client.is_none()).filter_map(|holder| holder.held);
@@ -84,8 +85,8 @@ impl<'a> Lookup<'a> {
         let peer = request.client.and_then(|client| self.connections[client].peer());
         let mut who = request.asked.map(|asked| asked.who.clone()).unwrap_or_default();
         let pid_of = |token| self.orphans.pid(token);
-        if let Some(pid) = peer.map(|peer| peer.pid).or_else(|| orphan.and_then(pid_of)) {
-            who.pid = pid;
+        if let Some(pid) = peer.and_then(|peer| Pid::new(peer.pid)).or_else(|| orphan.and_then(pid_of)) {
+            who.pid = Some(pid);
         }
         LockUser {
             protocol: request.terms.protocol,
@@ -106,7 +107,7 @@ impl<'a> Lookup<'a> {
             let holder = self.table.find(id).and_then(|lock| {
                 lock.holders().find(|holder| holder.held.is_some_and(|held| held.token == token))
             });
-            let pid = holder.map_or(0, |holder| self.party(id, &holder).who.pid);
+            let pid = Pid::number(holder.and_then(|holder| self.party(id, &holder).who.pid));
             format!("{} is held by pid {pid}", self.lock_name(id))
         });
         let steps: Vec<String> = steps.collect();
@@ -127,7 +128,8 @@ impl<'a> Lookup<'a> {
         let connection = &self.connections[client];
         // Over TCP the daemon does not know the client's process, and a process id that the client sends means nothing
         // on this host.
-        let (pid, child) = connection.peer().map_or((0, 0), |peer| (peer.pid, connection.child));
+        let (pid, child) =
+            connection.peer().map_or((None, None), |peer| (Pid::new(peer.pid), connection.child));
         Some(HoldRecord { held, pid, child, granted: request.since, recorded: self.now })
     }
 

@@ -2,6 +2,7 @@
 //! ended and a process that it started holds the lock. Each keeps its lock until it comes back, its process ends, or,
 //! if no process can be watched, a time limit passes.
 
+use crate::proto::Pid;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -31,7 +32,7 @@ struct Orphan {
 impl Orphan {
     /// Returns `true` if the lock was taken for a process that is not its client (`kmutex lock`). No client will come back.
     fn is_handed_over(&self) -> bool {
-        self.record.held.terms.exec && self.record.child != 0 && (self.is_command || !self.is_restored)
+        self.record.held.terms.exec && self.record.child.is_some() && (self.is_command || !self.is_restored)
     }
 }
 
@@ -70,10 +71,9 @@ impl Orphans {
     }
 
     /// Returns the process that keeps a hold, as far as it is known.
-    pub(super) fn pid(&self, token: Token) -> Option<u32> {
+    pub(super) fn pid(&self, token: Token) -> Option<Pid> {
         let orphan = self.0.get(&token)?;
-        let is_command = orphan.is_command && orphan.record.child != 0;
-        Some(if is_command { orphan.record.child } else { orphan.record.pid })
+        orphan.record.child.filter(|_| orphan.is_command).or(orphan.record.pid)
     }
 
     /// Returns `true` if the client of this hold has not come back since a restart of the daemon.
@@ -82,8 +82,8 @@ impl Orphans {
     }
 
     /// Returns `true` if the lock was taken for this process.
-    pub(super) fn is_held_by(&self, token: Token, pid: u32) -> bool {
-        self.0.get(&token).is_some_and(|orphan| orphan.is_handed_over() && orphan.record.child == pid)
+    pub(super) fn is_held_by(&self, token: Token, pid: Pid) -> bool {
+        self.0.get(&token).is_some_and(|orphan| orphan.is_handed_over() && orphan.record.child == Some(pid))
     }
 
     /// The holder has come back, or its hold has ended.

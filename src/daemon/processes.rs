@@ -1,5 +1,6 @@
 //! The processes of this machine: which one a record of the journal means, and how to notice its end.
 
+use crate::proto;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -25,12 +26,13 @@ pub(super) enum Liveness {
 
 impl Liveness {
     /// Finds the process that had the number `pid` when it was recorded. A process that was started later is another one
-    /// with the same number. 0 is no process.
+    /// with the same number.
     ///
     /// # Errors
     /// As pidfd_open(2) gives them.
-    pub(super) fn of_process(pid: u32, recorded: Timestamp) -> io::Result<Liveness> {
-        let Some(pid) = i32::try_from(pid).ok().and_then(Pid::from_raw) else { return Ok(Liveness::Unknown) };
+    pub(super) fn of_process(pid: Option<proto::Pid>, recorded: Timestamp) -> io::Result<Liveness> {
+        let pid = pid.and_then(|pid| Pid::from_raw(i32::try_from(pid.get()).ok()?));
+        let Some(pid) = pid else { return Ok(Liveness::Unknown) };
         match pidfd_open(pid, PidfdFlags::empty()) {
             Ok(_) if start_time(pid).is_some_and(|start| start > recorded) => Ok(Liveness::Exited),
             // If the start time cannot be read, the process counts as the right one: a lock is held for too long rather
@@ -48,8 +50,8 @@ impl Liveness {
     /// As pidfd_open(2) gives them.
     pub(super) fn of_command(record: &HoldRecord) -> io::Result<Liveness> {
         match (record.child, record.held.terms.inherits) {
-            (0, false) => Ok(Liveness::Exited),
-            (0, true) => find_command_by_token(record),
+            (None, false) => Ok(Liveness::Exited),
+            (None, true) => find_command_by_token(record),
             (child, _) => Liveness::of_process(child, record.recorded),
         }
     }
@@ -86,7 +88,7 @@ fn find_command_by_token(record: &HoldRecord) -> io::Result<Liveness> {
         }
     }
     match found.into_iter().min_by_key(|&(start, pid)| (start, pid.as_raw_nonzero())) {
-        Some((start, pid)) => Liveness::of_process(pid.as_raw_nonzero().get() as u32, start),
+        Some((start, pid)) => Liveness::of_process(proto::Pid::new(pid.as_raw_nonzero().get() as u32), start),
         None if all_seen => Ok(Liveness::Exited),
         None => Ok(Liveness::Unknown),
     }
@@ -123,13 +125,13 @@ mod tests {
 
     #[test]
     fn a_process_that_started_later_is_another_process_with_the_same_number() {
-        let me = std::process::id();
-        let start = start_time(Pid::from_raw(me as i32).unwrap()).unwrap();
+        let me = proto::Pid::new(std::process::id());
+        let start = start_time(rustix::process::getpid()).unwrap();
         assert!(matches!(Liveness::of_process(me, start), Ok(Liveness::Alive(_))));
         assert!(matches!(Liveness::of_process(me, Timestamp(start.0 - 1)), Ok(Liveness::Exited)));
-        assert!(matches!(Liveness::of_process(0, start), Ok(Liveness::Unknown)));
+        assert!(matches!(Liveness::of_process(None, start), Ok(Liveness::Unknown)));
         assert!(
-            matches!(Liveness::of_process(u32::MAX, start), Ok(Liveness::Unknown)),
+            matches!(Liveness::of_process(proto::Pid::new(u32::MAX), start), Ok(Liveness::Unknown)),
             "no process has such a number"
         );
     }

@@ -1,5 +1,6 @@
 //! Recording what is held: notes the changes of a turn, and writes them to the journal before the clients are told.
 
+use crate::journal::ClusterLease;
 use std::io;
 use std::path::Path;
 
@@ -23,7 +24,7 @@ pub(super) struct Recorder {
     /// What was held when the previous daemon ended.
     inherited: Vec<HoldRecord>,
     last_token: Option<Token>,
-    lease: Option<u64>,
+    lease: ClusterLease,
 }
 
 /// A grant in this turn, of which the client has not been told yet.
@@ -43,7 +44,7 @@ impl Recorder {
             grants: Vec::new(),
             inherited: Vec::new(),
             last_token: None,
-            lease: None,
+            lease: ClusterLease::Local,
         }
     }
 
@@ -63,7 +64,7 @@ impl Recorder {
             warn!("journal {}: {complaint}", path.display());
         }
         // A manually started daemon without --etcd is deliberate.
-        if !config.is_clustered() && !config.detach && loaded.lease.take().is_some() {
+        if !config.is_clustered() && !config.detach && std::mem::take(&mut loaded.lease).is_clustered() {
             warn!("the previous daemon shared its locks with other hosts; without --etcd, this one does not");
         }
         let journal = Journal::create(path, boot, loaded.lease, &loaded.records).map_err(error)?;
@@ -82,18 +83,17 @@ impl Recorder {
         self.last_token
     }
 
-    /// Returns the lease under which the previous daemon shared its locks with other hosts; 0: it had no lease. `None`: it
-    /// did not share them.
-    pub(super) fn lease(&self) -> Option<u64> {
+    /// Returns whether the locks are clustered, and under which lease.
+    pub(super) fn lease(&self) -> ClusterLease {
         self.lease
     }
 
-    /// Notes the lease under which locks are shared with other hosts; 0: under none.
-    pub(super) fn set_lease(&mut self, lease: u64) {
-        if let Some(journal) = self.journal.as_mut().filter(|_| self.lease != Some(lease)) {
-            journal.lease(lease);
+    /// Notes that the locks are clustered, and under which lease.
+    pub(super) fn set_lease(&mut self, lease: ClusterLease) {
+        if let Some(journal) = self.journal.as_mut().filter(|_| self.lease != lease) {
+            journal.set_lease(lease);
         }
-        self.lease = Some(lease);
+        self.lease = lease;
     }
 
     /// Returns what was held when the previous daemon ended; once.
@@ -103,7 +103,7 @@ impl Recorder {
 
     /// Removes the journal: nothing is held any more. A journal that says that the locks are shared with other hosts stays.
     pub(super) fn remove(self) {
-        if self.lease.is_some() {
+        if self.lease.is_clustered() {
             return;
         }
         if let Some(journal) = self.journal {

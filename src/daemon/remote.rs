@@ -2,6 +2,7 @@
 
 use super::connection::ConnectionId;
 use super::listing::Page;
+use crate::journal::ClusterLease;
 use crate::proto::LockId;
 use crate::proto::v2::Answer;
 
@@ -19,8 +20,8 @@ pub(super) enum RemoteRequest {
 #[derive(Debug)]
 #[cfg_attr(not(feature = "etcd"), expect(dead_code, reason = "without etcd, nothing replies"))]
 pub(super) enum RemoteReply {
-    /// Record this lease, which the next daemon may resume; 0: it must not resume any.
-    RecordLease(u64),
+    /// Record this lease, which the next daemon may resume; or that there is none to resume.
+    RecordLease(ClusterLease),
     /// Answer this client, if it is still connected.
     Answer { to: ConnectionId, answer: Answer },
     /// Send this page of a listing to this client, if it is still connected; or tell it why etcd did not give one.

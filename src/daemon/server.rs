@@ -6,6 +6,7 @@
 mod v1;
 mod v2;
 
+use crate::journal::ClusterLease;
 use std::collections::BTreeMap;
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read};
@@ -40,9 +41,9 @@ use crate::table::{
 };
 
 /// How long a turn may take events and requests before it goes on to record and to send.
-const TURN_MAX: Timestamp = Timestamp(5);
+const TURN_MAX: Duration = Duration::from_millis(5);
 /// How long it may take until it stops sending.
-const FLUSH_MAX: Timestamp = Timestamp(10);
+const FLUSH_MAX: Duration = Duration::from_millis(10);
 /// Reading the clock takes a while, compared with sending a few bytes.
 const SENDS_BETWEEN_CLOCKS: usize = 16;
 /// How many requests of one connection are handled before the other connections have their turn.
@@ -176,9 +177,9 @@ impl Server {
             cluster.notify(ClusterNotice::Needs(lock.id()));
             cursor = next;
         }
-        if self.recorder.lease().is_none() {
+        if !self.recorder.lease().is_clustered() {
             // This keeps a later daemon from serving here without sharing the locks.
-            self.recorder.set_lease(0);
+            self.recorder.set_lease(ClusterLease::None);
             self.commit();
         }
     }
@@ -241,7 +242,7 @@ impl Server {
     }
 
     /// Returns `true` if this turn has taken longer than `limit`. (The clock has a resolution of a millisecond.)
-    fn is_over(&self, limit: Timestamp) -> bool {
+    fn is_over(&self, limit: Duration) -> bool {
         clock::now() >= self.now.plus(limit)
     }
 
@@ -260,7 +261,7 @@ impl Server {
     pub(super) fn finish(mut self) {
         self.poll_cluster();
         if self.cluster.as_mut().is_some_and(|cluster| cluster.stop(&self.table)) {
-            self.recorder.set_lease(0);
+            self.recorder.set_lease(ClusterLease::None);
         }
         self.commit();
         if self.table.is_empty() {
@@ -449,12 +450,9 @@ impl Server {
     /// although no process has this connection any more (the command has closed it, or the lock was resumed since), the
     /// command keeps the lock.
     fn hand_over_to_child(&mut self, client: ClientId) {
-        let child = self.connections[client].child;
-        if child == 0 {
-            return;
-        }
+        let Some(child) = self.connections[client].child else { return };
         let Some(record) = self.lookup().record_of_client(client) else { return };
-        let Ok(Liveness::Alive(process)) = Liveness::of_process(child, self.now) else { return };
+        let Ok(Liveness::Alive(process)) = Liveness::of_process(Some(child), self.now) else { return };
         let token = record.held.token;
         self.table.detach(client);
         let name = self.connections.describe(client);

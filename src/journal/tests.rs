@@ -19,8 +19,8 @@ fn any_record() -> impl Strategy<Value = HoldRecord> {
     (any::<[u8; 16]>(), any::<u64>(), terms, ends, any::<[u32; 2]>(), any::<[u64; 2]>()).prop_map(
         |(lock, token, terms, (nonce, uid, until), [pid, child], [granted, recorded])| HoldRecord {
             held: HoldState { lock: LockId(lock), token: Token(token), terms, nonce, uid, until },
-            pid,
-            child,
+            pid: Pid::new(pid),
+            child: Pid::new(child),
             granted: Timestamp(granted),
             recorded: Timestamp(recorded),
         },
@@ -37,8 +37,8 @@ fn record(token: u64) -> HoldRecord {
             uid: Some(1000),
             until: Some(Timestamp(5)),
         },
-        pid: 77,
-        child: 78,
+        pid: Pid::new(77),
+        child: Pid::new(78),
         granted: Timestamp(3),
         recorded: Timestamp(4),
     }
@@ -58,7 +58,7 @@ fn sample() -> Vec<u8> {
 fn journal() -> (tempfile::TempDir, PathBuf, Journal) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("journal");
-    let journal = Journal::create(&path, BOOT, None, []).unwrap();
+    let journal = Journal::create(&path, BOOT, ClusterLease::Local, []).unwrap();
     (folder, path, journal)
 }
 
@@ -227,25 +227,25 @@ fn where_a_journal_cannot_be_written_anew_the_old_one_goes_on() {
 }
 
 #[test]
-fn that_locks_are_shared_outlives_the_locks_and_the_boot() {
+fn that_locks_are_clustered_outlives_the_locks_and_the_boot() {
     let (_folder, path, mut journal) = journal();
-    journal.lease(7);
+    journal.set_lease(ClusterLease::Id(7));
     journal.grant(&record(1));
     journal.write().unwrap();
     let loaded = load(&path, &BOOT);
-    assert_eq!((loaded.lease, loaded.records), (Some(7), vec![record(1)]));
+    assert_eq!((loaded.lease, loaded.records), (ClusterLease::Id(7), vec![record(1)]));
     journal.compact(&[]).unwrap();
-    assert_eq!(load(&path, &BOOT).lease, Some(7));
+    assert_eq!(load(&path, &BOOT).lease, ClusterLease::Id(7));
     // The lease is of that boot, that there was one is not.
     let loaded = load(&path, b"another boot !!!");
-    assert_eq!((loaded.lease, loaded.records, loaded.complaint), (Some(0), vec![], None));
-    journal.lease(0);
+    assert_eq!((loaded.lease, loaded.records, loaded.complaint), (ClusterLease::None, vec![], None));
+    journal.set_lease(ClusterLease::None);
     journal.write().unwrap();
-    assert_eq!(load(&path, &BOOT).lease, Some(0));
+    assert_eq!(load(&path, &BOOT).lease, ClusterLease::None);
 }
 
 #[test]
-fn where_locks_are_not_shared_no_journal_says_so() {
-    assert_eq!(parse(&sample(), &BOOT).lease, None);
+fn a_journal_of_one_hosts_locks_names_no_lease() {
+    assert_eq!(parse(&sample(), &BOOT).lease, ClusterLease::Local);
     assert_eq!(parse(&sample(), b"another boot !!!"), Loaded::default());
 }

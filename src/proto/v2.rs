@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Key, Nonce, Outcome, Protocol, Token};
+use super::{Key, Nonce, Outcome, Pid, Protocol, Token};
 
 /// What a client sends first, in place of a protocol 1 key.
 pub const PREAMBLE: [u8; 16] = *b"\0kmutex proto 2\n";
@@ -28,14 +28,14 @@ pub enum Request {
     /// The lock that I hold has been inherited by this process: it lasts as long as it lives, too. Not answered.
     Child {
         /// Its process id.
-        pid: u32,
+        pid: Pid,
     },
     /// This process, for which the lock was taken by a client that has gone since, is done with it.
     Unlock {
         /// The lock.
         key: Key,
         /// The process, as it was named in [`LockRequest::child`].
-        pid: u32,
+        pid: Pid,
         /// How it ended.
         outcome: Outcome,
     },
@@ -92,7 +92,7 @@ pub struct LockRequest {
     pub holds: Option<Token>,
     /// When a hold is resumed: the process that has inherited the lock, as in [`Request::Child`].
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub child: Option<u32>,
+    pub child: Option<Pid>,
     /// When waiting is resumed: the place that the daemon before gave.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub place: Option<u64>,
@@ -141,8 +141,9 @@ pub enum Mode {
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct ClientInfo {
-    /// Process id; 0 when it is not known.
-    pub pid: u32,
+    /// The process id, if it is known.
+    #[serde(with = "pid_or_zero")]
+    pub pid: Option<Pid>,
     /// The machine's name.
     #[serde(skip_serializing_if = "ShortText::is_empty")]
     pub host: ShortText,
@@ -155,6 +156,21 @@ pub struct ClientInfo {
     /// Whatever the user wants others to see.
     #[serde(skip_serializing_if = "ShortText::is_empty")]
     pub note: ShortText,
+}
+
+/// A process id that is 0 on the wire when it is not known.
+mod pid_or_zero {
+    use serde::{Deserialize, Deserializer, Serializer};
+
+    use super::Pid;
+
+    pub(super) fn serialize<S: Serializer>(pid: &Option<Pid>, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_u32(Pid::number(*pid))
+    }
+
+    pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Pid>, D::Error> {
+        u32::deserialize(deserializer).map(Pid::new)
+    }
 }
 
 /// A short text for a person: at most [`ShortText::BYTES_MAX`] bytes (what is longer ends in `…`), and no control
@@ -406,12 +422,12 @@ pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
     match &*frame.kind {
         "lock" => Ok(Request::Lock(Box::new(frame.into_lock()?))),
         "release" => Ok(Request::Release { outcome: frame.outcome.unwrap_or(Outcome::Unknown) }),
-        "child" => match frame.pid {
-            Some(pid @ 1..) => Ok(Request::Child { pid }),
-            _ => Err(error(ErrorCode::BadRequest, "child: pid is missing")),
+        "child" => match frame.pid.and_then(Pid::new) {
+            Some(pid) => Ok(Request::Child { pid }),
+            None => Err(error(ErrorCode::BadRequest, "child: pid is missing")),
         },
-        "unlock" => match (frame.key, frame.pid) {
-            (Some(text), Some(pid @ 1..)) => Ok(Request::Unlock {
+        "unlock" => match (frame.key, frame.pid.and_then(Pid::new)) {
+            (Some(text), Some(pid)) => Ok(Request::Unlock {
                 key: key(text)?,
                 pid,
                 outcome: frame.outcome.unwrap_or(Outcome::Unknown),
@@ -454,7 +470,7 @@ impl Frame<'_> {
             inherits: self.inherits,
             within: self.within,
             holds: self.holds,
-            child: self.child,
+            child: self.child.and_then(Pid::new),
             place: self.place,
             who: self.who,
         })

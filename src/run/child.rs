@@ -1,5 +1,6 @@
 //! The child: starting it, passing signals on to it, and waiting for it.
 
+use crate::proto;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{self, Read};
@@ -60,7 +61,7 @@ pub(super) fn run(
     let pid = spawn(command).map_err(Error::Spawn)?;
     if inherits {
         for hold in &mut *holds {
-            hold.set_child(pid.as_raw() as u32);
+            hold.set_child(proto::Pid::new(pid.as_raw() as u32).expect("a child has a process id"));
         }
     }
     let mut child = Child { pid, job: JobControl::Running, tree, outcome: None };

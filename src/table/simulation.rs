@@ -2,22 +2,15 @@
 //!
 //! - `world`: time, chance, and clients that ask, release, die and overstay.
 //! - `model`: what the clients have been told, and what nobody may ever be told.
-//! - `audit`: what must hold of the table's own insides.
 //! - `tally`: how often each situation came up.
 //!
 //! `KMUTEX_SIM_SEED=N` replays one seed, `KMUTEX_SIM_STEPS=N` sets how many steps each seed runs.
 
-mod audit;
-#[cfg(test)]
 mod model;
-#[cfg(test)]
 mod tally;
-#[cfg(test)]
 mod world;
 
-#[cfg(test)]
 use tally::Tally;
-#[cfg(test)]
 use world::World;
 
 /// Many short worlds meet more than one long one: each seed also draws how busy, how crowded and how deadly it is.

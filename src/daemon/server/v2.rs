@@ -1,5 +1,6 @@
 //! Protocol 2 in the daemon: its lines to the table, and the table's effects to its lines.
 
+use crate::proto::Pid;
 use std::collections::btree_map::Entry;
 
 use ::log::warn;
@@ -78,7 +79,7 @@ impl Server {
             }
             (Request::Child { pid }, State::Owner) => {
                 failpoint::hit("child");
-                self.connections[client].child = pid;
+                self.connections[client].child = Some(pid);
                 self.record_hold(client);
             }
             // The client has lost the lock meanwhile, and was told.
@@ -107,7 +108,7 @@ impl Server {
 
     fn lock(&mut self, client: ClientId, mut asked: Box<LockRequest>) {
         let connection = &mut self.connections[client];
-        connection.child = asked.child.unwrap_or(0);
+        connection.child = asked.child;
         let uid = connection.peer().map(|peer| peer.uid);
         if self.cluster.is_some() && (asked.shared || asked.slots > 1) {
             let message = "lock: shared locks and slots work on one host only, and this daemon uses etcd";
@@ -133,7 +134,7 @@ impl Server {
     }
 
     /// Ends a hold that a process keeps without a connection.
-    fn unlock(&mut self, client: ClientId, key: &Key, pid: u32, outcome: Outcome) {
+    fn unlock(&mut self, client: ClientId, key: &Key, pid: Pid, outcome: Outcome) {
         let by = self.connections[client].peer().map(|peer| peer.uid);
         let held = self.lookup().hold_of_process(key.id(), pid);
         let Some(held) = held.filter(|held| by == Some(0) || (by.is_some() && by == held.uid)) else {

@@ -30,8 +30,9 @@ fn any_text() -> impl Strategy<Value = ShortText> {
 }
 
 fn any_who() -> impl Strategy<Value = ClientInfo> {
-    (any::<u32>(), any_text(), any_text(), any_text(), any_text())
-        .prop_map(|(pid, host, user, command, note)| ClientInfo { pid, host, user, command, note })
+    (any::<u32>(), any_text(), any_text(), any_text(), any_text()).prop_map(
+        |(pid, host, user, command, note)| ClientInfo { pid: Pid::new(pid), host, user, command, note },
+    )
 }
 
 fn any_mode() -> impl Strategy<Value = Mode> {
@@ -55,7 +56,7 @@ fn any_lock_request() -> impl Strategy<Value = LockRequest> {
                 inherits,
                 within: tokens[0],
                 holds: tokens[1],
-                child,
+                child: child.and_then(Pid::new),
                 place,
                 who,
             }
@@ -68,10 +69,10 @@ fn any_request() -> impl Strategy<Value = Request> {
         4 => any_lock_request().prop_map(|asked| Request::Lock(Box::new(asked))),
         1 => any_outcome().prop_map(|outcome| Request::Release { outcome }),
         1 => (option::of(any_key()), any::<bool>()).prop_map(|(key, cluster)| Request::Status { key, cluster }),
-        1 => (1..=u32::MAX).prop_map(|pid| Request::Child { pid }),
+        1 => (1..=u32::MAX).prop_map(|pid| Request::Child { pid: Pid::new(pid).unwrap() }),
         1 => any_key().prop_map(|key| Request::Break { key }),
         1 => (any_key(), 1..=u32::MAX, any_outcome())
-            .prop_map(|(key, pid, outcome)| Request::Unlock { key, pid, outcome }),
+            .prop_map(|(key, pid, outcome)| Request::Unlock { key, pid: Pid::new(pid).unwrap(), outcome }),
         1 => Just(Request::Ping),
     ]
 }
@@ -275,7 +276,7 @@ fn a_line_holds_one_whole_object() {
 #[test]
 fn unknown_fields_are_ignored() {
     let asked = lock_request(r#"{"colour":[{}],"type":"lock","who":{"pid":1,"shoe":42},"key":"k"}"#);
-    assert_eq!(asked.who.pid, 1);
+    assert_eq!(asked.who.pid, Pid::new(1));
     assert_eq!(decode_request(br#"{"type":"ping","key":"","slots":0}"#), Ok(Request::Ping));
 }
 
@@ -350,7 +351,13 @@ fn the_longest_status_line_fits_a_frame() {
     let party = LockUser {
         protocol: Protocol::V2,
         uid: Some(u32::MAX),
-        who: ClientInfo { pid: u32::MAX, host: worst(), user: worst(), command: worst(), note: worst() },
+        who: ClientInfo {
+            pid: Pid::new(u32::MAX),
+            host: worst(),
+            user: worst(),
+            command: worst(),
+            note: worst(),
+        },
         for_ms: u64::MAX,
         token: Some(Token(u64::MAX)),
         mode: Some(Mode::Queue),

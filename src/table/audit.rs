@@ -1,6 +1,6 @@
 //! What must hold of the table's own parts, whatever has happened to it.
 
-use super::super::{Table, Timestamp};
+use super::{Table, Timestamp};
 
 impl Table {
     /// Panics when the table's parts contradict each other.
