@@ -16,8 +16,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use harness::{Daemon, PREAMBLE, Wire};
-use kmutex::journal::{HoldRecord, Journal};
-use kmutex::proto::{Key, Token};
+use kmutex::journal::{ClusterLease, HoldRecord, Journal};
+use kmutex::proto::{Key, Protocol, Token};
 use kmutex::table::{HoldState, Terms, Timestamp};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
@@ -198,18 +198,18 @@ fn twenty_thousand_locks_are_listed_to_fifty_readers() {
                 held: HoldState {
                     lock: Key::new(format!("key {number}")).unwrap().id(),
                     token: Token(number),
-                    terms: Terms { protocol: 2, ..Terms::V1 },
+                    terms: Terms { protocol: Protocol::V2, ..Terms::V1 },
                     nonce: None,
                     uid: None,
                     until: None,
                 },
-                pid: 0,
-                child: 0,
+                pid: None,
+                child: None,
                 granted: Timestamp(1),
                 recorded: Timestamp(1),
             })
             .collect();
-        Journal::create(&folder.join("sock.journal"), boot, None, &records).unwrap();
+        Journal::create(&folder.join("sock.journal"), boot, ClusterLease::Local, &records).unwrap();
     });
     let mut readers: Vec<_> = (0..50).map(|_| scene.daemon.wire()).collect();
     for reader in &mut readers {
