@@ -32,7 +32,7 @@ build-slim:
 
 # Runs all tests. Installs the tools that they use; a missing tool that cannot be installed is an error.
 test: test-tools
-	$(CARGO) test --locked --features failpoints
+	$(CARGO) test --locked --features failpoints -- --include-ignored
 
 test-tools:
 	./tests/install-tools
@@ -100,7 +100,8 @@ fuzz:
 
 # Runs each chaos test for an hour, or for KMUTEX_CHAOS_SECS seconds.
 soak:
-	KMUTEX_CHAOS_SECS=$${KMUTEX_CHAOS_SECS:-3600} $(CARGO) test --locked --release --test chaos --test chaos_cluster -- --nocapture
+	KMUTEX_CHAOS_SECS=$${KMUTEX_CHAOS_SECS:-3600} $(CARGO) test --locked --release --test chaos --test chaos_cluster -- \
+		--include-ignored --nocapture
 
 # Installs what `make` has built. It builds nothing, so root needs no cargo.
 install:

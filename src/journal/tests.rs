@@ -164,10 +164,19 @@ fn only_a_file_of_ours_alone_is_read() {
     fs::set_permissions(&path, fs::Permissions::from_mode(0o620)).unwrap();
     refused(&path, "mode 620");
     fs::set_permissions(&path, fs::Permissions::from_mode(0o600)).unwrap();
-    if Uid::effective().is_root() {
-        std::os::unix::fs::chown(&path, Some(12345), None).unwrap();
-        refused(&path, "belongs to uid 12345");
-    }
+}
+
+#[test]
+#[ignore = "needs root, to give a file to another user"]
+fn a_journal_of_another_user_is_refused() {
+    let (_folder, path, mut journal) = journal();
+    journal.grant(&record(1));
+    journal.write().unwrap();
+    std::os::unix::fs::chown(&path, Some(12345), None).unwrap();
+    let loaded = load(&path, &BOOT);
+    assert!(loaded.records.is_empty());
+    let complaint = loaded.complaint.unwrap();
+    assert!(complaint.contains("belongs to uid 12345"), "{complaint}");
 }
 
 #[test]

@@ -75,6 +75,7 @@ fn on_a_terminal_it_asks() {
 }
 
 #[test]
+#[ignore = "needs root, to act as two users"]
 fn only_root_the_daemons_user_and_the_holders_may() {
     let other = OtherUser::new();
     let daemon = Daemon::with(&["--mode", "666"]);

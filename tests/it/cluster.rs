@@ -101,6 +101,7 @@ fn standing(etcd: &Etcd, key: &str) -> usize {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn one_of_many_hosts_runs_it_and_the_others_are_told_how_it_ended() {
     let etcd = Etcd::single();
     let [a, b, c] = hosts(&etcd);
@@ -116,6 +117,7 @@ fn one_of_many_hosts_runs_it_and_the_others_are_told_how_it_ended() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn those_who_queue_are_served_in_the_order_of_hosts_and_tokens_grow() {
     let etcd = Etcd::single();
     let [a, b, c] = hosts(&etcd);
@@ -138,6 +140,7 @@ fn those_who_queue_are_served_in_the_order_of_hosts_and_tokens_grow() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn the_token_is_the_create_revision_of_the_key() {
     let etcd = Etcd::single();
     let a = host(&etcd);
@@ -151,6 +154,7 @@ fn the_token_is_the_create_revision_of_the_key() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn who_does_not_wait_or_not_for_long_is_refused() {
     let etcd = Etcd::single();
     let [a, b] = hosts(&etcd);
@@ -168,6 +172,7 @@ fn who_does_not_wait_or_not_for_long_is_refused() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn on_one_host_the_second_of_two_that_follow_each_other_is_not_told_of_the_first() {
     let etcd = Etcd::single();
     let a = host(&etcd);
@@ -178,6 +183,7 @@ fn on_one_host_the_second_of_two_that_follow_each_other_is_not_told_of_the_first
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn protocol_1_shares_its_locks_too() {
     let etcd = Etcd::single();
     let [a, b] = hosts(&etcd);
@@ -194,6 +200,7 @@ fn protocol_1_shares_its_locks_too() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn of_a_holder_that_vanishes_one_waiter_takes_the_place_wherever_it_is() {
     let etcd = Etcd::single();
     let [a, b, c] = hosts(&etcd);
@@ -207,6 +214,7 @@ fn of_a_holder_that_vanishes_one_waiter_takes_the_place_wherever_it_is() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn when_a_host_dies_its_holders_stop_in_time_and_one_waiter_elsewhere_does_the_work() {
     let etcd = Etcd::single();
     let [mut a, b, c] = hosts(&etcd);
@@ -226,6 +234,7 @@ fn when_a_host_dies_its_holders_stop_in_time_and_one_waiter_elsewhere_does_the_w
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn when_a_daemon_is_stopped_its_holders_notice_themselves() {
     let etcd = Etcd::single();
     let [mut a, b] = hosts(&etcd);
@@ -246,6 +255,7 @@ fn when_a_daemon_is_stopped_its_holders_notice_themselves() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_daemon_that_comes_back_in_time_has_lost_nothing() {
     let etcd = Etcd::single();
     let [mut a, b] = hosts(&etcd);
@@ -269,6 +279,7 @@ fn a_daemon_that_comes_back_in_time_has_lost_nothing() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_daemon_that_comes_back_too_late_says_so_to_its_holders() {
     let etcd = Etcd::single();
     let [mut a, b] = hosts(&etcd);
@@ -285,6 +296,7 @@ fn a_daemon_that_comes_back_too_late_says_so_to_its_holders() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn etcdctl_and_kmutex_wait_for_each_other() {
     let etcd = Etcd::single();
     let a = host(&etcd);
@@ -306,6 +318,7 @@ fn etcdctl_and_kmutex_wait_for_each_other() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn etcdctl_gets_the_lock_of_a_host_that_dies() {
     let etcd = Etcd::single();
     let mut a = host(&etcd);
@@ -318,6 +331,7 @@ fn etcdctl_gets_the_lock_of_a_host_that_dies() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_key_that_is_removed_by_hand_is_a_lock_that_is_lost() {
     let etcd = Etcd::single();
     let a = host(&etcd);
@@ -329,6 +343,7 @@ fn a_key_that_is_removed_by_hand_is_a_lock_that_is_lost() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_lease_that_is_revoked_by_hand_is_noticed_at_once() {
     let etcd = Etcd::single();
     let [a, b] = hosts(&etcd);
@@ -344,6 +359,7 @@ fn a_lease_that_is_revoked_by_hand_is_noticed_at_once() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn without_the_lease_for_records_nothing_is_lost() {
     let etcd = Etcd::single();
     let a = host(&etcd);
@@ -363,6 +379,7 @@ fn without_the_lease_for_records_nothing_is_lost() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn while_etcd_is_away_new_requests_wait_or_fail_and_what_is_held_ends_in_time() {
     let mut etcd = Etcd::single();
     let a = host(&etcd);
@@ -393,6 +410,7 @@ fn a_daemon_that_never_reaches_etcd_serves_and_says_why_it_gives_nothing() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn of_three_members_one_may_die_or_hang() {
     let mut etcd = Etcd::cluster(3);
     let [a, b] = hosts(&etcd);
@@ -412,6 +430,7 @@ fn of_three_members_one_may_die_or_hang() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn what_is_only_for_one_host_is_refused_and_not_done_here_alone() {
     let etcd = Etcd::single();
     let a = host(&etcd);
@@ -423,6 +442,7 @@ fn what_is_only_for_one_host_is_refused_and_not_done_here_alone() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_status_of_the_cluster_lists_all_hosts() {
     let etcd = Etcd::single();
     let [a, b] = hosts(&etcd);
@@ -457,6 +477,7 @@ fn a_status_of_the_cluster_lists_all_hosts() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_status_of_many_locks_comes_in_pages() {
     let etcd = Etcd::single();
     let a = host(&etcd);
@@ -473,6 +494,7 @@ fn a_status_of_many_locks_comes_in_pages() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn breaking_a_lock_frees_it_for_all_hosts() {
     let etcd = Etcd::single();
     let [a, b] = hosts(&etcd);
@@ -489,6 +511,7 @@ fn breaking_a_lock_frees_it_for_all_hosts() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_shell_holds_a_lock_for_all_hosts() {
     let etcd = Etcd::single();
     let [a, b] = hosts(&etcd);
@@ -503,6 +526,7 @@ fn a_shell_holds_a_lock_for_all_hosts() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn where_locks_are_shared_no_client_starts_a_daemon_that_shares_nothing() {
     let etcd = Etcd::single();
     let mut a = host(&etcd);
@@ -526,6 +550,7 @@ fn where_locks_are_shared_no_client_starts_a_daemon_that_shares_nothing() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_daemon_that_ends_leaves_nothing_behind_that_is_not_needed() {
     let etcd = Etcd::single();
     let [mut a, mut b] = hosts(&etcd);
@@ -549,6 +574,7 @@ fn a_daemon_that_ends_leaves_nothing_behind_that_is_not_needed() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn with_certificates_and_users() {
     let mut etcd = Etcd::tls();
     etcd.enable_auth("locks", "secret", "kmutex");

@@ -262,6 +262,7 @@ fn a_lock_that_is_lost_is_74() {
 }
 
 #[test]
+#[ignore = "needs root, to act as two users"]
 fn a_socket_that_one_may_not_use_is_77() {
     let other = OtherUser::new();
     let folder = other.folder();
@@ -273,6 +274,7 @@ fn a_socket_that_one_may_not_use_is_77() {
 }
 
 #[test]
+#[ignore = "needs root, to act as two users"]
 fn a_daemon_of_somebody_else_is_trusted_only_when_that_is_said() {
     let other = OtherUser::new();
     let folder = other.folder();
@@ -295,6 +297,7 @@ fn a_daemon_of_somebody_else_is_trusted_only_when_that_is_said() {
 }
 
 #[test]
+#[ignore = "needs root, to act as two users"]
 fn roots_daemon_is_trusted_by_everybody() {
     let other = OtherUser::new();
     let folder = other.folder();

@@ -69,6 +69,7 @@ impl Reader {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_lease_is_granted_kept_and_revoked_and_gone_then() {
     let etcd = Etcd::single();
     let client = etcd.client();
@@ -93,6 +94,7 @@ fn a_lease_is_granted_kept_and_revoked_and_gone_then() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_key_ends_with_its_lease_and_the_watch_tells() {
     let etcd = Etcd::single();
     let client = etcd.client();
@@ -106,6 +108,7 @@ fn a_key_ends_with_its_lease_and_the_watch_tells() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_txn_does_one_list_or_the_other() {
     let etcd = Etcd::single();
     let client = etcd.client();
@@ -138,6 +141,7 @@ fn a_txn_does_one_list_or_the_other() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_range_is_in_the_order_that_was_asked_for_and_says_if_there_is_more() {
     let etcd = Etcd::single();
     let client = etcd.client();
@@ -153,6 +157,7 @@ fn a_range_is_in_the_order_that_was_asked_for_and_says_if_there_is_more() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_watch_sees_what_happens_with_its_revisions_and_a_txn_as_one() {
     let etcd = Etcd::single();
     let client = etcd.client();
@@ -183,6 +188,7 @@ fn a_watch_sees_what_happens_with_its_revisions_and_a_txn_as_one() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_watch_of_many_large_values_is_whole() {
     let etcd = Etcd::single();
     let client = etcd.client();
@@ -201,6 +207,7 @@ fn a_watch_of_many_large_values_is_whole() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_watch_from_a_past_that_is_forgotten_says_so() {
     let etcd = Etcd::single();
     let client = etcd.client();
@@ -225,16 +232,19 @@ fn hanging_up_ends_a_watch(etcd: &Etcd) {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn hanging_up_ends_a_watch_and_the_next_one_lives() {
     hanging_up_ends_a_watch(&Etcd::single());
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn hanging_up_ends_a_watch_over_tls_too() {
     hanging_up_ends_a_watch(&Etcd::tls());
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn threads_share_a_client() {
     let etcd = Etcd::single();
     let client = Arc::new(etcd.client());
@@ -253,6 +263,7 @@ fn threads_share_a_client() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn an_etcd_that_was_restarted_is_gone_for_a_while_and_then_as_before() {
     let mut etcd = Etcd::single();
     let client = etcd.client();
@@ -268,6 +279,7 @@ fn an_etcd_that_was_restarted_is_gone_for_a_while_and_then_as_before() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn calls_go_on_with_the_others_when_a_member_hangs_and_when_the_leader_dies() {
     let mut etcd = Etcd::cluster(3);
     let leader = etcd.leader();
@@ -296,6 +308,7 @@ fn calls_go_on_with_the_others_when_a_member_hangs_and_when_the_leader_dies() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_member_that_is_alone_ends_its_watches_and_gives_no_answer() {
     let mut etcd = Etcd::cluster(3);
     let follower = (etcd.leader() + 1) % 3;
@@ -312,6 +325,7 @@ fn a_member_that_is_alone_ends_its_watches_and_gives_no_answer() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn certificates_are_shown_and_asked_for() {
     let etcd = Etcd::tls();
     apply(&etcd.client(), &[put("k", "v")]).unwrap();
@@ -334,6 +348,7 @@ fn certificates_are_shown_and_asked_for() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn what_cannot_work_is_refused_before_anything_is_sent() {
     let etcd = Etcd::tls();
     let config = || etcd.config();
@@ -390,16 +405,19 @@ fn a_user_may_do_what_the_role_says(mut etcd: Etcd) {
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_user_may_do_what_the_role_says_and_no_more() {
     a_user_may_do_what_the_role_says(Etcd::single());
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_user_with_a_certificate_may_do_what_the_role_says() {
     a_user_may_do_what_the_role_says(Etcd::tls());
 }
 
 #[test]
+#[ignore = "needs etcd"]
 fn a_token_that_etcd_takes_no_more_is_renewed() {
     let mut etcd = Etcd::single();
     // There are no users at first, so that no token is needed.

@@ -45,6 +45,7 @@ fn the_sessions_of_the_readme_work_as_printed() {
 }
 
 #[test]
+#[ignore = "needs socat and openssl"]
 fn the_sessions_of_the_protocols_page_work_as_printed() {
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(play(PROTOCOL, folder.path()), 2, "sessions");
@@ -52,6 +53,7 @@ fn the_sessions_of_the_protocols_page_work_as_printed() {
 
 #[cfg(feature = "etcd")]
 #[test]
+#[ignore = "needs etcd"]
 fn the_session_of_the_clusters_page_works_as_printed() {
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(play(CLUSTER, folder.path()), 1, "sessions");

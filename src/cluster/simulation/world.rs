@@ -504,7 +504,7 @@ impl Drop for World {
                 eprintln!("  host {number}: lease {:?}, {:?}", host.lease, host.clients);
                 eprintln!("    {:?}", host.cluster.queues);
             }
-            eprintln!("Replay it: KMUTEX_SIM_SEED={} cargo test --lib hosts_that_share", self.seed);
+            eprintln!("Replay it: KMUTEX_SIM_SEED={} cargo test --lib clustered_hosts", self.seed);
         }
     }
 }
