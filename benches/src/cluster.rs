@@ -88,7 +88,7 @@ impl Locker {
     }
 }
 
-/// The two transactions of a lock and its release, and nothing else: those that the daemon makes.
+/// The two transactions that the daemon makes for a lock and its release, and nothing else.
 struct Raw {
     client: etcd::Client,
     lease: LeaseId,
@@ -97,7 +97,7 @@ struct Raw {
 
 /// As long as what the daemon puts.
 const IDENTITY: &str = "raw/00112233445566778899aabbccddeeff";
-const CLAIM: &str = r#"{"key":"raw","host":"a-host-of-mine","protocol":2,"mode":"once","who":{"user":"somebody"},"since_ms":1700000000000}"#;
+const CLAIM: &str = r#"{"key":"raw","host":"a-host-of-mine","protocol":2,"mode":"once","who":{"user":"operator"},"since_ms":1700000000000}"#;
 const RECORD: &str = r#"{"token":1700000000000000,"outcome":"unknown"}"#;
 
 impl Raw {
@@ -127,7 +127,7 @@ impl Raw {
             then: vec![Op::Delete { key: place }, record, line()],
             or_else: vec![line()],
         })?;
-        if taken.succeeded && left.succeeded { Ok(()) } else { fail("somebody else has the raw lock") }
+        if taken.succeeded && left.succeeded { Ok(()) } else { fail("another client has the raw lock") }
     }
 }
 

@@ -15,7 +15,7 @@ use crate::{Result, fail, project, slim_bytes};
 
 /// How much more than committed is too much.
 const GROWTH_MAX: f64 = 1.1;
-/// Rounds that are counted, beyond those that warm up.
+/// Rounds that are counted, after the rounds that warm up.
 const ROUNDS: u64 = 2_000;
 const WARM_UP: u64 = 500;
 

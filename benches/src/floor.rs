@@ -53,7 +53,7 @@ pub fn serve(path: &Path) -> Result<()> {
     }
 }
 
-/// The first byte of a key that is not answered until somebody sends [`CALL`].
+/// The first byte of a key that is not answered until a client sends [`CALL`].
 pub const WAITER: u8 = b'W';
 /// Has all who wait answered.
 pub const CALL: u8 = b'C';

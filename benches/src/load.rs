@@ -17,7 +17,7 @@ pub enum Protocol {
     V2,
 }
 
-/// Connects; where many do at once, as soon as there is room among those who wait to be accepted.
+/// Connects. If many clients connect at once, it waits until there is room in the listener's backlog.
 pub fn connect(sock: &Path) -> Result<UnixStream> {
     for _ in 0..50_000 {
         match UnixStream::connect(sock) {
@@ -30,7 +30,7 @@ pub fn connect(sock: &Path) -> Result<UnixStream> {
     fail("the daemon does not accept")
 }
 
-/// 16 bytes that nobody else has.
+/// 16 bytes that no other client has.
 pub fn key(number: u64) -> [u8; 16] {
     let a = number.wrapping_mul(0x9E37_79B9_7F4A_7C15).wrapping_add(1);
     let b = a.wrapping_mul(0xBF58_476D_1CE4_E5B9) ^ (a >> 29);

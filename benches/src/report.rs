@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::{Result, fail, project};
 
-/// All that one run has measured.
+/// Everything that one run has measured.
 #[derive(Debug, Default, Serialize, Deserialize)]
 pub struct Report {
     /// Processor, number of them, kernel.

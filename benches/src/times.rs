@@ -171,7 +171,7 @@ fn idle(program: &Path, report: &mut Report) -> Result<()> {
 
 fn herd(program: &Path, report: &mut Report) -> Result<()> {
     let [ours, floor] = by_turns(TURNS, |which| {
-        // Anew each time, so that nobody has to close ten thousand connections meanwhile.
+        // A new daemon each time, so that none has to close ten thousand connections meanwhile.
         let server = if which == 0 { Server::kmutex(program)? } else { Server::floor()? };
         Ok(load::herd(&server.sock(), WAITERS, which == 1)?.as_secs_f64() * 1e3)
     })?;

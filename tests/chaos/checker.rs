@@ -1,4 +1,4 @@
-//! Proves from a log who was in a critical section when, that nobody was there who should not have been.
+//! Proves from a log of critical sections that no client was in one beside a client that excludes it.
 
 use std::collections::BTreeMap;
 
@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 pub enum Kind {
     Exclusive,
     Shared,
-    /// Beside at most so many others, less one.
+    /// At most this many clients at a time.
     Slots(usize),
 }
 
@@ -18,17 +18,17 @@ pub struct Section<'a> {
     pub name: &'a str,
     key: &'a str,
     kind: Kind,
-    /// Protocol 1 tells none.
+    /// `None`: a client of protocol 1, which has no tokens.
     token: Option<u64>,
     /// When.
     pub entered: f64,
-    /// When, or, of one that did not come to say so, when it last said that it was inside.
+    /// When it left; for a client that ended without a word, when it last wrote that it was inside.
     pub left: f64,
     seen: f64,
     killed: bool,
 }
 
-/// When somebody leaves who has not left.
+/// The end of a section whose client has not left.
 const INSIDE: f64 = f64::INFINITY;
 
 /// Reads a log and returns how many sections it tells of.
@@ -39,8 +39,8 @@ pub fn check(log: &str) -> Result<usize, String> {
     check_except(log, |_, _| false)
 }
 
-/// The same, but where `may_overlap` says so, the second may have entered while the first was inside; though with a
-/// larger token, so that whatever both write to can tell who is late.
+/// As [`check`], but where `may_overlap` returns `true`, the second client may have entered while the first was inside. It
+/// must have the larger token then, so that a resource that both write to can refuse the first.
 ///
 /// # Errors
 /// The first rule that it finds broken.
@@ -61,7 +61,7 @@ where
     Ok(sections.len())
 }
 
-/// Whoever enters, enters beside only those whom it may be beside.
+/// Checks that each client that enters may be beside all clients that are inside.
 fn check_exclusion(
     sections: &[&Section<'_>],
     may_overlap: &mut impl FnMut(&Section<'_>, &Section<'_>) -> bool,
@@ -98,8 +98,8 @@ fn check_exclusion(
     Ok(())
 }
 
-/// Whoever enters after another has left has the larger token, where the two may not be inside together. (Where they may,
-/// the one that was granted first may be slower on its way in.)
+/// Checks that a client that enters after another has left has the larger token, if the two exclude each other. (If they do
+/// not, the client that was granted first may enter later.)
 fn check_tokens(sections: &[&Section<'_>]) -> Result<(), String> {
     let told = || sections.iter().filter(|section| section.token.is_some()).copied();
     let mut by_end: Vec<&Section<'_>> = told().collect();
@@ -147,24 +147,24 @@ fn sections(log: &str) -> Result<Vec<Section<'_>>, String> {
             }
             "inside" => match sections.get_mut(name) {
                 Some(section) if section.left == INSIDE => section.seen = time,
-                // One that was about to be killed.
+                // The client wrote this just before it was killed.
                 Some(section) if section.killed => section.left = section.left.max(time),
                 _ => return Err(format!("{name} is inside and never entered")),
             },
-            // It is known to have ended, without a word.
+            // The client has ended without a word.
             "gone" => match sections.get_mut(name) {
                 Some(section) if section.left == INSIDE => section.left = section.seen,
                 _ => {}
             },
             "leave" => match sections.get_mut(name) {
-                // One that was about to be killed may still have been quicker.
+                // The client may have left just before it was killed.
                 Some(section) if section.left == INSIDE || section.killed => {
                     section.left = time;
                     section.killed = false;
                 }
                 _ => return Err(format!("{name} leaves and was not inside")),
             },
-            // From outside, just after this was written: it was inside until then at least, if it was inside at all.
+            // The test killed the client just after it wrote this, so the client was inside at least until then, if at all.
             "killed" => match sections.get_mut(name) {
                 Some(section) if section.left == INSIDE => {
                     section.left = time;
@@ -181,8 +181,8 @@ fn sections(log: &str) -> Result<Vec<Section<'_>>, String> {
     }
 }
 
-/// The part of a log that shows what is wrong: all that it says of the clients that `broken` names, and all that was
-/// noted and done in between and a second before.
+/// Returns the part of a log that shows what is wrong: from a second before the first line about the clients that `broken`
+/// names up to the last such line.
 pub fn excerpt(log: &str, broken: &str) -> String {
     let named: Vec<&str> = broken.split(' ').filter(|word| word.starts_with('c')).collect();
     let is_named = |line: &&str| line.split([' ', '\'']).any(|word| named.contains(&word));

@@ -38,12 +38,12 @@ if ($what eq 'owner' || $what eq 'sharer') {
         if (!$socket) { usleep(2000); next }
         if (!syswrite($socket, md5($key)) || !sysread($socket, $answer, 1)) { undef $socket; $answer = '' }
     }
-    # Somebody else has done the work. (To ask again and again is to be overtaken for ever by those who queue.)
+    # Another client has done the work. (A client that asked again each time would starve behind the clients that queue.)
     exit 79 if $answer eq 'R';
 }
 $SIG{TERM} = 'IGNORE' if $what eq 'stubborn';
 
-# Ends it where the lock may be somebody else's by now.
+# Exits if another client may hold the lock by now.
 sub check {
     if ($what eq 'sharer') {
         $socket->blocking(0);

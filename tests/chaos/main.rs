@@ -1,4 +1,5 @@
-//! Everything is killed, all the time, and still nobody is in a critical section who should not be.
+//! Daemons, clients and commands are killed all the time, and still no two clients that exclude each other are in a critical
+//! section together.
 //!
 //! For a while (`KMUTEX_CHAOS_SECS`, 60), 40 clients of all kinds and both protocols lock a few keys, and note in a log
 //! when they enter and leave. The daemon is killed several times a second, and comes back by itself or is started anew;
@@ -35,7 +36,7 @@ struct Role {
     key: &'static str,
     kind: &'static str,
     codes: &'static [i32],
-    /// kmutex itself may be killed: the command keeps the lock.
+    /// The test may kill kmutex itself; the command keeps the lock.
     orphans: bool,
 }
 
@@ -59,7 +60,7 @@ const ROLES: [Role; 11] = [
     role(&["--queue", "--shared"], "s", "shared", &[0]),
     role(&["--queue"], "s", "exclusive", &[0]),
     role(&["--queue", "--slots", "2"], "n", "slots2", &[0]),
-    // Without the descriptor the lock is kmutex's alone: to kill that is to let others in.
+    // Without the descriptor only kmutex holds the lock, so killing it lets others in.
     Role { options: &["--queue", "-o"], key: "b", kind: "exclusive", codes: &[0], orphans: false },
 ];
 
@@ -74,7 +75,7 @@ impl Arena {
         self.folder.join("sock")
     }
 
-    /// One client after the other, until it is over.
+    /// Runs one client after the other until the test is over.
     fn keep_busy(&self, number: u64) {
         let mut rng = Rng(self.seed ^ (number << 32));
         while !self.record.is_over() {
@@ -97,7 +98,7 @@ impl Arena {
         let mut process = Process::spawn(&mut command);
         let victim = rng.below(20);
         if victim == 0 && role.orphans && !role.options.contains(&"-F") {
-            // At any moment: while it connects, waits, holds, releases.
+            // At any moment: while kmutex connects, waits, holds or releases.
             std::thread::sleep(Duration::from_micros(rng.below(30_000)));
             self.record.note(&format!("{name}'s kmutex is killed"));
             process.signal(Signal::SIGKILL);
@@ -127,11 +128,11 @@ impl Arena {
         }
     }
 
-    /// Kills the daemon, again and again, and starts every second one; the others are started by clients.
+    /// Kills the daemon again and again, and starts every second one; clients start the others.
     fn kill_daemons(&self) {
         let mut rng = Rng(self.seed ^ 1);
         while !self.record.is_over() {
-            // Not to wait for anything: this is when it happens.
+            // This waits for nothing: it is the schedule of the faults.
             std::thread::sleep(Duration::from_millis(100 + rng.below(300)));
             let Some(pid) = daemon(&self.sock()) else { continue };
             self.record.note(&format!("daemon {pid} is killed"));
@@ -142,7 +143,7 @@ impl Arena {
                 command
                     .args(["serve", "--detach", "--idle-exit", "60", "--grace", "2", "--sock"])
                     .arg(self.sock());
-                // It may be refused, where a client was quicker.
+                // The daemon may be refused if a client was quicker.
                 let status = command.stderr(Stdio::null()).status().unwrap();
                 self.record.count(format!("a daemon is started: {status}"));
             }
@@ -161,7 +162,7 @@ impl Arena {
             if text.contains(&format!("leave {name} ")) || !command_line(pid).contains(name) {
                 continue;
             }
-            // Noted before it is done: until then, it is inside.
+            // The note comes first: until then the client is inside.
             self.record.write(&format!("killed {name} - - - {pid}"));
             kill_it(pid);
             self.record.count("a command is killed");
@@ -169,7 +170,7 @@ impl Arena {
     }
 }
 
-/// The daemon that serves a path at the moment.
+/// Returns the daemon that serves a path at the moment.
 fn daemon(sock: &Path) -> Option<i32> {
     let pid = fs::read_to_string(sock.with_extension("lock")).ok()?.trim().parse().ok()?;
     let serves = command_line(pid).contains("serve") && command_line(pid).contains(&*sock.to_string_lossy());
@@ -177,13 +178,13 @@ fn daemon(sock: &Path) -> Option<i32> {
 }
 
 fn kill_it(pid: i32) {
-    // It may have ended by itself since it was looked at.
+    // The process may have ended by itself meanwhile.
     let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
 }
 
 #[test]
 #[ignore = "takes a minute: KMUTEX_CHAOS_SECS"]
-fn nobody_enters_who_should_not_whatever_is_killed() {
+fn no_client_enters_beside_another_whatever_is_killed() {
     let folder = tempfile::tempdir().unwrap();
     let (seed, span) = settings();
     let arena = Arena { folder: folder.path().into(), seed, record: Record::new(folder.path().join("log")) };
@@ -198,7 +199,7 @@ fn nobody_enters_who_should_not_whatever_is_killed() {
         arena.record.run_for(span);
     });
 
-    // Those whose kmutex was killed are nobody's children; they end by themselves.
+    // Commands whose kmutex was killed are not children of this test; they end by themselves.
     let log = wait_for("the last to leave", || {
         let log = arena.record.read();
         let ended = !matches!(checker::check(&log), Err(error) if error.contains("never leaves"));
@@ -211,7 +212,7 @@ fn nobody_enters_who_should_not_whatever_is_killed() {
     let findings = arena.record.findings();
     assert!(findings.is_empty(), "{findings:#?}");
 
-    // Nothing is stuck: every key can be had, and then nobody has any.
+    // Nothing is stuck: every lock can be acquired, and in the end all are free.
     let kmutex =
         |args: &[&str]| Command::new(KMUTEX).args(args).env("KMUTEX_SOCK", arena.sock()).output().unwrap();
     for key in ["a", "b", "s", "n"] {
@@ -221,7 +222,7 @@ fn nobody_enters_who_should_not_whatever_is_killed() {
             "{key} is stuck"
         );
     }
-    wait_until("nobody to hold anything", || kmutex(&["status", "--json"]).stdout.is_empty());
+    wait_until("all locks to be free", || kmutex(&["status", "--json"]).stdout.is_empty());
 
     for what in ["a daemon is killed", "a command is killed", "a kmutex is killed"] {
         let count = arena.record.counted(what);

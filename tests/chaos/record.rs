@@ -14,20 +14,20 @@ use nix::time::{ClockId, clock_gettime};
 /// Where each client notes its critical section.
 pub const CLIENT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/chaos/client.pl");
 
-/// Of one run of a test.
+/// The record of one run of a test.
 pub struct Record {
     /// For the checker.
     pub log: PathBuf,
     over: AtomicBool,
     names: AtomicU64,
-    /// What is wrong, as it is found.
+    /// What is wrong, in the order in which the test found it.
     findings: Mutex<Vec<String>>,
     /// How often each thing happened: a test in which nothing happens proves nothing.
     tally: Mutex<BTreeMap<String, u64>>,
 }
 
 impl Record {
-    /// Of nothing yet. `log` is a file that is not there.
+    /// Returns an empty record. The file `log` must not exist.
     pub fn new(log: PathBuf) -> Record {
         let (over, names) = (AtomicBool::new(false), AtomicU64::new(0));
         Record { log, over, names, findings: Mutex::default(), tally: Mutex::default() }
@@ -39,54 +39,54 @@ impl Record {
         log.write_all(format!("{words} {:.9}\n", now()).as_bytes()).unwrap();
     }
 
-    /// All that it says so far.
+    /// Returns the log so far.
     pub fn read(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
 
-    /// Notes for people what the checker has no use for.
+    /// Adds a note for people; the checker skips it.
     pub fn note(&self, what: &str) {
         self.write(&format!("# {what}"));
     }
 
-    /// What nobody else is called.
+    /// Returns a name that no other client has.
     pub fn name(&self) -> String {
         format!("c{}", self.names.fetch_add(1, Ordering::Relaxed))
     }
 
-    /// Something has happened once more.
+    /// Counts that `what` happened once more.
     pub fn count(&self, what: impl Into<String>) {
         *self.tally.lock().unwrap().entry(what.into()).or_default() += 1;
     }
 
-    /// How often.
+    /// Returns how often `what` happened.
     pub fn counted(&self, what: &str) -> u64 {
         self.tally.lock().unwrap().get(what).copied().unwrap_or(0)
     }
 
-    /// For people.
+    /// Prints how often each thing happened.
     pub fn print_tally(&self) {
         for (what, count) in self.tally.lock().unwrap().iter() {
             println!("{count:7} {what}");
         }
     }
 
-    /// Something is wrong.
+    /// Records that something is wrong.
     pub fn find(&self, what: String) {
         self.findings.lock().unwrap().push(what);
     }
 
-    /// All that is wrong.
+    /// Returns everything that is wrong.
     pub fn findings(&self) -> Vec<String> {
         self.findings.lock().unwrap().clone()
     }
 
-    /// True when clients and faults are to come to their end.
+    /// Returns `true` when clients and faults must end.
     pub fn is_over(&self) -> bool {
         self.over.load(Ordering::Relaxed)
     }
 
-    /// Does it; if that panics, nobody goes on for long.
+    /// Does `work`. If it panics, the test ends soon.
     pub fn ends_if_this_fails(&self, work: impl FnOnce()) {
         struct Guard<'a>(&'a Record);
         impl Drop for Guard<'_> {
@@ -100,7 +100,7 @@ impl Record {
         work();
     }
 
-    /// Lets it go on for so long, or until something is wrong.
+    /// Lets the test run for `span`, or until something is wrong.
     pub fn run_for(&self, span: Duration) {
         let end = now() + span.as_secs_f64();
         while now() < end && self.findings.lock().unwrap().is_empty() {
@@ -110,13 +110,13 @@ impl Record {
     }
 }
 
-/// Seconds, by the clock that the clients note too.
+/// Returns the time in seconds, by the clock that the clients use too.
 pub fn now() -> f64 {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC).unwrap();
     now.tv_sec() as f64 + now.tv_nsec() as f64 / 1e9
 }
 
-/// The seed, and for how long: from the environment.
+/// Returns the seed and the duration, from the environment.
 pub fn settings() -> (u64, Duration) {
     let seed = number_from("KMUTEX_CHAOS_SEED").unwrap_or_else(|| std::process::id().into());
     let span = Duration::from_secs(number_from("KMUTEX_CHAOS_SECS").unwrap_or(60));
@@ -129,7 +129,7 @@ fn number_from(variable: &str) -> Option<u64> {
     Some(text.parse().unwrap_or_else(|_| panic!("{variable} is no number: {text}")))
 }
 
-/// What a process was started with. Empty: there is none.
+/// Returns the command line of a process, or an empty text if there is no such process.
 pub fn command_line(pid: i32) -> String {
     fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default()
 }

@@ -95,7 +95,7 @@ impl Arena {
         self.record.note(&format!("over: {name} {whose}"));
     }
 
-    /// One where somebody is in a critical section, if there is one: to fail where nobody is proves little.
+    /// Returns a host with a client in a critical section, if there is one: a fault elsewhere proves little.
     fn any_host(&self, rng: &mut Rng) -> &Host {
         let busy = self.hosts_with_holders();
         let host = match busy.len() as u64 {
@@ -149,8 +149,8 @@ impl Arena {
         let mut rng = Rng(self.seed ^ 2);
         loop {
             for fault in shuffled(EtcdFault::ALL, &mut rng) {
-                // Each election gives all leases their whole time again, also those that nobody keeps any more. With one
-                // every few seconds, what the dead held would never be free.
+                // Each election gives all leases their whole time again, also the leases of dead daemons. With an election
+                // every few seconds, the locks of dead daemons would never be free.
                 pass(Duration::from_millis(1500 + rng.below(3000)));
                 if self.record.is_over() {
                     return;

@@ -1,5 +1,5 @@
-//! Three hosts share their locks through etcd, everything fails, all the time, and still nobody is in a critical section
-//! who should not be.
+//! Three hosts are clustered through etcd, everything fails all the time, and still no two clients that exclude each other
+//! are in a critical section together.
 //!
 //! For a while (`KMUTEX_CHAOS_SECS`, 60), clients of all kinds and both protocols, and etcdctl, lock a few keys on all
 //! hosts, and note in a log when they are inside. Each host has a network of its own, with its member of etcd. Daemons,
@@ -114,7 +114,7 @@ struct Client {
 /// Who is killed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Victim {
-    Nobody,
+    None,
     Kmutex,
     Command,
     Both,
@@ -126,7 +126,7 @@ impl Victim {
             0..8 => Victim::Kmutex,
             8..18 => Victim::Command,
             18..26 => Victim::Both,
-            _ => Victim::Nobody,
+            _ => Victim::None,
         }
     }
 }
@@ -179,8 +179,8 @@ impl Arena {
         let may_be = match code {
             0 | 74 => true,
             // Of another's command that was killed, only to be told: as its own.
-            137 => victim != Victim::Nobody,
-            // Nobody has answered who would be there when it began.
+            137 => victim != Victim::None,
+            // The daemon was dead when the client began.
             69 if host.outages().iter().any(|s| s.what == HostFault::Dead && s.to >= began) => true,
             code => role.codes.contains(&code),
         };
@@ -199,7 +199,7 @@ impl Arena {
 
     /// Kills some of it: at any moment, while it starts, waits, holds or releases; or while the command runs.
     fn kill(&self, victim: Victim, name: &str, process: &mut Process, rng: &mut Rng) {
-        if victim == Victim::Nobody {
+        if victim == Victim::None {
             return;
         }
         let mut command = None;
@@ -226,7 +226,7 @@ impl Arena {
                 Some(pid) => drop(kill(Pid::from_raw(pid), Signal::SIGKILL)),
                 None => return,
             },
-            Victim::Nobody => unreachable!("seen to above"),
+            Victim::None => unreachable!("seen to above"),
         }
         self.record.count(format!("killed: {victim:?}"));
     }
@@ -298,7 +298,7 @@ impl Arena {
         Some(process.wait())
     }
 
-    /// On which hosts somebody is in a critical section, for each who is.
+    /// Returns the host of each client that is in a critical section.
     fn hosts_with_holders(&self) -> Vec<usize> {
         let log = self.record.read();
         let clients = self.clients.lock().unwrap();
@@ -306,7 +306,7 @@ impl Arena {
         inside.map(|(name, _)| clients[&name].host).collect()
     }
 
-    /// All that the clients have noted, when the last of them has ended.
+    /// Returns the whole log, when the last client has ended.
     fn whole_log(&self) -> String {
         let log = wait_for("the last to leave", || {
             let log = self.record.read();
@@ -353,7 +353,7 @@ impl Arena {
         })
     }
 
-    /// Nothing is stuck: every key can be had on every host, and then nobody has any, nor waits for any.
+    /// Nothing is stuck: every lock can be acquired on every host, and in the end all are free and no client waits.
     fn check_that_all_is_free(&self) {
         for host in &self.hosts {
             assert!(host.is_well(), "the daemon of host {} has ended", host.number);
@@ -367,7 +367,7 @@ impl Arena {
         }
         for host in &self.hosts {
             for args in [&["status", "--json"][..], &["status", "--json", "--cluster"]] {
-                wait_until("nobody to hold anything", || {
+                wait_until("all locks to be free", || {
                     let output = host.tool(KMUTEX).args(args).output().unwrap();
                     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
                     output.stdout.is_empty()
@@ -416,7 +416,7 @@ fn command_of(pid: Pid) -> Option<i32> {
     children.split_whitespace().next()?.parse().ok()
 }
 
-/// Those who are inside as far as a log tells, and their processes.
+/// Returns the clients that are inside according to a log, with their processes.
 fn unended(log: &str) -> BTreeSet<(String, i32)> {
     let mut inside = BTreeSet::new();
     for line in log.lines() {
@@ -443,7 +443,7 @@ impl Drop for Folder {
 
 #[test]
 #[ignore = "needs root and etcd, and takes a minute: KMUTEX_CHAOS_SECS"]
-fn hosts_that_share_locks_let_nobody_enter_who_should_not_whatever_fails() {
+fn no_client_enters_beside_another_on_clustered_hosts_whatever_fails() {
     let folder = Folder(tempfile::tempdir().unwrap());
     let (seed, span) = settings();
     let net = Net::new(HOSTS);

@@ -10,7 +10,7 @@ use crate::harness::tool;
 const NETWORK: &str = "198.18.77";
 
 pub struct Net {
-    /// What the namespaces' names begin with: nobody else's do.
+    /// The prefix of the namespaces' names, which no other namespaces have.
     name: String,
     hosts: usize,
 }

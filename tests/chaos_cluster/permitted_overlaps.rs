@@ -1,20 +1,20 @@
-//! Who may be overtaken: in a critical section while another host has the lock. A lock with a lease can promise that it is
-//! alone only to those who can be told when that is over; what they write to must look at the tokens to turn the others
-//! away. There are two kinds of those others here, and each is excused no further than its reason goes:
+//! Which clients may be in a critical section while another host has the lock. A lock with a lease can exclude others only
+//! until the lease ends, so its holder must be told then; a client that cannot be told is turned away by the resource, which
+//! compares the tokens. Two kinds of clients cannot be told here, and an overlap is permitted no longer than that lasts:
 //!
-//! - A command whose `kmutex run` was killed. Its daemon keeps the lock for it as long as the lease lives, and when it does
-//!   not, nobody is left to stop the command. It may be overtaken once its host has lost the lease.
-//! - A client of protocol 1 whose daemon is stopped. It hears of a loss by the end of its connection, which a stopped
-//!   daemon cannot close. It may be overtaken while the daemon is stopped, after the lease has run out; when the daemon
-//!   goes on, that client has to stop.
+//! - A command whose `kmutex run` was killed. Its daemon keeps the lock for it while the lease lives. When the lease is lost,
+//!   no process is left to stop the command. Another client may overlap it once its host has lost the lease.
+//! - A client of protocol 1 whose daemon is stopped. The daemon announces a loss by closing the connection, which a stopped
+//!   daemon cannot do. Another client may overlap it while the daemon is stopped, after the lease has run out; when the
+//!   daemon continues, the client must stop.
 //!
-//! Nobody else is excused: neither is a command under `kmutex run`, whatever becomes of the daemon, nor a client of
-//! protocol 1 whose daemon is killed or cut off.
+//! No other overlap is permitted: not with a command under `kmutex run`, whatever happens to the daemon, nor with a client
+//! of protocol 1 whose daemon is killed or cut off.
 
 use crate::checker::Section;
 use crate::host::{HostFault, Outage};
 
-/// What the checker must know of a client.
+/// What the checker must know about a client.
 #[derive(Clone, Debug)]
 pub struct Life {
     pub speaker: Speaker,
@@ -26,7 +26,7 @@ pub struct Life {
     pub losses: Vec<f64>,
 }
 
-/// Who asks for the lock.
+/// The kind of client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Speaker {
     KmutexRun,
@@ -44,7 +44,7 @@ const FINDING_OUT: f64 = 2.0 * crate::TTL_SECS as f64 + 4.0;
 /// How long a client of protocol 1 may take to see that its connection has ended.
 const NOTICING: f64 = 0.5;
 
-/// Why `next` may have entered while `first` was inside, if it may.
+/// Returns why `next` may have entered while `first` was inside, or `None` if it may not.
 pub fn permit(first: &Section<'_>, life: &Life, next: &Section<'_>) -> Option<&'static str> {
     let outages = &life.outages;
     // Not before the lease can have run out, which was relied on when the outage began.
@@ -75,7 +75,7 @@ mod tests {
     const FROM: f64 = 100.0;
     const TO: f64 = 106.0;
 
-    /// Somebody on a host with this fault from 100 to 106 is inside from 99 on, another enters then.
+    /// A client on a host with this fault from 100 to 106 is inside from 99 on, and another client enters.
     fn is_permitted(fault: HostFault, speaker: Speaker, is_orphan: bool, times: [f64; 3]) -> bool {
         let [entered, left, lost] = times;
         let outages = vec![Outage { what: fault, from: FROM, to: TO }];
@@ -88,7 +88,7 @@ mod tests {
     }
 
     #[test]
-    fn a_client_of_protocol_1_is_excused_while_its_daemon_is_stopped() {
+    fn a_client_of_protocol_1_may_be_overlapped_while_its_daemon_is_stopped() {
         let is = |fault, times| is_permitted(fault, Speaker::Protocol1, false, times);
         assert!(is(HostFault::Stopped, [104.0, 106.1, 106.0]));
         assert!(!is(HostFault::Stopped, [100.5, 106.1, 106.0]), "the lease was relied on");
@@ -100,7 +100,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_is_excused_that_nobody_can_stop_when_the_lease_is_lost() {
+    fn a_command_without_its_kmutex_may_be_overlapped_when_the_lease_is_lost() {
         let is = |is_orphan, times| is_permitted(HostFault::Cut, Speaker::KmutexRun, is_orphan, times);
         assert!(is(true, [104.0, 110.0, 103.0]));
         assert!(is(true, [104.0, 110.0, 106.5]), "the daemon finds out later");
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn etcdctl_is_not_excused() {
+    fn etcdctl_may_never_be_overlapped() {
         for fault in [HostFault::Stopped, HostFault::Cut, HostFault::Dead] {
             assert!(!is_permitted(fault, Speaker::Etcdctl, false, [104.0, 106.1, 103.0]));
         }

@@ -1,4 +1,4 @@
-//! `kmutex run` where no daemon is: it starts one, one only, that belongs to nobody and ends itself when it is not needed.
+//! `kmutex run` without a daemon starts one, and only one, that is detached from the caller and exits when it is idle.
 
 use std::collections::HashSet;
 use std::fs;
@@ -14,7 +14,7 @@ use tempfile::TempDir;
 
 use crate::harness::*;
 
-/// A place where no daemon is yet. Those that are started there are killed when this is dropped.
+/// A socket path without a daemon. Dropping this kills the daemons that clients started there.
 struct Place {
     folder: TempDir,
 }
@@ -51,7 +51,7 @@ impl Place {
         String::from_utf8(command.output().unwrap().stdout).unwrap()
     }
 
-    /// All processes that serve this place: those whose command line says so.
+    /// Returns all processes whose command line says that they serve this place.
     fn daemons(&self) -> Vec<Pid> {
         let sock = self.sock();
         let serves = |pid: &Pid| {
@@ -171,7 +171,7 @@ fn a_pipe_that_it_was_started_in_closes() {
 }
 
 #[test]
-fn it_has_nothing_of_whoever_started_it() {
+fn it_inherits_nothing_from_its_starter() {
     let place = Place::new();
     let script = r#"
         exec 3</ 4</etc 5</usr 6</bin 7</tmp 8</var 9</proc
@@ -187,7 +187,7 @@ fn it_has_nothing_of_whoever_started_it() {
     let folder = fs::read_dir(format!("/proc/{daemon}/fd")).unwrap();
     for entry in folder.map(Result::unwrap) {
         let number: i32 = entry.file_name().to_str().unwrap().parse().unwrap();
-        // What is behind the number may be gone by now: a connection of this test.
+        // The descriptor may be closed by now: a connection of this test.
         let Ok(target) = fs::read_link(entry.path()) else { continue };
         let target = target.to_str().unwrap();
         let own = ["socket:", "anon_inode:", sock.to_str().unwrap()];
@@ -214,7 +214,7 @@ fn a_terminal_that_it_was_started_in_closes() {
         .env("KMUTEX_SOCK", place.sock())
         .env("SHELL", "/bin/sh")
         .current_dir(place.folder.path());
-    // Its output ends when nobody has the terminal open any more.
+    // Its output ends when no process has the terminal open any more.
     let mut process = Process::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()));
     while process.line().is_some() {}
     assert_eq!(process.wait(), 3);
@@ -249,7 +249,7 @@ fn none_is_started_when_that_is_not_wanted() {
 
 #[test]
 fn none_is_started_on_tcp() {
-    // The port of a client: nobody listens there, nor can somebody come to, while the client lives.
+    // The port of a client: while the client lives, no process can listen there.
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let client = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let port = client.local_addr().unwrap().port().to_string();
@@ -329,7 +329,7 @@ fn a_run_that_meets_a_daemon_that_is_just_ending_does_not_fail() {
     }
 }
 
-/// Whoever kills one daemon on its way may not kill the next one, so another is started; but not for ever.
+/// A daemon that dies while it starts may be an accident, so the client starts another one, but not for ever.
 #[cfg(feature = "failpoints")]
 #[test]
 fn a_daemon_that_is_killed_whenever_it_starts_is_given_up() {

@@ -6,7 +6,7 @@ use crate::harness::{Daemon, KMUTEX, Process, finish, open_to_all, tool, wait_un
 use crate::other_user::OtherUser;
 
 #[test]
-fn the_holder_is_stopped_and_whoever_is_next_gets_the_lock() {
+fn the_holder_is_stopped_and_the_next_waiter_gets_the_lock() {
     let daemon = Daemon::start();
     let mut run = daemon.run(&["k", "sleep", "1000"]);
     let mut holder = Process::spawn(run.stderr(Stdio::piped()));
@@ -33,7 +33,7 @@ fn a_holder_of_protocol_1_is_closed() {
 }
 
 #[test]
-fn what_nobody_holds_cannot_be_broken() {
+fn a_free_lock_cannot_be_broken() {
     let daemon = Daemon::start();
     finish(&mut daemon.kmutex(&["break", "--yes", "k"])).assert_error(65, &["no client holds", "\"k\""]);
     finish(&mut daemon.kmutex(&["break", "--yes", ""])).assert_error(65, &["key"]);

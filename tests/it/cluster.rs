@@ -51,7 +51,7 @@ fn waiter(daemon: &Daemon, options: &[&str], key: &str, already: u64) -> Process
     command.args([key, "--", "sh", "-c", "echo running $KMUTEX_TOKEN"]);
     let waiting = daemon.log().matches("wait: ").count();
     let process = Process::spawn(command.stdout(Stdio::piped()).stderr(Stdio::piped()));
-    // Not its count among those who wait alone: until etcd has been asked, it might yet get the lock.
+    // The count alone does not show that it waits: until etcd has answered, it may still get the lock.
     daemon.wait_for_logs("wait: ", waiting + 1);
     daemon.wait_for_counts(key, 1, already + 1);
     process
@@ -81,7 +81,7 @@ impl Other {
 
     /// Its command outlives it, if it is killed.
     fn end_command(&self) {
-        // Where nobody reads, there is no command.
+        // If no process reads, there is no command.
         let pipe = std::fs::File::options().write(true).custom_flags(nix::libc::O_NONBLOCK).open(&self.pipe);
         if let Ok(mut pipe) = pipe {
             pipe.write_all(b"\n").unwrap();
@@ -118,11 +118,11 @@ fn one_of_many_hosts_runs_it_and_the_others_are_told_how_it_ended() {
 
 #[test]
 #[ignore = "needs etcd"]
-fn those_who_queue_are_served_in_the_order_of_hosts_and_tokens_grow() {
+fn queued_clients_are_served_in_the_order_of_hosts_and_tokens_grow() {
     let etcd = Etcd::single();
     let [a, b, c] = hosts(&etcd);
     let holder = a.hold_with(&["--queue"], "k");
-    // It was first of those who wait, but its host has just had the lock.
+    // It was the first waiter, but its host has just had the lock.
     let mut local = waiter(&a, &["--queue"], "k", 0);
     let mut second = waiter(&b, &["--queue"], "k", 0);
     wait_until("b to stand in line", || standing(&etcd, "k") == 2);
@@ -162,10 +162,9 @@ fn who_does_not_wait_or_not_for_long_is_refused() {
     finish(&mut b.run(&["-n", "k", "true"])).assert_silent(BUSY);
     finish(&mut b.run(&["-w", "0.2", "k", "true"])).assert_silent(BUSY);
     finish(&mut b.run(&["--queue", "-w", "0.2", "k", "true"])).assert_silent(BUSY);
-    wait_until("nobody to stand in line but the holder", || standing(&etcd, "k") == 1);
+    wait_until("only the holder to stand in line", || standing(&etcd, "k") == 1);
     assert_eq!(holder.finish(0), 0);
-    // The holder's kmutex has ended before its daemon has told etcd: whoever comes from another host may still be told of
-    // it.
+    // The holder's kmutex exits before its daemon has told etcd, so another host may find the lock busy for a moment.
     wait_until("the lock to be free", || standing(&etcd, "k") == 0);
     finish(&mut b.run(&["-n", "k", "true"])).assert_silent(0);
     finish(&mut a.run(&["-n", "k", "true"])).assert_silent(0);
@@ -309,7 +308,7 @@ fn etcdctl_and_kmutex_wait_for_each_other() {
     let mut behind = Other::lock(&etcd, "k", "pipe2");
     wait_until("etcdctl to stand in line", || standing(&etcd, "k") == 3);
     other.release();
-    // How it ended, nobody knows; that it did is enough.
+    // The outcome of etcdctl's holder is unknown; that it ended is enough.
     assert_eq!((once.wait(), queued.wait()), (FINISHED, 0));
     behind.process.wait_for_line("holding");
     let mut after = waiter(&a, &["--queue"], "k", 0);
@@ -401,7 +400,7 @@ fn while_etcd_is_away_new_requests_wait_or_fail_and_what_is_held_ends_in_time() 
 
 #[test]
 fn a_daemon_that_never_reaches_etcd_serves_and_says_why_it_gives_nothing() {
-    // Nobody listens on port 1.
+    // No process listens on port 1.
     let a = Daemon::with(&["--etcd", "http://127.0.0.1:1"]);
     a.wait_for_log("connection refused");
     finish(&mut a.run(&["-n", "k", "true"])).assert_error(UNAVAILABLE, &["etcd"]);
@@ -539,7 +538,7 @@ fn where_locks_are_shared_no_client_starts_a_daemon_that_shares_nothing() {
     a.process().signal(Signal::SIGTERM);
     assert_eq!(a.process().wait(), 0);
     finish(&mut a.kmutex(&["run", "k", "true"])).assert_error(UNAVAILABLE, &refused);
-    // Whoever starts one by hand knows what is wanted.
+    // A manually started daemon without --etcd is deliberate.
     a.restart(&[]);
     a.wait_for_log("without --etcd, this one does not");
     finish(&mut a.run(&["k", "true"])).assert_silent(0);
@@ -570,7 +569,7 @@ fn a_daemon_that_ends_leaves_nothing_behind_that_is_not_needed() {
     // What is held is held until the lease ends: the holder may come back.
     assert!(leases().contains(&lease_a));
     assert!(!leases().contains(&lease_b));
-    assert_eq!(standing(&etcd, "k"), 1, "nobody waits for one who has gone");
+    assert_eq!(standing(&etcd, "k"), 1, "the entry of the waiter is gone");
 }
 
 #[test]
@@ -596,8 +595,8 @@ fn with_certificates_and_users() {
     let elsewhere = Daemon::with(&[&with[..], &["--etcd-prefix", "other"]].concat());
     elsewhere.wait_for_log("permission denied");
     finish(&mut elsewhere.run(&["-n", "k", "true"])).assert_error(UNAVAILABLE, &["etcd"]);
-    let nobody = Daemon::with(&options.iter().map(String::as_str).collect::<Vec<_>>());
-    nobody.wait_for_log("new locks wait until it answers");
+    let anonymous = Daemon::with(&options.iter().map(String::as_str).collect::<Vec<_>>());
+    anonymous.wait_for_log("new locks wait until it answers");
 }
 
 #[test]

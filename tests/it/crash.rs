@@ -1,5 +1,5 @@
-//! The crash matrix: the daemon dies before and after each write of its journal and each send, for a holder, those who
-//! wait, and a newcomer; another one takes its place, and nobody notices.
+//! The crash matrix: the daemon dies before and after each write of its journal and each send, while there are a holder,
+//! waiters and a newcomer. Another daemon takes its place, and no client notices.
 
 use std::fs;
 use std::path::PathBuf;
@@ -110,7 +110,7 @@ fn survives(moment: &str) -> bool {
     drop(holder.child.stdin.take());
     assert_eq!(fixture.wait(&mut holder), 0, "{moment}");
     let once = fixture.wait(&mut once);
-    // Where the daemon died with the news that the holder is done, nobody knows it any more.
+    // If the daemon died before it told the waiter that the holder is done, the waiter does the work again.
     assert!(once == 79 || once == 0 && fixture.died, "{moment}: {once}");
     assert_eq!(once == 0, fixture.file("once").exists(), "{moment}");
     assert_eq!(fixture.wait(&mut queue), 0, "{moment}");

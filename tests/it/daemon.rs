@@ -121,7 +121,7 @@ fn a_socket_is_never_wider_for_a_moment() {
 }
 
 #[test]
-fn nobody_is_lost_at_the_connection_limit() {
+fn no_client_is_lost_at_the_connection_limit() {
     let daemon = Daemon::with(&["-m", "3"]);
     let mut inside: Vec<_> = (0..3).map(|_| daemon.wire()).collect();
     for client in &mut inside {
@@ -154,11 +154,11 @@ fn it_does_not_spin_at_the_connection_limit() {
 }
 
 #[test]
-fn without_descriptors_it_serves_those_who_are_there_and_does_not_spin() {
+fn without_descriptors_it_serves_the_connected_clients_and_does_not_spin() {
     let daemon = Daemon::start();
     let mut inside = daemon.wire();
     inside.send(KEY).expect("O");
-    // Whatever was inherited from whoever runs the tests, and however the numbers lie: room for two.
+    // Leaves room for two, whatever descriptors the daemon has inherited.
     let used = fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
     let limit = format!("--nofile={}", used + 2);
     let pid = daemon.pid().to_string();
@@ -250,7 +250,7 @@ fn a_dead_daemons_socket_is_replaced() {
 }
 
 #[test]
-fn a_socket_that_somebody_else_serves_is_left_alone() {
+fn a_socket_that_another_program_serves_is_left_alone() {
     let folder = tempfile::tempdir().unwrap();
     let _other = UnixListener::bind(folder.path().join("sock")).unwrap();
     let (code, line) = refused(&["-f", "--sock", "sock"], folder.path());

@@ -77,7 +77,7 @@ fn a_key_that_is_none_is_65() {
         finish(&mut daemon.run(&[key, OsStr::new("touch"), OsStr::new(PROOF)])).assert_error(BAD_DATA, words);
     }
     assert!(!daemon.folder().join(PROOF).exists());
-    assert!(!daemon.log().contains("connect:"), "nobody was asked:\n{}", daemon.log());
+    assert!(!daemon.log().contains("connect:"), "no daemon was asked:\n{}", daemon.log());
 }
 
 #[test]
@@ -123,7 +123,7 @@ fn a_daemon_that_does_not_speak_protocol_2_is_76() {
     ];
     for (answer, words) in cases {
         let server = FakeServer::start(move |stream| {
-            // The client may have heard enough before it has heard all.
+            // The client may close before it has read everything.
             let _ = stream.write_all(&answer);
             let _ = stream.read_to_end(&mut Vec::new());
         });
@@ -212,7 +212,7 @@ fn what_has_control_characters_is_named_without_them() {
 }
 
 #[test]
-fn an_error_that_nobody_can_read_has_its_exit_code_all_the_same() {
+fn an_error_that_cannot_be_printed_keeps_its_exit_code() {
     let daemon = Daemon::start();
     let run = |args: &[&str]| {
         let (reader, writer) = std::io::pipe().unwrap();
@@ -275,7 +275,7 @@ fn a_socket_that_one_may_not_use_is_77() {
 
 #[test]
 #[ignore = "needs root, to act as two users"]
-fn a_daemon_of_somebody_else_is_trusted_only_when_that_is_said() {
+fn a_daemon_of_another_user_is_trusted_only_with_trust_uid() {
     let other = OtherUser::new();
     let folder = other.folder();
     let sock = folder.join("sock");

@@ -13,7 +13,7 @@ use tempfile::TempDir;
 
 use crate::harness::{Process, tool, wait_for, wait_until};
 
-/// How many times other ports are tried, when somebody else has taken one meanwhile.
+/// How many times other ports are tried, if another process has taken one meanwhile.
 const STARTS_MAX: usize = 5;
 /// How much of a member's log is shown.
 const LOG_LINES_MAX: usize = 40;
@@ -80,9 +80,9 @@ impl Etcd {
         Etcd::start(|| places.iter().enumerate().map(member).collect(), false)
     }
 
-    /// One member that speaks TLS alone, and only to those who show a certificate of its own authority. Made so that it
-    /// can have users too: its gateway shows the server's certificate to the server, so that has to be good for both
-    /// sides; and a name in a certificate would be a user's name, which the gateway refuses.
+    /// One member that speaks only TLS, and only to clients with a certificate of its own authority. It can have users too:
+    /// its gateway presents the server's certificate to the server, so that certificate is valid for both sides; and
+    /// because a common name in a certificate is a user's name, which the gateway refuses, the certificates have none.
     pub fn tls() -> Etcd {
         Etcd::start(|| free_ports(1), true)
     }
@@ -257,8 +257,8 @@ impl Etcd {
         String::from_utf8(output.stdout).unwrap()
     }
 
-    /// From now on whoever comes has to say who he is: the administrator, or this user, who may read and write what
-    /// begins with `prefix`.
+    /// From now on each client must log in: as the administrator, or as this user, who may read and write keys that begin
+    /// with `prefix`.
     pub fn enable_auth(&mut self, name: &str, password: &str, prefix: &str) {
         self.ctl(&["user", "add", ROOT]);
         self.ctl(&["user", "grant-role", "root", "root"]);

@@ -105,8 +105,8 @@ fn without_descriptors_newcomers_wait() {
     }
 }
 
-/// A newcomer that gave up before it was accepted (ECONNABORTED) is nobody, and a signal that interrupts (EINTR) is
-/// nothing: whoever is next is accepted at once.
+/// The daemon skips a newcomer that gave up before it was accepted (ECONNABORTED), and a signal that interrupts (EINTR): it
+/// accepts the next client at once.
 #[test]
 #[ignore = "needs strace"]
 fn a_newcomer_that_gave_up_is_passed_over() {
@@ -138,8 +138,9 @@ fn interruptions_change_nothing() {
     assert!(injector.detach() > 10);
 }
 
-/// A lock that cannot be recorded (the disk is full, or broken) is not given: whoever asks for it is told so, whoever
-/// waits for it too. Locks that are held stay so, and are released. When it can be recorded again, all is well.
+/// A lock that cannot be recorded (the disk is full, or broken) is not granted: clients that ask
+/// for it or wait for it get an error. Held locks stay held, and can be released. When the journal can be written again, the
+/// daemon grants locks again.
 #[test]
 #[ignore = "needs strace"]
 fn a_lock_that_cannot_be_recorded_is_not_given() {

@@ -39,7 +39,7 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
             return found;
         }
         assert!(Instant::now() < give_up, "waited in vain for {what}");
-        // Only to leave the processor to those who are waited for.
+        // Leaves the processor to the processes that this waits for.
         std::thread::sleep(Duration::from_millis(2));
     }
 }
@@ -530,7 +530,7 @@ pub fn open_to_all(folder: &Path) {
     fs::set_permissions(folder, fs::Permissions::from_mode(0o777)).unwrap();
 }
 
-/// A process that is nobody's child here. It is killed, by pid, when this is dropped.
+/// A process that is not a child of this test. Dropping this kills it, by pid.
 pub struct KillOnDrop(Pid);
 
 impl KillOnDrop {

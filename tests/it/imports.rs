@@ -1,5 +1,5 @@
 //! No circles: where one file of src names another, that one does not name the first, neither itself nor through
-//! others. A module and those that it is inside of are the exception. Rust does not check that, so this does.
+//! others. A module and its parents are the exception. Rust does not check that, so this does.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;

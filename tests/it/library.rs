@@ -10,7 +10,7 @@ fn client(daemon: &Daemon) -> Client {
 }
 
 #[test]
-fn a_lock_is_had_or_somebody_else_was_there() {
+fn a_client_gets_the_lock_or_is_told_that_another_had_it() {
     let daemon = Daemon::start();
     let mut mine = client(&daemon);
     let first = mine.lock("page").unwrap().expect("it is free");
@@ -37,7 +37,7 @@ fn a_guard_that_is_dropped_releases() {
 }
 
 #[test]
-fn without_a_guard_whoever_acquires_releases() {
+fn without_a_guard_the_caller_releases() {
     let daemon = Daemon::start();
     let mut mine = client(&daemon);
     let token = mine.acquire("page").unwrap();
@@ -51,7 +51,7 @@ fn without_a_guard_whoever_acquires_releases() {
 }
 
 #[test]
-fn a_client_that_is_dropped_has_vanished_and_somebody_else_takes_over() {
+fn when_a_client_is_dropped_a_waiter_takes_over() {
     let daemon = Daemon::start();
     let mut mine = client(&daemon);
     mine.acquire("page").unwrap();

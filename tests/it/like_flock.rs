@@ -264,7 +264,7 @@ fn the_command_inherits_the_lock_and_what_was_open_and_nothing_else() {
         let print = ["perl", "-e", PRINT_DESCRIPTORS];
         let descriptors = |inner: &Command| -> Vec<String> {
             let mut command = Command::new("sh");
-            // Seven was opened by whoever called.
+            // The caller opened descriptor 7.
             command
                 .args(["-c", r#"exec 7</; exec "$@""#, "sh"])
                 .arg(inner.get_program())
@@ -301,7 +301,7 @@ fn what_the_command_leaves_behind_keeps_a_lock_of_flock_but_not_of_kmutex() {
         assert_eq!(tool.is_free(), tool.name == "kmutex");
         drop(sleeper);
         wait_until("the lock to be free", || tool.is_free());
-        // Without a fork nobody is left to release: there it is the same.
+        // With -F no kmutex process is left to release, so both behave alike.
         let said = tool.ends(&["-F"], &["sh", "-c", "sleep 600 & echo $!"], 0);
         let sleeper = KillOnDrop::new(said.trim());
         assert!(!tool.is_free());

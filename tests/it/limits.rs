@@ -1,4 +1,4 @@
-//! Nobody makes the daemon keep much, or wait for long.
+//! No client can make the daemon keep much, or wait for long.
 
 use std::fs;
 use std::io::{ErrorKind, Read, Write};

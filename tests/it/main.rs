@@ -1,5 +1,5 @@
 //! All integration tests: one binary, a file a topic, one harness.
-// What the harness offers is public to the tests, and to nobody else.
+// The harness is public to the tests only.
 #![allow(unreachable_pub)]
 
 mod autostart;
@@ -40,4 +40,5 @@ mod shell;
 mod signals;
 mod status;
 mod vanished;
+mod words;
 mod world;

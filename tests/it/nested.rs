@@ -1,4 +1,4 @@
-//! Locks under locks: nobody waits for himself, nor two for each other.
+//! Locks under locks: no run waits for itself, and no two wait for each other.
 
 use std::process::{Command, Stdio};
 
@@ -34,7 +34,7 @@ fn a_reentrant_run_goes_on_under_the_outer_lock() {
     let script = r#""$KMUTEX" run --reentrant --status-file report k sh -c 'exit 5'; cat report"#;
     let report = finish(&mut under(&daemon, &[], "k", script)).assert_silent(0);
     assert!(report.contains(r#""verdict":"ran","outcome":{"exit":5},"token":null"#), "{report}");
-    // Of a lock that nobody above holds it is an ordinary run.
+    // If no run above holds the lock, --reentrant changes nothing.
     let script = r#""$KMUTEX" run --reentrant free -- sh -c '"$KMUTEX" status --json free'"#;
     assert!(finish(&mut under(&daemon, &[], "k", script)).assert_silent(0).contains("\"holding\":1"));
 }

@@ -1,4 +1,4 @@
-//! Somebody else on this machine, for tests of who may do what.
+//! Another user of this machine, for tests of permissions.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -8,7 +8,7 @@ use nix::unistd::Uid;
 
 use crate::harness::{KMUTEX, Process, finish, open_to_all};
 
-/// Somebody who is not root, with a folder that both can use and the program in it. Only root can do this.
+/// A user that is not root, with a folder that both users can use and the program in it. Only root can make one.
 pub struct OtherUser {
     folder: tempfile::TempDir,
 }
@@ -22,7 +22,7 @@ impl OtherUser {
             "this test acts as two users, which only root can: run it as root"
         );
         let folder = tempfile::tempdir().unwrap();
-        // What is in the folder is to be decided by the modes of what is in it.
+        // The modes of the files in the folder decide who may use them.
         open_to_all(folder.path());
         // By another process, as in `write_script`.
         let mut copy = Command::new("install");

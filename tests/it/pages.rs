@@ -1,5 +1,5 @@
 //! What the documents and man pages say of files and command lines is true: files that they name exist, and commands that
-//! they print are ones that kmutex takes. `readme.rs` runs those that are printed with their output.
+//! they print are ones that kmutex takes. `readme.rs` runs the commands that are printed with their output.
 
 use std::ffi::OsString;
 use std::fs;

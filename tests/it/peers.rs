@@ -1,11 +1,11 @@
-//! What becomes of those who waited when the holder failed; and what they and programs are told.
+//! What waiters do when the holder fails, and what they report to people and programs.
 
 use std::fs;
 use std::process::Stdio;
 
 use crate::harness::{Daemon, Process, finish, tool, wait_until};
 
-/// The exit codes of those who wait for a holder that ends with `status`, and how many of them ran.
+/// Returns the exit codes of three waiters for a holder that ends with `status`, and how many of them ran.
 fn waiters(options: &[&str], status: u8) -> (Vec<i32>, usize) {
     let daemon = Daemon::start();
     let holder = daemon.hold("k");

@@ -28,7 +28,7 @@ fn assert_together(world: &World, one: u32, other: u32) {
 }
 
 #[test]
-fn each_user_has_a_daemon_of_its_own_whoever_comes_first() {
+fn each_user_has_a_daemon_of_its_own_whichever_comes_first() {
     for users in [[ROOT, BOB, EVE], [EVE, BOB, ROOT], [BOB, ROOT, EVE]] {
         let world = World::new();
         for uid in users {

@@ -112,7 +112,7 @@ fn who_does_not_wait_is_told_who_holds() {
 
 /// Whatever was written to the daemon first has happened first, on whichever connections it was written.
 #[test]
-fn nobody_is_refused_because_of_what_is_already_over() {
+fn no_client_is_refused_because_of_a_hold_that_has_ended() {
     let daemon = Daemon::start();
     let (mut one, mut two) = (daemon.wire(), daemon.wire());
     one.open(PING).answer_of("pong");
@@ -233,7 +233,7 @@ fn bad_requests_are_errors_and_the_connection_goes_on() {
     client.request(r#" {"type":"lock","key":"hello","later":1} "#).answer_of("granted");
 }
 
-/// Nobody else is harmed by what a client sends.
+/// The daemon closes a client that sends `frame`, and no other client notices.
 fn is_closed_for(frame: &[u8], code: &str) {
     let daemon = Daemon::start();
     let (mut holder, mut waiter, mut client) = (daemon.wire(), daemon.wire(), daemon.wire());

@@ -116,7 +116,7 @@ fn a_program_that_uses_the_library_alone_gets_no_clap_env_logger_or_rustls() {
     }
 }
 
-/// The sources of the pure part, without those that only tests are made of.
+/// Returns the source files of the pure part, without the files that only hold tests.
 fn pure_files() -> Vec<PathBuf> {
     let src = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
     let mut files = Vec::new();

@@ -101,7 +101,7 @@ fn play_session(session: &str, folder: &Path) {
     }
     let path = format!("{}:{}", folder.join("bin").display(), std::env::var("PATH").unwrap());
     let mut shell = tool("bash");
-    // With jobs, as where somebody types, but without the shell's own reports of them.
+    // With job control, as in an interactive shell, but without the shell's own reports of jobs.
     shell.args(["-c", &format!("set -m; exec 3>&2 2>&1; {script}")]).current_dir(folder).env("PATH", path);
     shell.env("KMUTEX_SOCK", folder.join("k.sock")).stdin(Stdio::null());
     let output = shell.output().unwrap();

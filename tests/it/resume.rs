@@ -51,7 +51,7 @@ fn a_daemon_that_is_asked_to_end_loses_nothing_either() {
 }
 
 #[test]
-fn those_who_wait_wait_on_in_their_order() {
+fn waiters_wait_on_in_their_order() {
     let mut daemon = Daemon::start();
     let run = daemon.hold("k");
     let order = daemon.folder().join("order");
@@ -129,7 +129,7 @@ fn a_command_whose_kmutex_was_killed_keeps_its_lock_across_daemons() {
     let mut next = Process::spawn(&mut daemon.run(&["k", "true"]));
     daemon.wait_for_log("wait: ");
     child.kill();
-    assert_eq!(next.wait(), 0, "nobody has done the work");
+    assert_eq!(next.wait(), 0, "the work is not done");
 }
 
 #[test]

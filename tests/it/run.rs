@@ -254,7 +254,7 @@ fn the_exit_status_is_the_commands_own() {
 #[test]
 fn the_exit_status_of_a_command_that_died_of_a_signal_is_128_and_the_signal() {
     let daemon = Daemon::start();
-    // Those that dump a core, those that kmutex passes on, and real-time signals, which have no names.
+    // Signals that dump a core, signals that kmutex passes on, and real-time signals, which have no names.
     for signal in [1, 2, 3, 6, 7, 9, 10, 11, 12, 13, 14, 15, 34, 50, 64] {
         let script = format!("ulimit -c 0; exec perl -e 'kill {signal}, $$; exit 0'");
         finish(&mut daemon.run(&["k", "sh", "-c", &script])).assert_silent(128 + signal);

@@ -58,7 +58,7 @@ fn the_services_command_line_is_understood() {
 }
 
 #[test]
-fn it_serves_a_socket_that_somebody_else_listens_on_and_a_restart_loses_no_lock() {
+fn it_serves_an_inherited_socket_and_a_restart_loses_no_lock() {
     let folder = tempfile::tempdir().unwrap();
     let path = |name: &str| folder.path().join(name);
     let notify = UnixDatagram::bind(path("notify")).unwrap();

@@ -38,7 +38,7 @@ fn all_of_them_are_held_while_the_command_runs() {
 }
 
 #[test]
-fn if_one_is_not_to_be_had_none_is_kept_and_nobody_is_told_that_it_was_done() {
+fn if_one_cannot_be_acquired_none_is_held_and_no_waiter_is_told_finished() {
     let daemon = Daemon::start();
     let holder = daemon.hold("b");
     finish(&mut run(&daemon, &["-n"], &["a", "b"], &["true"])).assert_silent(75);
@@ -51,7 +51,7 @@ fn if_one_is_not_to_be_had_none_is_kept_and_nobody_is_told_that_it_was_done() {
     assert_eq!(both.wait(), 79, "the work of b is done");
     assert_eq!(other.wait(), 0, "that of a is not");
     assert!(daemon.status().is_empty());
-    // The same where kmutex would have become the command, whose end would have been that of the work.
+    // The same with -F, where the end of kmutex would otherwise have been the end of the work.
     let holder = daemon.hold("b");
     let mut both = Process::spawn(&mut run(&daemon, &["-F", "-w", "0.5"], &["a", "b"], &["true"]));
     daemon.wait_for_counts("a", 1, 0);

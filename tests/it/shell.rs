@@ -89,7 +89,7 @@ fn a_shells_lock_outlives_the_daemon() {
         assert!(!is_free(&daemon));
         let status = &daemon.status()[0]["holders"][0];
         assert_eq!(status["pid"], holder.pid().as_raw());
-        assert!(status["orphan"].is_null(), "nobody is to come back: {status}");
+        assert!(status["orphan"].is_null(), "no client has to resume: {status}");
     }
     let pid = holder.pid().to_string();
     assert_eq!(finish(&mut daemon.kmutex(&["unlock", "--pid", &pid, "k"])).assert_silent(0), "");
@@ -149,7 +149,7 @@ fn a_process_that_cannot_hold_is_named() {
 
 #[test]
 #[ignore = "needs root, to act as two users"]
-fn a_process_of_somebody_else_cannot_hold() {
+fn a_process_of_another_user_cannot_hold() {
     let other = OtherUser::new();
     let sock = other.folder().join("sock");
     let _daemon = other.serve(other.command(other.kmutex()), &sock, &[]);

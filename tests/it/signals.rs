@@ -331,7 +331,7 @@ fn ctrl_z_stops_the_job_and_fg_continues_it() {
     let mut terminal = terminal(&daemon, script);
     let counter = Counter::ready(&daemon);
     for round in 1..=5 {
-        // Not before the job is in the foreground, or the key would be somebody else's.
+        // Before the job is in the foreground the key would go to another process.
         wait_until("the job to be in the foreground", || is_in_foreground(counter.kmutex));
         type_in(&mut terminal, "\x1a");
         wait_until("the shell to see the job stopped", || {

@@ -1,5 +1,5 @@
-//! Holders that go away without a word, and those who are left: a lock ends with its last user, and who waited for work
-//! that was never finished does it.
+//! Holders that disappear without a word: a lock ends with its last user, and one of the waiters does the work that was not
+//! finished.
 
 use std::io::Write;
 use std::process::Stdio;
@@ -45,7 +45,7 @@ fn kill_9(process: &mut Process) {
 }
 
 #[test]
-fn when_a_holder_vanishes_one_of_those_who_waited_does_the_work() {
+fn when_a_holder_vanishes_one_of_the_waiters_does_the_work() {
     let daemon = Daemon::start();
     let mut holder = daemon.hold_with(&["-o"], "k");
     let mut waiters = waiters(&daemon, 4);
@@ -76,7 +76,7 @@ fn a_killed_kmutex_has_not_vanished_while_its_command_lives() {
     let mut waiters = waiters(&daemon, 3);
     kill_9(&mut holder.process);
     finish(&mut daemon.run(&["-n", "k", "true"])).assert_silent(75);
-    assert_eq!(daemon.counts("k"), (1, 3), "nobody got the lock");
+    assert_eq!(daemon.counts("k"), (1, 3), "no waiter got the lock");
     // The end of its input ends the command.
     drop(holder.process.child.stdin.take());
     run_to_its_end(&daemon, &mut waiters[0], 2, 0);

@@ -192,7 +192,7 @@ fn twenty_thousand_locks_are_listed_to_fifty_readers() {
     let scene = Measured::with_journal(&["--grace", "600"], |folder| {
         let boot = std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
         let boot = u128::from_str_radix(&boot.trim().replace('-', ""), 16).unwrap().to_be_bytes();
-        // Held by nobody that can be found, so that they are held until the time is up.
+        // No process holds them, so they stay held until the time is up.
         let records: Vec<HoldRecord> = (1..=LOCKS)
             .map(|number| HoldRecord {
                 held: HoldState {
