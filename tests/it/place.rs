@@ -28,6 +28,7 @@ fn assert_together(world: &World, one: u32, other: u32) {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn each_user_has_a_daemon_of_its_own_whichever_comes_first() {
     for users in [[ROOT, BOB, EVE], [EVE, BOB, ROOT], [BOB, ROOT, EVE]] {
         let world = World::new();
@@ -46,6 +47,7 @@ fn each_user_has_a_daemon_of_its_own_whichever_comes_first() {
 
 /// By hand and from cron: the place does not depend on the environment.
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn a_login_shell_and_cron_come_to_the_same_daemon() {
     let world = World::new();
     for uid in [ROOT, BOB] {
@@ -59,6 +61,7 @@ fn a_login_shell_and_cron_come_to_the_same_daemon() {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn what_another_user_leaves_in_tmp_neither_stops_nor_fools_a_user() {
     let squats = [
         "mkdir $D; chmod 777 $D",
@@ -97,6 +100,7 @@ fn what_another_user_leaves_in_tmp_neither_stops_nor_fools_a_user() {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn a_directory_that_is_in_use_stays_in_use_when_the_first_name_becomes_free() {
     let world = World::new();
     world.expect(EVE, &format!("mkdir /tmp/kmutex-{BOB}"), 0);
@@ -107,6 +111,7 @@ fn a_directory_that_is_in_use_stays_in_use_when_the_first_name_becomes_free() {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn many_first_ones_at_once_start_one_daemon() {
     let world = World::new();
     let script = r#"
@@ -120,6 +125,7 @@ fn many_first_ones_at_once_start_one_daemon() {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn roots_daemon_is_in_tmp_where_run_cannot_be_written() {
     let world = World::with("mount -o remount,ro /run");
     assert_eq!(world.expect(ROOT, WHERE, 0), format!("{}\n", own(0)));
@@ -132,6 +138,7 @@ fn roots_daemon_is_in_tmp_where_run_cannot_be_written() {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn the_machines_daemon_is_everybodys() {
     let world = World::new();
     let _daemon = world.serve(ROOT, "--mode 666");
@@ -144,6 +151,7 @@ fn the_machines_daemon_is_everybodys() {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn a_machines_daemon_that_a_user_may_not_use_is_passed_over() {
     let world = World::new();
     let _daemon = world.serve(ROOT, &format!("--mode 660 --group {BOB}"));
@@ -154,6 +162,7 @@ fn a_machines_daemon_that_a_user_may_not_use_is_passed_over() {
 
 /// A daemon of the user's own would grant what the machine's daemon has granted.
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn while_the_machines_daemon_is_being_restarted_no_user_gets_a_daemon_of_its_own() {
     let world = World::new();
     let mut daemon = world.serve(ROOT, "--mode 666");
@@ -166,6 +175,7 @@ fn while_the_machines_daemon_is_being_restarted_no_user_gets_a_daemon_of_its_own
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn a_daemon_that_was_started_by_hand_is_found_by_its_users_and_by_keyedmutexs_clients() {
     let world = World::new();
     let daemon = world.serve(BOB, "");
@@ -193,6 +203,7 @@ fn a_daemon_that_was_started_by_hand_is_found_by_its_users_and_by_keyedmutexs_cl
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn roots_keyedmutexd_for_all_is_found_by_all() {
     let world = World::new();
     let _daemon = world.serve(ROOT, "--mode 666 --sock /tmp/keyedmutexd.sock");
@@ -203,6 +214,7 @@ fn roots_keyedmutexd_for_all_is_found_by_all() {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn serve_does_without_the_old_socket_if_another_user_has_it() {
     let world = World::new();
     world.expect(EVE, "touch /tmp/keyedmutexd.sock.lock", 0);
@@ -213,6 +225,7 @@ fn serve_does_without_the_old_socket_if_another_user_has_it() {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn status_says_first_where_it_looked() {
     let world = World::new();
     let _holder = world.hold(BOB, "k");
@@ -231,6 +244,7 @@ fn status_says_first_where_it_looked() {
 
 /// A unit with PrivateTmp= has a /tmp of its own, and so a user's own daemon there is another one; the machine's is the same.
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn with_a_private_tmp_the_machines_daemon_is_the_same_and_a_users_own_is_not() {
     let world = World::new();
     let private = "unshare --mount sh -c 'mount -t tmpfs -o mode=1777 none /tmp; exec setpriv";
@@ -253,6 +267,7 @@ fn with_a_private_tmp_the_machines_daemon_is_the_same_and_a_users_own_is_not() {
 
 /// Where no user has a number, every file seems to belong to the same one.
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn a_process_without_a_user_id_trusts_no_daemon_by_itself() {
     let world = World::new();
     let _holder = world.hold(EVE, "k");

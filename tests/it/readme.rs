@@ -33,6 +33,7 @@ const PROGRAMS: [(&str, &str); 4] = [
 
 #[test]
 fn the_sessions_of_the_readme_work_as_printed() {
+    tool("make");
     let folder = tempfile::tempdir().unwrap();
     for (name, body) in PROGRAMS {
         write_program(&folder.path().join(name), &format!("#!/bin/sh\n{body}\n"));
@@ -47,6 +48,7 @@ fn the_sessions_of_the_readme_work_as_printed() {
 #[test]
 #[ignore = "needs socat and openssl"]
 fn the_sessions_of_the_protocols_page_work_as_printed() {
+    ["socat", "openssl"].map(tool);
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(play(PROTOCOL, folder.path()), 2, "sessions");
 }
@@ -55,6 +57,7 @@ fn the_sessions_of_the_protocols_page_work_as_printed() {
 #[test]
 #[ignore = "needs etcd"]
 fn the_session_of_the_clusters_page_works_as_printed() {
+    ["etcd", "etcdctl"].map(tool);
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(play(CLUSTER, folder.path()), 1, "sessions");
 }

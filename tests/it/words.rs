@@ -27,7 +27,7 @@ fn every_sentence_names_its_subject() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
     ROOTS.iter().for_each(|name| find_files(&root.join(name), &mut files));
-    assert!(files.len() > 100, "the walk found too little: {files:?}");
+    assert!(files.len() > 80, "the walk found too little: {files:?}");
     let found: Vec<String> = files.iter().flat_map(|path| words_of_file(root, path)).collect();
     assert!(found.is_empty(), "{} times:\n{}", found.len(), found.join("\n"));
 }
@@ -53,8 +53,8 @@ fn the_check_sees_the_words_in_sentences_and_names() {
     }
 }
 
-/// Folders of files that no one writes by hand.
-const SKIPPED: [&str; 4] = ["artifacts", "corpus", "seeds", "target"];
+/// Folders of files that are not written by hand, and this file.
+const SKIPPED: [&str; 5] = ["artifacts", "corpus", "seeds", "target", "words.rs"];
 
 fn find_files(path: &Path, files: &mut Vec<PathBuf>) {
     const TEXTS: [&str; 12] = ["rs", "md", "pl", "py", "roff", "1", "toml", "bash", "fish", "sh", "c", ""];
