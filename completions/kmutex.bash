@@ -457,7 +457,7 @@ else
     complete -F _kmutex -o bashdefault -o default kmutex
 fi
 
-# Keys, from those that are held or waited for, where a KEY is expected.
+# Completes with the keys that are held or waited for, where a KEY is expected.
 _kmutex_with_keys() {
     _kmutex "$@"
     local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}" index

@@ -121,6 +121,6 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l no-log -d 'Log n
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l detach -d 'Detach from the calling process, and write a newline to standard output when serving (used by run)'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s h -l help -d 'Print help (see more with \'--help\')'
 
-# Keys, from those that are held or waited for, where a KEY is expected.
+# Completes with the keys that are held or waited for, where a KEY is expected.
 complete -c kmutex -n "__fish_kmutex_using_subcommand run lock unlock status break" -f -a "(kmutex status --keys 2>/dev/null)"
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s k -l key -x -a "(kmutex status --keys 2>/dev/null)"

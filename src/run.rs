@@ -1,16 +1,19 @@
 //! `kmutex run`: acquires locks, runs a command under them, releases them, and tells how that went.
 
 mod child;
+mod command;
 mod descendants;
+mod forward;
 mod report;
+mod signals;
+mod startup;
 
 use std::ffi::{OsStr, OsString};
 use std::io;
-use std::os::unix::process::CommandExt;
-use std::process::Command;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
+use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
 
 use crate::acquire::{Acquire, Acquired};
@@ -19,7 +22,9 @@ use crate::client::{self, HeldLock, RELEASE_WAIT};
 use crate::exit::{self, Exit};
 use crate::proto::v2::LockRequest;
 use crate::proto::{Key, Outcome, Token};
+use command::Command;
 pub use report::{Report, Sink};
+pub use signals::die_of;
 
 /// What to run, under which lock, and how.
 #[derive(Clone, Debug)]
@@ -65,6 +70,8 @@ pub enum OnLost {
 pub enum Ended {
     /// The command ran and exited with this status, or died of a signal: then 128 plus its number.
     Ran(u8),
+    /// The command died of this signal, which was sent to kmutex too: kmutex dies of it as well, see [`die_of`].
+    Died(u8),
     /// Another holder finished first; the command did not run.
     Finished(Outcome),
     /// Another holder finished first, with this status; the command did not run.
@@ -141,14 +148,17 @@ impl Job {
     }
 
     fn run_locked(&self, mut holds: Vec<HeldLock>, report: &mut Report) -> Result<Ended, Error> {
-        let mut command = self.command(&holds)?;
+        let command = self.command(&holds)?;
         if self.spawn == Spawn::Exec {
             let error = command.exec();
             return Err(self.not_started(holds, error));
         }
-        let inherits = self.spawn == Spawn::InheritLock;
-        let kill_after = (self.on_lost == OnLost::Kill).then_some(self.kill_after);
-        let exit = match child::run(&mut command, &mut holds, inherits, kill_after, self.tree) {
+        let options = child::Options {
+            inherits: self.spawn == Spawn::InheritLock,
+            kill_after: (self.on_lost == OnLost::Kill).then_some(self.kill_after),
+            tree: self.tree,
+        };
+        let exit = match child::run(&command, &mut holds, options) {
             Err(child::Error::Spawn(error)) => return Err(self.not_started(holds, error)),
             Err(child::Error::Os(doing, error)) => return Err(Error::Os(doing, error)),
             Ok(exit) => exit,
@@ -173,19 +183,32 @@ impl Job {
         if lost {
             return Ok(Ended::Lost);
         }
-        Ok(Ended::Ran(match exit.outcome {
-            Outcome::Signal(number) => exit::of_signal(number),
-            Outcome::Exit(status) => status,
+        Ok(match exit.outcome {
+            Outcome::Signal(number) if exit.died_with_kmutex => Ended::Died(number),
+            Outcome::Signal(number) => Ended::Ran(exit::of_signal(number)),
+            Outcome::Exit(status) => Ended::Ran(status),
             Outcome::Unknown | Outcome::Vanished => unreachable!("a child exits or dies of a signal"),
-        }))
+        })
     }
 
     /// Releases the locks of a command that could not be started, and returns the error.
     fn not_started(&self, mut holds: Vec<HeldLock>, error: io::Error) -> Error {
-        let error = Error::Command { program: self.argv[0].clone(), error };
+        // Without a process or memory no command could be started: another host, or a moment later, may do better.
+        let is_shortage = matches!(
+            error.raw_os_error().map(Errno::from_raw),
+            Some(Errno::EAGAIN | Errno::ENOMEM | Errno::EMFILE | Errno::ENFILE)
+        );
+        let error = match is_shortage {
+            true => Error::Os("start the command", error),
+            false => Error::Command { program: self.argv[0].clone(), error },
+        };
+        let outcome = match is_shortage {
+            true => Outcome::Vanished,
+            false => Outcome::Exit(error.exit().code()),
+        };
         for hold in &mut holds {
             // If the daemon is down, the lock ends with this process.
-            let _ = hold.release(Outcome::Exit(error.exit().code()), RELEASE_WAIT);
+            let _ = hold.release(outcome, RELEASE_WAIT);
         }
         error
     }
@@ -202,22 +225,24 @@ impl Job {
         }
     }
 
-    fn command(&self, holds: &[HeldLock]) -> Result<Command, Error> {
-        let mut command = Command::new(&self.argv[0]);
-        command.args(&self.argv[1..]);
+    fn command(&self, holds: &[HeldLock]) -> Result<Command<'_>, Error> {
+        let mut variables = Vec::new();
         // If an enclosing `kmutex run` holds all locks, its variables are still right.
-        let Some(hold) = holds.last() else { return Ok(command) };
-        let sock =
-            self.locks[0].target.addr.absolute().map_err(|e| Error::Os("find the working directory", e))?;
-        command
-            .env("KMUTEX_KEY", hold.key().as_str())
-            .env(Token::VARIABLE, hold.token().to_string())
-            .env(crate::addr::VARIABLE, OsString::from(&sock));
+        if let Some(hold) = holds.last() {
+            let sock = self.locks[0]
+                .target
+                .addr
+                .absolute()
+                .map_err(|e| Error::Os("find the working directory", e))?;
+            variables.push(("KMUTEX_KEY", hold.key().as_str().into()));
+            variables.push((Token::VARIABLE, hold.token().to_string().into()));
+            variables.push((crate::addr::VARIABLE, OsString::from(&sock)));
+        }
         if holds.len() > 1 {
             let tokens: Vec<String> = holds.iter().map(|hold| hold.token().to_string()).collect();
-            command.env(Token::LIST_VARIABLE, tokens.join(" "));
+            variables.push((Token::LIST_VARIABLE, tokens.join(" ").into()));
         }
-        Ok(command)
+        Ok(Command::new(&self.argv, variables))
     }
 
     /// Returns the command line as it was given, for display.

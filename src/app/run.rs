@@ -4,7 +4,7 @@ use std::ffi::OsString;
 
 use super::{Failure, lock, usage};
 use crate::cli;
-use crate::exit::Exit;
+use crate::exit::{self, Exit};
 use crate::proto::{Key, Token};
 use crate::run::{self, Ended, Job, Report, Sink, Spawn};
 
@@ -20,6 +20,10 @@ pub(super) fn run(args: cli::Run) -> Result<u8, Failure> {
     }
     Ok(match result? {
         Ended::Ran(status) | Ended::Adopted(status) => status,
+        Ended::Died(signal) => {
+            run::die_of(signal.into());
+            exit::of_signal(signal)
+        }
         Ended::Finished(_) => finished,
         Ended::Busy => conflict,
         Ended::Lost => Exit::Lost.code(),

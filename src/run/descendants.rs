@@ -7,20 +7,22 @@ use std::collections::HashMap;
 use std::fs;
 
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, getpgid};
+
+use super::startup::bit;
 
 /// Sends a signal to a process and to all its descendants. It searches again until it finds no new descendant, because a
 /// process may fork before its signal arrives. Without /proc it signals the process alone.
 pub(super) fn signal_tree(root: Pid, signal: Signal) {
-    signal_except(Vec::new(), root, signal);
+    signal_except(Vec::new(), root, signal, None);
 }
 
-/// Sends a signal to all descendants of a process, but not to the process itself.
-pub(super) fn signal_below(root: Pid, signal: Signal) {
-    signal_except(vec![root], root, signal);
+/// Sends a signal to all descendants of a process, but not to the process itself, nor to those of one process group.
+pub(super) fn signal_below(root: Pid, signal: Signal, except_group: Option<Pid>) {
+    signal_except(vec![root], root, signal, except_group);
 }
 
-fn signal_except(mut signalled: Vec<Pid>, root: Pid, signal: Signal) {
+fn signal_except(mut signalled: Vec<Pid>, root: Pid, signal: Signal, except_group: Option<Pid>) {
     const ROUNDS_MAX: usize = 10;
     for _ in 0..ROUNDS_MAX {
         let new: Vec<Pid> =
@@ -29,11 +31,35 @@ fn signal_except(mut signalled: Vec<Pid>, root: Pid, signal: Signal) {
             return;
         }
         for &pid in &new {
-            // It may have ended by now, or belong to another user.
-            let _ = kill(pid, signal);
+            if except_group.is_none() || getpgid(Some(pid)).ok() != except_group {
+                // It may have ended by now, or belong to another user.
+                let _ = kill(pid, signal);
+            }
         }
         signalled.extend(new);
     }
+}
+
+/// Returns `true` if a process is a descendant of another.
+pub(super) fn is_below(pid: Pid, ancestor: Pid) -> bool {
+    let mut pid = pid.as_raw();
+    while let Some(parent) = parent(pid)
+        && parent > 1
+    {
+        if parent == ancestor.as_raw() {
+            return true;
+        }
+        pid = parent;
+    }
+    false
+}
+
+/// Returns `true` if a process ignores a signal (proc(5), SigIgn).
+pub(super) fn ignores(pid: Pid, signal: i32) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let bits = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let bits = bits.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
+    bits.is_some_and(|bits| bits & bit(signal) != 0)
 }
 
 /// Returns the process and its descendants, parents first.

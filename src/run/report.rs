@@ -46,7 +46,7 @@ impl Report {
     /// Returns the report as one line of JSON, with its newline.
     pub fn line(&mut self, result: &Result<Ended, Error>) -> String {
         self.verdict = match result {
-            Ok(Ended::Ran(_)) => "ran",
+            Ok(Ended::Ran(_) | Ended::Died(_)) => "ran",
             Ok(Ended::Finished(_) | Ended::Adopted(_)) => "finished",
             Ok(Ended::Busy) => "busy",
             Ok(Ended::Lost) => "lost",

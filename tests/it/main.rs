@@ -39,6 +39,7 @@ mod several;
 mod shell;
 mod signals;
 mod status;
+mod terminal;
 mod vanished;
 mod words;
 mod world;

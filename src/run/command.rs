@@ -1,0 +1,112 @@
+//! The command: its arguments and its environment, and how a process becomes it.
+
+use std::ffi::{CString, OsStr, OsString};
+use std::io;
+use std::os::unix::ffi::{OsStrExt, OsStringExt};
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+
+use nix::errno::Errno;
+use nix::libc::SIGPIPE;
+use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_spawn, posix_spawnp};
+use nix::sys::signal::{SigSet, Signal};
+use nix::unistd::{AccessFlags, Pid, access, execvpe};
+
+use super::startup;
+
+/// What to execute.
+#[derive(Debug)]
+pub(super) struct Command<'a> {
+    /// The program and its arguments; at least the program.
+    argv: &'a [OsString],
+    /// What is different in its environment.
+    variables: Vec<(&'static str, OsString)>,
+}
+
+impl<'a> Command<'a> {
+    pub(super) fn new(argv: &'a [OsString], variables: Vec<(&'static str, OsString)>) -> Command<'a> {
+        Command { argv, variables }
+    }
+
+    /// Starts the command as a child. It gets this mask of blocked signals, and the dispositions that kmutex was started
+    /// with. As execvp(3) does, a file that the kernel cannot execute is given to the shell.
+    ///
+    /// # Errors
+    /// Those of fork(2) and execve(2).
+    pub(super) fn spawn(&self, mask: &SigSet) -> io::Result<Pid> {
+        let (argv, environment) = (self.argv()?, self.environment()?);
+        let actions = PosixSpawnFileActions::init()?;
+        let mut attributes = PosixSpawnAttr::init()?;
+        attributes
+            .set_flags(PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK | PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF)?;
+        attributes.set_sigmask(mask)?;
+        attributes.set_sigdefault(&reset_signals())?;
+        match posix_spawnp(&argv[0], &actions, &attributes, &argv, &environment) {
+            Err(Errno::ENOEXEC) => {
+                let argv = by_shell(&argv)?;
+                Ok(posix_spawn(argv[0].as_c_str(), &actions, &attributes, &argv, &environment)?)
+            }
+            other => Ok(other?),
+        }
+    }
+
+    /// Makes this process the command, with the dispositions that kmutex was started with.
+    ///
+    /// # Errors
+    /// Those of execve(2); on success it does not return.
+    pub(super) fn exec(&self) -> io::Error {
+        if startup::ignores(SIGPIPE) {
+            let execute = || -> io::Result<_> {
+                let (argv, environment) = (self.argv()?, self.environment()?);
+                Ok(execvpe(&argv[0], &argv, &environment)?)
+            };
+            return execute().expect_err("execve returns only when it fails");
+        }
+        // This one sets SIGPIPE to its default.
+        std::process::Command::new(&self.argv[0])
+            .args(&self.argv[1..])
+            .envs(self.variables.iter().map(|(name, value)| (name, value)))
+            .exec()
+    }
+
+    fn argv(&self) -> io::Result<Vec<CString>> {
+        Ok(self.argv.iter().map(|argument| CString::new(argument.as_bytes())).collect::<Result<_, _>>()?)
+    }
+
+    /// Returns the environment of this process with the changes, each as `NAME=VALUE`.
+    fn environment(&self) -> io::Result<Vec<CString>> {
+        let is_changed = |name: &OsStr| self.variables.iter().any(|(changed, _)| name == *changed);
+        let inherited = std::env::vars_os().filter(|(name, _)| !is_changed(name));
+        let changed = self.variables.iter().map(|(name, value)| (OsString::from(name), value.clone()));
+        let all = inherited.chain(changed).map(|(name, value)| {
+            let mut entry = name.into_vec();
+            entry.push(b'=');
+            entry.extend_from_slice(value.as_bytes());
+            CString::new(entry)
+        });
+        Ok(all.collect::<Result<_, _>>()?)
+    }
+}
+
+/// Returns the signals to set to their default: SIGPIPE, which Rust ignores, unless kmutex was started to ignore it.
+fn reset_signals() -> SigSet {
+    if startup::ignores(SIGPIPE) { SigSet::empty() } else { SigSet::from(Signal::SIGPIPE) }
+}
+
+/// Returns the arguments with which the shell runs a file that the kernel cannot execute.
+fn by_shell(argv: &[CString]) -> io::Result<Vec<CString>> {
+    let file = find(OsStr::from_bytes(argv[0].to_bytes()));
+    let file = CString::new(file.into_os_string().into_vec())?;
+    Ok([c"/bin/sh".into(), file].into_iter().chain(argv[1..].iter().cloned()).collect())
+}
+
+/// Returns where `$PATH` has a program: given the bare name, the shell would look for a file in the working directory.
+fn find(program: &OsStr) -> PathBuf {
+    if program.as_encoded_bytes().contains(&b'/') {
+        return program.into();
+    }
+    let folders = std::env::var_os("PATH").unwrap_or_default();
+    let mut candidates = std::env::split_paths(&folders).map(|folder| folder.join(program));
+    let is_program = |path: &PathBuf| path.is_file() && access(path, AccessFlags::X_OK).is_ok();
+    candidates.find(is_program).unwrap_or_else(|| program.into())
+}
