@@ -16,7 +16,10 @@ mod etcd_client;
 // Some of it is for the chaos of a cluster.
 #[allow(dead_code)]
 mod etcd_harness;
+mod examples;
 mod faults;
+#[cfg(feature = "etcd")]
+mod generated;
 mod harness;
 mod imports;
 mod keyedmutex;

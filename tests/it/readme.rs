@@ -48,7 +48,8 @@ fn the_sessions_of_the_readme_work_as_printed() {
 #[test]
 #[ignore = "needs socat and openssl"]
 fn the_sessions_of_the_protocols_page_work_as_printed() {
-    ["socat", "openssl"].map(tool);
+    tool("socat");
+    tool("openssl");
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(play(PROTOCOL, folder.path()), 2, "sessions");
 }
@@ -57,7 +58,8 @@ fn the_sessions_of_the_protocols_page_work_as_printed() {
 #[test]
 #[ignore = "needs etcd"]
 fn the_session_of_the_clusters_page_works_as_printed() {
-    ["etcd", "etcdctl"].map(tool);
+    tool("etcd");
+    tool("etcdctl");
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(play(CLUSTER, folder.path()), 1, "sessions");
 }
