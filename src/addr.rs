@@ -269,7 +269,12 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Error::Bad { .. } => Exit::Usage,
-            Error::Io { error, .. } if error.kind() == io::ErrorKind::PermissionDenied => Exit::NotPermitted,
+            // A directory that cannot be searched does not say whether there is a daemon.
+            Error::Io { addr: Addr::Unix(path), error, .. }
+                if error.kind() == io::ErrorKind::PermissionDenied && path.symlink_metadata().is_ok() =>
+            {
+                Exit::NotPermitted
+            }
             Error::Io { .. } => Exit::Unavailable,
         }
     }

@@ -22,7 +22,7 @@ pub enum Confirm {
 /// # Errors
 /// When no client holds the lock, this user may not break it, the user says no, or there is no daemon or no terminal.
 pub fn break_lock(target: &Target, key: Key, confirm: Confirm) -> Result<(), Error> {
-    let mut session = Session::connect(target, None)?;
+    let mut session = Session::connect_within(target, 3 * client::PROMPT_WAIT)?;
     if confirm == Confirm::Ask {
         let status = session.status_of(&key)?.filter(|status| status.holding > 0);
         let status = status.ok_or_else(|| Error::NotHeld(key.clone()))?;

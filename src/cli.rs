@@ -208,7 +208,7 @@ pub struct LockArgs {
     pub slots: u32,
 
     /// Fail instead of waiting if another process holds the lock
-    #[arg(short, long = "nonblock", aliases = ["nb", "nonblocking"], conflicts_with = "wait")]
+    #[arg(short, long = "nonblock", aliases = ["nb", "nonblocking"])]
     pub nonblock: bool,
 
     /// Fail after waiting SECS seconds (fractions allowed; 0 means --nonblock)

@@ -61,7 +61,8 @@ use crate::proto::{Key, Nonce, Outcome, Token};
 pub use error::Error;
 pub use held_lock::{HeldLock, RELEASE_WAIT};
 pub use retry::lock;
-pub use session::{NoObserver, Session, WaitObserver};
+use session::ANSWER_WAIT;
+pub use session::{NoObserver, PROMPT_WAIT, Session, WaitObserver};
 
 /// Which daemon to connect to, and under which conditions.
 #[derive(Clone, Debug)]
@@ -150,7 +151,7 @@ impl Client {
     /// # Errors
     /// When no daemon answers there or can be started, or its user is not trusted.
     pub fn connect_to(target: Target) -> Result<Client, Error> {
-        let session = Session::connect(&target, None)?;
+        let session = Session::connect_within(&target, ANSWER_WAIT)?;
         Ok(Client { target, state: State::Idle(Some(session)), reconnects: true })
     }
 

@@ -20,6 +20,7 @@
 //! | `cluster_disabled.rs` | an empty type in its place, in a build without etcd |
 //! | `remote.rs`, `listing.rs` | what the loop and the clustering say to each other about locks of other hosts |
 //! | `log.rs` | what is logged of one lock |
+//! | `detach.rs` | leaving what the caller of an automatically started daemon had |
 //! | `failpoint.rs` | places where a test can have the daemon killed |
 
 mod accept;
@@ -28,6 +29,7 @@ mod batch;
 mod cluster;
 mod connection;
 mod connections;
+mod detach;
 mod failpoint;
 mod listener;
 mod listing;
@@ -124,10 +126,21 @@ impl Config {
 /// # Errors
 /// If a socket or the journal cannot be used, or the kernel refuses something that the daemon needs.
 pub fn serve(config: &Config) -> Result<(), Error> {
+    let result = serve_until_end(config);
+    if let Err(e) = &result
+        && config.detach
+    {
+        detach::report_failure(e.exit());
+    }
+    result
+}
+
+fn serve_until_end(config: &Config) -> Result<(), Error> {
     let ready = config.ready_fd.map(take_ready_fd).transpose()?;
     if config.detach {
-        close_inherited().map_err(|e| Error::Os("close inherited files", e))?;
+        detach::prepare().map_err(|e| Error::Os("prepare to detach", e))?;
     }
+    accept::check_descriptor_limit()?;
     // Errors in the configuration of etcd are reported before anything is served.
     #[cfg(feature = "etcd")]
     let etcd = config.clustering.as_ref().map(|clustering| crate::etcd::Client::new(&clustering.etcd));
@@ -150,10 +163,9 @@ pub fn serve(config: &Config) -> Result<(), Error> {
         refuse_without_cluster(config)?;
     }
     if config.detach {
-        // The starting process waits for this process to exit, and may connect as soon as it has.
-        nix::unistd::daemon(false, false).map_err(|e| Error::Os("detach", e.into()))?;
-        listeners.iter_mut().try_for_each(Listener::write_pid)?;
+        detach::detach().map_err(|e| Error::Os("detach", e.into()))?;
     }
+    listeners.iter_mut().try_for_each(Listener::write_pid)?;
     for listener in &listeners {
         info!("serving on {}", listener.name());
     }
@@ -197,7 +209,8 @@ fn journal_of(socket: &Path) -> PathBuf {
 fn open_recorder(config: &Config, listeners: &[Listener]) -> Result<Recorder, Error> {
     if let Some(path) = &config.state {
         let path = std::path::absolute(path).map_err(|error| Error::Journal { path: path.clone(), error })?;
-        let socket_lock = SocketLock::take(&path)?;
+        let mut socket_lock = SocketLock::take(&path)?;
+        socket_lock.write_pid()?;
         return Recorder::open(&path, Some(socket_lock), config);
     }
     let Some(socket) = listeners.iter().find_map(Listener::path) else {
@@ -224,19 +237,6 @@ fn notify_ready(descriptor: Option<File>) -> io::Result<()> {
         file.write_all(b"\n")?;
     }
     sd_notify::notify(&[sd_notify::NotifyState::Ready])
-}
-
-/// Closes all files but the standard ones, so that no process waits for the end of a pipe that this daemon keeps open.
-fn close_inherited() -> io::Result<()> {
-    let numbers =
-        std::fs::read_dir("/dev/fd")?.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
-    for number in numbers.collect::<Vec<i32>>() {
-        if number > 2 {
-            // The descriptor of the directory itself is closed already; closing any other one cannot lose data.
-            let _ = nix::unistd::close(number);
-        }
-    }
-    Ok(())
 }
 
 /// Why the daemon cannot serve.
@@ -276,6 +276,17 @@ pub enum Error {
         #[source]
         error: io::Error,
     },
+    /// The limit of open files is too low.
+    #[error("cannot serve with at most {limit} open files: it takes {needed} (ulimit -n)")]
+    Descriptors {
+        /// The limit.
+        limit: u64,
+        /// How many it takes.
+        needed: u64,
+    },
+    /// The kernel does not tell which boot of the machine this is, without which a journal cannot be believed.
+    #[error("cannot read {}, which the journal needs: {}", recorder::BOOT_ID, Reason(.0))]
+    BootId(#[source] io::Error),
     /// Another daemon serves this socket.
     #[error("cannot serve on {}: {}", path.display(), other_daemon(*pid))]
     Served {
@@ -332,7 +343,7 @@ impl Error {
             Error::Group { .. } | Error::ReadyFd { .. } => Exit::Usage,
             #[cfg(feature = "etcd")]
             Error::Etcd(_) => Exit::Usage,
-            Error::Os(..) => Exit::Os,
+            Error::BootId(_) | Error::Descriptors { .. } | Error::Os(..) => Exit::Os,
         }
     }
 }

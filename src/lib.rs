@@ -20,6 +20,7 @@
 //! | `describe` | holders and times in words | `cli` |
 //! | `fd` | descriptors that this process was started with | `daemon` |
 //! | `lookup` | names of users, groups and hosts | |
+//! | `lock_file` | the lock file beside a socket | |
 //! | [`exit`] | the exit codes | |
 //! | `message` | one line on standard error | `cli` |
 //! | `clock`, `timestamp` | the clock that the daemon and the clients use, and a moment on it | |
@@ -84,6 +85,8 @@ pub mod journal;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod lock;
+#[doc(hidden)]
+pub mod lock_file;
 #[doc(hidden)]
 pub mod lookup;
 #[cfg(feature = "cli")]

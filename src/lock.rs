@@ -61,7 +61,7 @@ pub fn lock(request: &Acquire, pid: Option<u32>) -> Result<LockResult, Error> {
 /// When that process does not hold the lock, or there is no daemon.
 pub fn unlock(target: &Target, key: Key, pid: Option<u32>) -> Result<(), Error> {
     let pid = holder(target, pid)?;
-    let mut session = Session::connect(target, None)?;
+    let mut session = Session::connect_within(target, 3 * client::PROMPT_WAIT)?;
     match session.call(&Request::Unlock { key: key.clone(), pid, outcome: Outcome::Unknown })? {
         Answer::Released => Ok(()),
         Answer::Error { code: ErrorCode::NotHeld, .. } => Err(Error::NotHeld(key, pid)),
@@ -74,9 +74,13 @@ fn holder(target: &Target, pid: Option<u32>) -> Result<Pid, Error> {
     if !matches!(target.addr, Addr::Unix(_)) {
         return Err(Error::NotHere(target.addr.clone()));
     }
-    let pid = pid.unwrap_or(getppid().as_raw() as u32);
-    let owner = std::fs::metadata(format!("/proc/{pid}")).map_err(|e| match e.kind() {
-        io::ErrorKind::NotFound => Error::NoProcess(pid),
+    let given = pid;
+    let pid = given.unwrap_or(getppid().as_raw() as u32);
+    let owner = std::fs::metadata(format!("/proc/{pid}")).map_err(|e| match (e.kind(), given) {
+        _ if !std::fs::exists("/proc/self").unwrap_or(false) => Error::NoProc,
+        (io::ErrorKind::NotFound, Some(_)) => Error::NoProcess(pid),
+        // Its number is of another process namespace, or 0: the parent is outside of this one.
+        (io::ErrorKind::NotFound, None) => Error::NoParent,
         _ => Error::Process(pid, e),
     })?;
     let me = Uid::effective();
@@ -105,11 +109,17 @@ pub enum Error {
     /// There is no such process.
     #[error("--pid {0}: there is no such process")]
     NoProcess(u32),
+    /// The calling process cannot be named.
+    #[error("the calling process is outside of this process namespace; see --pid")]
+    NoParent,
+    /// Nothing tells about processes.
+    #[error("kmutex lock needs /proc, which is not mounted")]
+    NoProc,
     /// The process belongs to the user with this uid.
-    #[error("--pid {}: the process belongs to uid {} ({})", .0, .1, user_name(*.1))]
+    #[error("process {}: it belongs to uid {} ({})", .0, .1, user_name(*.1))]
     NotYours(u32, u32),
     /// The kernel does not tell about the process.
-    #[error("--pid {}: cannot inspect the process: {}", .0, Reason(.1))]
+    #[error("cannot inspect process {}: {}", .0, Reason(.1))]
     Process(u32, #[source] io::Error),
     /// The process does not hold the lock.
     #[error("process {} does not hold the lock {:?}", .1, .0.as_str())]
@@ -123,6 +133,7 @@ impl Error {
             Error::Client(error) => error.exit(),
             Error::NotHere(_) => Exit::Usage,
             Error::NoProcess(_) => Exit::BadData,
+            Error::NoParent | Error::NoProc => Exit::Os,
             Error::NotYours(..) | Error::NotHeld(..) => Exit::NotPermitted,
             Error::Process(..) => Exit::Os,
         }

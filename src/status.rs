@@ -53,7 +53,9 @@ pub fn print(question: &Question<'_>, format: Format, out: &mut impl Write) -> R
         Which::All => (None, false),
         Which::Cluster => (None, true),
     };
-    let mut session = Session::connect(question.target, None)?;
+    // Hosts that share their locks are asked through etcd, which takes longer.
+    let limit = if cluster { 3 * client::PROMPT_WAIT } else { client::PROMPT_WAIT };
+    let mut session = Session::connect_within(question.target, limit)?;
     session.send(&Request::Status { key, cluster })?;
     let mut table = Table::default();
     loop {

@@ -5,7 +5,7 @@ use std::ffi::OsString;
 use super::{Failure, lock, usage};
 use crate::cli;
 use crate::exit::{self, Exit};
-use crate::proto::{Key, Token};
+use crate::proto::Key;
 use crate::run::{self, Ended, Job, Report, Sink, Spawn};
 
 pub(super) fn run(args: cli::Run) -> Result<u8, Failure> {
@@ -38,9 +38,6 @@ impl TryFrom<cli::Run> for Job {
         let keys = keys.into_iter().map(lock::key).collect::<Result<Vec<Key>, Failure>>()?;
         let keys =
             run::in_order(keys).map_err(|key| usage(&format!("-k {:?} is given twice", key.as_str())))?;
-        if args.reentrant && std::env::var_os(Token::VARIABLE).is_none() {
-            return Err(usage("--reentrant: this does not run under a lock"));
-        }
         Ok(Job {
             locks: keys.into_iter().map(|key| lock::acquire(&args.lock, key)).collect::<Result<_, _>>()?,
             argv,

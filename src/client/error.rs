@@ -26,8 +26,14 @@ pub enum Error {
         path: PathBuf,
         /// The error message of the daemon or of the operating system.
         why: String,
-        /// The exit code that belongs to it.
-        exit: Exit,
+    },
+    /// A daemon serves this socket, but no client can reach it.
+    #[error("the daemon with pid {pid} serves {}, but its socket is gone: stop that daemon, or restart it", path.display())]
+    SocketGone {
+        /// The socket.
+        path: PathBuf,
+        /// The daemon.
+        pid: u32,
     },
     /// The daemon runs as a user whom the client does not trust.
     #[error("not trusting the daemon on {addr}: it belongs to uid {uid} ({}); see --trust-uid", user.as_deref().unwrap_or("unknown user"))]
@@ -97,7 +103,7 @@ impl Error {
         match self {
             Error::Addr(error) => error.exit(),
             Error::Place(error) => error.exit(),
-            Error::Autostart { exit, .. } => *exit,
+            Error::Autostart { .. } | Error::SocketGone { .. } => Exit::Unavailable,
             Error::Untrusted { .. } => Exit::NotPermitted,
             Error::Closed | Error::Silent | Error::Unrecorded(_) | Error::Unavailable(_) => Exit::Unavailable,
             Error::PerHost(_) => Exit::Usage,

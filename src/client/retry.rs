@@ -2,8 +2,7 @@
 
 use std::time::{Duration, Instant};
 
-use super::{Error, LockReply, Session, Target, WaitObserver};
-use crate::exit::Exit;
+use super::{Error, LockReply, PROMPT_WAIT, Session, Target, WaitObserver};
 use crate::proto::v2::LockRequest;
 
 /// Asks for a lock and waits for the reply, at most until `deadline`. The returned session holds the lock if the reply is
@@ -23,8 +22,11 @@ pub fn lock(
 ) -> Result<(Session, LockReply), Error> {
     let mut request = request.clone();
     let mut retry = Retry::new(None);
+    let connect_until = if request.nowait { Some(Instant::now() + PROMPT_WAIT) } else { deadline };
     loop {
-        let mut session = match Session::connect(target, deadline) {
+        let mut session = match Session::connect(target, connect_until) {
+            // The request does not wait for the lock, and so it did not time out.
+            Err(Error::TimedOut) if request.nowait => return Err(Error::Silent),
             Err(e) if retry.is_worth(&e) => {
                 retry.pause(deadline)?;
                 continue;
@@ -70,8 +72,8 @@ impl Retry {
     fn is_worth(&self, error: &Error) -> bool {
         let is_away = match error {
             Error::Addr(error) => error.is_absent(),
-            // There was a daemon before, and this client must not start its successor.
-            Error::Autostart { exit, .. } => *exit == Exit::Unavailable,
+            // There was a daemon before, and perhaps this client cannot start its successor, but another one can.
+            Error::Autostart { .. } | Error::SocketGone { .. } => true,
             _ => false,
         };
         is_away && self.away_until.is_some_and(|until| Instant::now() < until)

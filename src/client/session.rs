@@ -11,6 +11,7 @@ use super::lease::Lease;
 use super::{Error, LockReply, Target, autostart};
 use crate::addr::{self, Addr};
 use crate::clock;
+use crate::lock_file;
 use crate::lookup;
 use crate::proto::Key;
 use crate::proto::v2::{
@@ -19,7 +20,9 @@ use crate::proto::v2::{
 };
 
 /// How long a daemon may take to answer a request that it answers at once.
-const ANSWER_WAIT: Duration = Duration::from_secs(10);
+pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(10);
+/// The same for a user who asked not to wait (`--nonblock`), or only looks.
+pub const PROMPT_WAIT: Duration = Duration::from_secs(3);
 
 /// Follows a request that waits: shows who holds the lock.
 pub trait WaitObserver {
@@ -62,6 +65,8 @@ pub struct Session {
     stage: Stage,
     /// The place in the order of arrival that the daemon stated, if it let the request wait.
     place: Option<u64>,
+    /// How long the daemon may take to answer a request that it answers at once.
+    answer_wait: Duration,
     /// The lease of the lock that the session holds, if it has one.
     pub(super) lease: Option<Lease>,
 }
@@ -85,10 +90,33 @@ impl Session {
             (Err(e), Addr::Unix(path)) if target.autostart && e.is_absent() => {
                 autostart::start_and_connect(path, deadline)?
             }
+            (Err(e), Addr::Unix(path)) if e.is_absent() => {
+                return Err(match lock_file::serving_pid(path) {
+                    Some(pid) => Error::SocketGone { path: path.clone(), pid },
+                    None => e.into(),
+                });
+            }
             (other, _) => other?,
         };
         check_trust(target, &fd)?;
-        Ok(Session { fd, input: Vec::new(), stage: Stage::Silent, place: None, lease: None })
+        Ok(Session {
+            fd,
+            input: Vec::new(),
+            stage: Stage::Silent,
+            place: None,
+            lease: None,
+            answer_wait: ANSWER_WAIT,
+        })
+    }
+
+    /// Connects as [`Session::connect`] does, for requests that the daemon answers at once: connecting and each answer may
+    /// take `limit`.
+    ///
+    /// # Errors
+    /// As [`Session::connect`], and [`Error::Silent`] when connecting takes longer.
+    pub fn connect_within(target: &Target, limit: Duration) -> Result<Session, Error> {
+        let session = Session::connect(target, Some(Instant::now() + limit)).map_err(silent)?;
+        Ok(Session { answer_wait: limit, ..session })
     }
 
     /// Asks for a lock and waits for the reply, at most until `deadline`.
@@ -102,16 +130,13 @@ impl Session {
         observer: &mut dyn WaitObserver,
     ) -> Result<LockReply, Error> {
         self.send(&Request::Lock(Box::new(request.clone())))?;
-        let limit = Instant::now() + ANSWER_WAIT;
+        let limit = Instant::now() + PROMPT_WAIT;
         let mut ahead = 0;
         let mut look_at = None;
         loop {
             let answer = match (deadline, look_at) {
                 // The daemon answers a request with `nowait` at once.
-                (None, None) if request.nowait => self.receive(Some(limit)).map_err(|e| match e {
-                    Error::TimedOut => Error::Silent,
-                    other => other,
-                }),
+                (None, None) if request.nowait => self.receive(Some(limit)).map_err(silent),
                 (Some(deadline), Some(look_at)) => self.receive(Some(deadline.min(look_at))),
                 (one, other) => self.receive(one.or(other)),
             };
@@ -215,10 +240,7 @@ impl Session {
     /// # Errors
     /// [`Error::Silent`] when no answer comes, [`Error::Closed`] when the daemon is gone.
     pub fn answer(&mut self) -> Result<Answer, Error> {
-        self.receive(Some(Instant::now() + ANSWER_WAIT)).map_err(|e| match e {
-            Error::TimedOut => Error::Silent,
-            other => other,
-        })
+        self.receive(Some(Instant::now() + self.answer_wait)).map_err(silent)
     }
 
     /// Returns the status of one lock, or `None` if it has no holder and no waiter.
@@ -380,6 +402,14 @@ fn check_trust(target: &Target, fd: &OwnedFd) -> Result<(), Error> {
         return Ok(());
     }
     Err(Error::Untrusted { addr: target.addr.clone(), uid, user: lookup::user(uid) })
+}
+
+/// An answer that was due at once did not come.
+fn silent(error: Error) -> Error {
+    match error {
+        Error::TimedOut => Error::Silent,
+        other => other,
+    }
 }
 
 fn lost_or(doing: &'static str, error: nix::Error) -> Error {

@@ -9,10 +9,10 @@ use log::{debug, error, warn};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
-use super::Config;
 use super::connection::Connection;
 use super::listener::{self, Listener};
 use super::source::Source;
+use super::{Config, Error};
 use crate::addr::{self, Peer, Reason};
 use crate::table::Timestamp;
 
@@ -181,6 +181,15 @@ impl Acceptor {
         }
         !quiet
     }
+}
+
+/// Checks that this process may have enough open files to serve at all, before any client relies on it.
+pub(super) fn check_descriptor_limit() -> Result<(), Error> {
+    let limit = raise_descriptor_limit().map_err(|e| Error::Os("read the limit of open files", e))?;
+    if limit <= DESCRIPTORS_RESERVED {
+        return Err(Error::Descriptors { limit, needed: DESCRIPTORS_RESERVED + 1 });
+    }
+    Ok(())
 }
 
 /// Raises the limit of open files as far as possible, and returns it.

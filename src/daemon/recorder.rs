@@ -58,7 +58,7 @@ impl Recorder {
         config: &Config,
     ) -> Result<Recorder, Error> {
         let error = |error| Error::Journal { path: path.into(), error };
-        let boot = boot_id().map_err(error)?;
+        let boot = boot_id().map_err(Error::BootId)?;
         let mut loaded = journal::load(path, &boot);
         if let Some(complaint) = &loaded.complaint {
             warn!("journal {}: {complaint}", path.display());
@@ -177,9 +177,12 @@ impl Recorder {
     }
 }
 
+/// Where the kernel tells the id of this boot.
+pub(super) const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
 /// Returns the id of this boot of the machine (random(4)).
 fn boot_id() -> io::Result<BootId> {
-    let text = std::fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let text = std::fs::read_to_string(BOOT_ID)?;
     let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
     let number = u128::from_str_radix(&digits, 16).map_err(io::Error::other)?;
     Ok(number.to_be_bytes())

@@ -10,6 +10,7 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::Uid;
 
 use super::Error;
+use crate::lock_file;
 
 /// A locked lock file. Dropping it removes the file.
 pub(super) struct SocketLock {
@@ -19,9 +20,7 @@ pub(super) struct SocketLock {
 
 impl SocketLock {
     pub(super) fn take(socket: &Path) -> Result<SocketLock, Error> {
-        let mut path = socket.as_os_str().to_owned();
-        path.push(".lock");
-        let path = PathBuf::from(path);
+        let path = lock_file::path_of(socket);
         let error = |e| Error::LockFile { path: path.clone(), error: e };
         // If the previous daemon ends between opening and locking, it removes the file. Then the next daemon would look at
         // another file, and this lock would be worth nothing.
@@ -33,14 +32,16 @@ impl SocketLock {
                 Err((_, e)) => return Err(error(e.into())),
             };
             if is_named(&file, &path).map_err(error)? {
-                let mut socket_lock = SocketLock { file, path };
-                socket_lock.write_pid()?;
+                let socket_lock = SocketLock { file, path };
+                // The previous daemon's id must not be taken for that of this one.
+                socket_lock.file.set_len(0).map_err(|error| socket_lock.error(error))?;
                 return Ok(socket_lock);
             }
         }
         Err(error(io::Error::other("other daemons keep starting and ending")))
     }
 
+    /// Writes this process's id into the file: the daemon serves, and not only starts.
     pub(super) fn write_pid(&mut self) -> Result<(), Error> {
         let text = format!("{}\n", std::process::id());
         let file = &mut *self.file;
@@ -49,7 +50,11 @@ impl SocketLock {
             file.rewind()?;
             file.write_all(text.as_bytes())
         };
-        write(file).map_err(|error| Error::LockFile { path: self.path.clone(), error })
+        write(file).map_err(|error| self.error(error))
+    }
+
+    fn error(&self, error: io::Error) -> Error {
+        Error::LockFile { path: self.path.clone(), error }
     }
 }
 

@@ -9,6 +9,7 @@ mod cluster;
 #[cfg(feature = "failpoints")]
 mod crash;
 mod daemon;
+mod deadlines;
 mod errors;
 #[cfg(feature = "etcd")]
 mod etcd_client;
@@ -20,6 +21,7 @@ mod examples;
 mod faults;
 #[cfg(feature = "etcd")]
 mod generated;
+mod first_caller;
 mod harness;
 mod imports;
 mod keyedmutex;

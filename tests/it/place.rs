@@ -276,3 +276,28 @@ fn a_process_without_a_user_id_trusts_no_daemon_by_itself() {
     let said = world.expect(BOB, &format!("unshare --user --map-root-user {WHERE}"), 0);
     assert_eq!(said, format!("{}\n", own(0)));
 }
+
+#[test]
+fn where_no_daemon_can_be_started_that_is_69_with_the_reason() {
+    let world = World::with("mkdir -m 700 /run/closed; mkdir -m 755 /run/roots");
+    world.run(BOB, "kmutex run --sock /nowhere/sock k -- true").assert_error(69, &["/nowhere/sock"]);
+    world.run(BOB, "kmutex run --sock /run/roots/sock k -- true").assert_error(69, &["/run/roots/sock"]);
+    world.run(BOB, "kmutex run --sock /run/closed/sock k -- true").assert_error(69, &["/run/closed/sock"]);
+    world.run(BOB, "ulimit -n 8; kmutex run k -- true").assert_error(69, &["8 open files", "ulimit -n"]);
+    // A daemon is there, and may not be used.
+    let _daemon = world.serve(ROOT, "--sock /run/roots/sock");
+    world.run(BOB, "kmutex run --sock /run/roots/sock k -- true").assert_error(77, &["Permission denied"]);
+}
+
+#[test]
+fn without_proc_the_message_says_what_is_missing() {
+    let world = World::new();
+    let no_proc = |command: &str| {
+        format!("unshare --mount sh -c 'umount -l /proc; umount -l /proc; exec kmutex {command}'")
+    };
+    world.run(ROOT, &no_proc("serve --no-log --sock /tmp/x")).assert_error(71, &["boot_id"]);
+    world.run(ROOT, &no_proc("run --sock /tmp/x k -- true")).assert_error(69, &["boot_id"]);
+    let said = world.run(ROOT, &no_proc("lock k"));
+    assert!(!said.stderr.contains("--pid"), "{said:?}");
+    said.assert_error(71, &["/proc"]);
+}
