@@ -240,7 +240,7 @@ _kmutex() {
             return 0
             ;;
         kmutex__subcmd__serve)
-            opts="-s -f -m -t -h --socket --sock --force --maxconn --timeout --no-log --log-level --mode --group --max-per-uid --state --grace --etcd --etcd-ca --etcd-cert --etcd-key --etcd-user --etcd-password-file --etcd-ttl --etcd-prefix --ready-fd --idle-exit --detach --help"
+            opts="-s -f -m -t -h --socket --sock --force --maxconn --timeout --no-log --log-level --mode --group --max-per-uid --state --grace --etcd --etcd-ca --etcd-cert --etcd-key --etcd-user --etcd-password-file --etcd-ttl --etcd-timeout --etcd-prefix --ready-fd --idle-exit --detach --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -378,6 +378,10 @@ _kmutex() {
                     return 0
                     ;;
                 --etcd-ttl)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --etcd-timeout)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

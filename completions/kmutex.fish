@@ -113,6 +113,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-key -d 'Key
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-user -d 'etcd user name' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-password-file -d 'File whose first line is the password of the etcd user' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-ttl -d 'Time to live of this host\'s lease: if the host dies, its locks are free after SECS seconds' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-timeout -d 'Wait SECS seconds for each answer of a member, before kmutex tries the next one' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-prefix -d 'Prefix of all keys in etcd' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l ready-fd -d 'Write a newline to descriptor FD when serving, and close it' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l idle-exit -d 'Exit after SECS seconds without locks and connections' -r

@@ -24,7 +24,7 @@ pub enum Confirm {
 pub fn break_lock(target: &Target, key: Key, confirm: Confirm) -> Result<(), Error> {
     let mut session = Session::connect_within(target, 3 * client::PROMPT_WAIT)?;
     if confirm == Confirm::Ask {
-        let status = session.status_of(&key)?.filter(|status| status.holding > 0);
+        let status = session.status_in_cluster(&key)?.filter(|status| status.holding > 0);
         let status = status.ok_or_else(|| Error::NotHeld(key.clone()))?;
         ask(&key, &status)?;
     }

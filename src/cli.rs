@@ -447,6 +447,13 @@ pub struct Etcd {
           value_parser = clap::value_parser!(u64).range(2..=86_400))]
     pub ttl: u64,
 
+    /// Wait SECS seconds for each answer of a member, before kmutex tries the next one
+    ///
+    /// A slow link needs more, and then a longer --etcd-ttl too: at least five times this.
+    #[arg(id = "etcd_timeout", long = "etcd-timeout", value_name = "SECS", default_value = "1", allow_negative_numbers = true,
+          requires = "endpoints", value_parser = etcd_timeout)]
+    pub timeout: Duration,
+
     /// Prefix of all keys in etcd
     #[arg(long = "etcd-prefix", value_name = "PREFIX", default_value = "kmutex", requires = "endpoints")]
     pub prefix: String,
@@ -507,6 +514,16 @@ pub fn is_keyedmutexd(program: &std::ffi::OsStr) -> bool {
 fn seconds(text: &str) -> Result<Duration, String> {
     let seconds: f64 = text.parse().map_err(|_| "not a number of seconds")?;
     Duration::try_from_secs_f64(seconds).map_err(|_| "must be a number of seconds, 0 or more".into())
+}
+
+/// Parses how long to wait for etcd, in seconds.
+#[cfg(feature = "etcd")]
+fn etcd_timeout(text: &str) -> Result<Duration, String> {
+    let timeout = seconds(text)?;
+    match timeout.as_secs_f64() {
+        0.05..=60.0 => Ok(timeout),
+        _ => Err("not from 0.05 to 60 seconds".into()),
+    }
 }
 
 /// Parses an octal file mode of permission bits only.

@@ -1,26 +1,28 @@
-//! How this host stands among the hosts that share their locks: a line for each lock, in etcd, in which the first holds.
+//! This host among the hosts that cluster their locks: each lock has a queue in etcd, and its first entry holds the lock.
 //!
-//! A state machine like the table, without input or output: it is told what the table needs ([`ClusterNotice`]), what etcd has
-//! answered ([`Cluster::answered`]) and what the watch has seen ([`Cluster::watch_event`]); it tells the table who holds what
-//! elsewhere and what this host has won, and says what etcd is to be asked next ([`Cluster::take_requests`]). Nothing here
-//! knows of connections, threads or encodings, so that `cluster/simulation.rs` can drive three hosts through every
-//! kind of failure.
+//! A state machine without input or output, like the table. It is told what the table needs ([`ClusterNotice`]), what etcd
+//! answered ([`Cluster::answered`]), and what the watch saw ([`Cluster::watch_event`]). It tells the table what other hosts
+//! hold and what this host was granted, and makes the next requests to etcd ([`Cluster::take_requests`]). It knows no
+//! connections, threads or encodings, so that `cluster/simulation.rs` can drive three hosts through every kind of failure.
 //!
 //! The rules (`docs/cluster.md` has them for users):
-//! - A host has at most one place in the line of a lock, and at most one question about it under way. Its own clients
-//!   wait in its own table.
-//! - Each question ends with reading the line, so that its answer is a whole truth as of some revision; what the watch
-//!   sees later is applied to that. Which question came through and which did not is not remembered but read.
-//! - A place is given up in the transaction that says how the hold ended. One that goes without a word belonged to a
-//!   holder that vanished.
-//! - What a place is called is never used again. A place of this host that it does not know of (a question that was
-//!   given up for lost, and came through after all) is removed.
+//! - A host has at most one entry in the queue of a lock, and at most one request about it under way. Its own clients wait
+//!   in its own table.
+//! - Each request ends with reading the queue, so its answer is the whole truth as of some revision; later events of the
+//!   watch are applied to that. What a request did is read, never assumed.
+//! - An entry is released in the transaction that records how the hold ended. An entry that goes without a record belonged
+//!   to a holder that vanished.
+//! - The key of an entry is never used again. An entry of this host that it does not know (from a request that was given up
+//!   for lost, and arrived after all) is removed.
+//! - What is held is relied on only while the watch is open and has shown, or a read has confirmed, that its entry is there.
+//! - When the store goes back, nothing that was read before counts any more ([`Cluster::store_changed`]).
 
 mod queue;
 #[cfg(test)]
 mod simulation;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
@@ -28,31 +30,45 @@ use serde::{Deserialize, Serialize};
 use crate::proto::v2::{ClientInfo, Mode, ShortText};
 use crate::proto::{LockId, Outcome, Protocol, Token};
 use crate::table::{ArrivalMark, ClusterNotice, Effects, RequestView, Table, Timestamp};
-use queue::LockQueue;
+use queue::{LockQueue, Standing};
 
 /// When etcd cannot be asked, how long until it is asked again.
 const PAUSE: Duration = Duration::from_millis(500);
+/// How long a request that does not wait is kept while this host has no lease or no watch.
+const PATIENCE: Duration = Duration::from_millis(700);
 
 /// A revision of etcd's store.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Revision(pub i64);
 
-/// Names a lease: its number in hexadecimal digits, with which the names of all its places begin.
+/// The last part of an entry's key in etcd. Other programs may have put any bytes there.
+#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
+pub struct EntryKey(pub Vec<u8>);
+
+impl fmt::Debug for EntryKey {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&String::from_utf8_lossy(&self.0), f)
+    }
+}
+
+/// Names a lease: its number in hexadecimal digits, with which the keys of all its entries begin.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LeaseName(pub String);
 
 impl LeaseName {
-    /// What a place is called: nobody else calls one so.
-    fn place(&self, number: u64) -> String {
-        format!("{}.{number:x}", self.0)
+    /// Returns the key of a new entry, which no other daemon uses.
+    fn entry_key(&self, number: u64) -> EntryKey {
+        EntryKey(format!("{}.{number:x}", self.0).into())
     }
 
-    fn is_of(&self, place: &str) -> bool {
-        place.strip_prefix(&*self.0).is_some_and(|rest| rest.starts_with('.'))
+    /// Returns `true` if a daemon with this lease made the entry.
+    fn owns(&self, entry_key: &EntryKey) -> bool {
+        let rest = entry_key.0.strip_prefix(self.0.as_bytes()).and_then(|rest| rest.strip_prefix(b"."));
+        rest.is_some_and(|number| !number.is_empty() && number.iter().all(u8::is_ascii_hexdigit))
     }
 }
 
-/// Who has a place, for people on other hosts.
+/// Who an entry belongs to, for people on other hosts.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Owner {
     /// The lock's key, if it is known here.
@@ -65,99 +81,99 @@ pub struct Owner {
     pub uid: Option<u32>,
     /// The protocol that the client speaks.
     pub protocol: Protocol,
-    /// What it waits for, if it has to.
+    /// What the client waits for, if it has to wait.
     #[serde(default)]
     pub mode: Mode,
-    /// What it has told of itself.
+    /// What the client says about itself.
     #[serde(default)]
     pub who: ClientInfo,
-    /// When the place was taken: milliseconds since 1970, by the clock of that machine.
+    /// When the entry was made: milliseconds since 1970, by the clock of that machine.
     #[serde(default)]
     pub since_ms: u64,
 }
 
-/// How a hold has ended: what a host leaves behind for those who waited.
+/// How a hold ended: what a host records for the waiters of other hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OutcomeRecord {
-    /// Which hold.
+    /// The hold.
     pub token: Token,
-    /// How.
+    /// How it ended.
     pub outcome: Outcome,
 }
 
-/// A place in the line of a lock.
+/// An entry in the queue of a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// What the place is called.
-    pub place: String,
-    /// When it was taken. The lowest of a line holds the lock, and this is its token.
+    /// The last part of its key in etcd.
+    pub entry_key: EntryKey,
+    /// When it was made. The first entry of a queue holds the lock, and this is its token.
     pub revision: Revision,
-    /// Whose it is. `None`: not kmutex's.
+    /// Who it belongs to. `None`: to another program than kmutex.
     pub owner: Option<Owner>,
 }
 
-/// The line of a lock, as it was at a revision.
+/// The queue of a lock at one revision.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct QueueSnapshot {
-    /// When.
+    /// The revision.
     pub revision: Revision,
-    /// Who stands in it.
+    /// The entries, in any order.
     pub entries: Vec<Entry>,
-    /// How the last hold ended that somebody has told of.
+    /// How the last hold ended that a host recorded.
     pub last: Option<OutcomeRecord>,
 }
 
-/// What the watch has seen of a lock.
+/// What the watch saw of a lock.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum WatchEvent {
-    /// Somebody has taken a place.
+    /// An entry was made.
     Added(Entry),
-    /// The place of this name is gone.
-    Removed(String),
+    /// The entry with this key is gone.
+    Removed(EntryKey),
     /// A host recorded how a hold ended.
     Outcome(OutcomeRecord),
 }
 
-/// A question to etcd, about the line of one lock. The answer is its [`QueueSnapshot`] afterwards.
+/// A request to etcd about the queue of one lock. The answer is the [`QueueSnapshot`] afterwards.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ClusterRequest {
-    /// To be named in the answer.
+    /// Identifies the request in the answer.
     pub id: u64,
-    /// Which lock.
+    /// The lock.
     pub lock: LockId,
-    /// What.
-    pub what: QueueOp,
+    /// What etcd does before it reads the queue.
+    pub op: QueueOp,
 }
 
-/// What etcd is to do before it reads the line.
+/// What etcd does before it reads a queue.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum QueueOp {
     /// Nothing.
     Read,
-    /// Take this place if nobody has one.
+    /// Make this entry if the queue is empty.
     TryAcquire {
-        /// What it is called.
-        place: String,
-        /// Whose it is.
+        /// Its key.
+        entry_key: EntryKey,
+        /// Who it belongs to.
         owner: Box<Owner>,
     },
-    /// Take this place behind all others.
+    /// Make this entry behind all others.
     Enqueue {
-        /// What it is called.
-        place: String,
-        /// Whose it is.
+        /// Its key.
+        entry_key: EntryKey,
+        /// Who it belongs to.
         owner: Box<Owner>,
     },
-    /// Give up this place, if it is the one that was taken at this revision, and all in one:
+    /// Remove this entry, if it is the one that was made at this revision, and all in one:
     Release {
-        /// What it is called.
-        place: String,
-        /// When it was taken.
+        /// Its key.
+        entry_key: EntryKey,
+        /// When it was made.
         revision: Revision,
-        /// How the hold ended, to be left behind.
+        /// How the hold ended, to be recorded.
         record: Option<OutcomeRecord>,
-        /// Where to stand next, behind all others.
-        next: Option<(String, Box<Owner>)>,
+        /// The next entry of this host, behind all others.
+        next: Option<(EntryKey, Box<Owner>)>,
     },
 }
 
@@ -172,53 +188,66 @@ pub enum Failure {
     LeaseGone,
 }
 
-/// The standing of this host in all lines that concern it.
+/// This host's part in all queues that concern it.
 pub struct Cluster {
-    /// `None`: there is none at the moment, so that nothing can be asked.
+    /// `None`: this host has no lease at the moment, so it cannot ask anything.
     lease: Option<LeaseName>,
-    /// Until when the lease, and so all that is held here, may be relied upon.
+    /// Until when the lease can be relied on, by its last keep-alive.
+    kept_until: Timestamp,
+    /// Until when what is held here can be relied on: as long, as far as it was confirmed to be there.
     good_until: Timestamp,
+    is_watching: bool,
+    /// Since when there is no lease or no watch.
+    unusable_since: Option<Timestamp>,
+    /// [`PATIENCE`] has run out since then.
+    is_overdue: bool,
     queues: BTreeMap<LockId, LockQueue>,
-    /// Those to be looked at.
+    /// The locks to look at.
     dirty_locks: BTreeSet<LockId>,
-    /// Those that have something to ask, and cannot at the moment.
+    /// The locks that need a request which cannot be made at the moment.
     pending: BTreeSet<LockId>,
     requests: Vec<ClusterRequest>,
-    /// The last question did not come through: when to try again, with one question first.
+    /// The last request failed: when to try again, with one request first.
     retry_at: Option<Timestamp>,
     next_id: u64,
-    next_place: u64,
+    next_entry: u64,
 }
 
 impl Cluster {
-    /// Nothing is known yet. Places are numbered from `first_place`, which must be higher than any number before.
-    pub fn new(first_place: u64) -> Cluster {
+    /// A host that knows nothing yet. Entries are numbered from `first_entry`, which must be higher than any number before.
+    pub fn new(first_entry: u64, now: Timestamp) -> Cluster {
         Cluster {
             lease: None,
+            kept_until: Timestamp(0),
             good_until: Timestamp(0),
+            is_watching: false,
+            unusable_since: Some(now),
+            is_overdue: false,
             queues: BTreeMap::new(),
             dirty_locks: BTreeSet::new(),
             pending: BTreeSet::new(),
             requests: Vec::new(),
             retry_at: None,
             next_id: 0,
-            next_place: first_place,
+            next_entry: first_entry,
         }
     }
 
-    /// There is a lease, new or kept alive, which may be relied on until then.
-    pub fn leased(&mut self, lease: LeaseName, good_until: Timestamp) {
+    /// The host has a lease, new or kept alive, which can be relied on until `good_until`.
+    pub fn leased(&mut self, table: &Table, lease: LeaseName, good_until: Timestamp) {
         if self.lease.as_ref() != Some(&lease) {
             self.lease = Some(lease);
-            self.good_until = good_until;
+            (self.kept_until, self.good_until) = (good_until, good_until);
         }
-        self.good_until = self.good_until.max(good_until);
+        self.kept_until = self.kept_until.max(good_until);
+        self.extend(table);
         self.can_ask_again();
     }
 
-    /// The lease is gone, or may soon be: whatever this host holds, it holds no more.
+    /// The lease is gone, or may soon be: this host has lost what it held.
     pub fn lost_lease(&mut self, table: &mut Table, now: Timestamp, effects: &mut Effects) {
         self.lease = None;
+        self.is_unusable(now);
         let mut held = Vec::new();
         let mut cursor = 0;
         while let Some((lock, next)) = table.next_lock(cursor) {
@@ -229,41 +258,82 @@ impl Cluster {
             table.revoke(now, lock, effects);
         }
         for (lock, queue) in &mut self.queues {
-            queue.lose_place();
-            // The next lease may be of another store, whose revisions begin anew.
-            queue.forget_line(Revision(0));
+            queue.lose_entry();
+            queue.forget_entries(Revision(0));
             self.dirty_locks.insert(*lock);
         }
     }
 
-    /// Until when what is held here may be relied on. `None`: it may not.
+    /// The store went back, or it is another one: the lease and all that was read are worth nothing.
+    pub fn store_changed(&mut self, table: &mut Table, now: Timestamp, effects: &mut Effects) {
+        self.lost_lease(table, now, effects);
+        self.is_watching = false;
+        self.queues.values_mut().for_each(LockQueue::forget_store);
+    }
+
+    /// Returns how the holds ended that other hosts have not been told about.
+    pub fn untold(&self) -> impl Iterator<Item = (String, OutcomeRecord)> {
+        self.queues.iter().filter_map(|(lock, queue)| {
+            let (name, record) = queue.untold()?;
+            Some((name.map_or_else(|| lock.to_string(), |name| format!("{name:?}")), record))
+        })
+    }
+
+    /// Returns until when what is held here can be relied on. `None`: it cannot.
     pub fn good_until(&self) -> Option<Timestamp> {
         self.lease.as_ref().map(|_| self.good_until)
     }
 
-    /// When to try again to ask what could not be asked.
-    pub fn retry_at(&self) -> Option<Timestamp> {
-        self.retry_at.filter(|_| self.lease.is_some() && !self.pending.is_empty())
+    /// Returns when [`Cluster::poll`] has something to do even if nothing happens.
+    pub fn next_deadline(&self) -> Option<Timestamp> {
+        if self.pending.is_empty() {
+            return None;
+        }
+        match self.unusable_since {
+            Some(since) => (!self.is_overdue).then(|| since.plus(PATIENCE)),
+            None => self.retry_at,
+        }
     }
 
-    /// True while questions do not come through.
+    /// Returns `true` if this host has a lease and a watch.
+    pub fn is_usable(&self) -> bool {
+        self.lease.is_some() && self.is_watching
+    }
+
+    /// Returns `true` if etcd does not answer.
     pub fn is_away(&self) -> bool {
-        self.retry_at.is_some()
+        self.retry_at.is_some() || self.is_overdue
     }
 
-    /// No question comes through at the moment, whatever it is.
+    /// No request gets through at the moment.
     pub fn cannot_ask(&mut self, now: Timestamp) {
         self.retry_at = Some(now.plus(PAUSE));
     }
 
     fn can_ask_again(&mut self) {
-        if self.lease.is_some() {
-            self.retry_at = None;
+        if self.is_usable() {
+            (self.retry_at, self.unusable_since, self.is_overdue) = (None, None, false);
             self.dirty_locks.append(&mut self.pending);
         }
     }
 
-    /// Takes note of what has changed in the table.
+    fn is_unusable(&mut self, now: Timestamp) {
+        self.unusable_since.get_or_insert(now);
+    }
+
+    /// What is held is relied on for as long as the lease was kept, if all of it was confirmed to be there.
+    fn extend(&mut self, table: &Table) {
+        if self.kept_until > self.good_until {
+            let is_confirmed = |(lock, queue): (&LockId, &LockQueue)| {
+                table.held_here(*lock).is_none() || (self.is_watching && queue.is_current())
+            };
+            if self.queues.iter().all(is_confirmed) {
+                self.good_until = self.kept_until;
+            }
+        }
+    }
+
+    /// Takes note of what changed in the table.
     pub fn notify(&mut self, notice: ClusterNotice) {
         let lock = match notice {
             ClusterNotice::Needs(lock) => lock,
@@ -277,14 +347,14 @@ impl Cluster {
         self.dirty_locks.insert(lock);
     }
 
-    /// The watch has seen this of a lock, at this revision.
-    pub fn watch_event(&mut self, lock: LockId, revision: Revision, what: WatchEvent) {
+    /// The watch saw this of a lock, at this revision.
+    pub fn watch_event(&mut self, lock: LockId, revision: Revision, event: WatchEvent) {
         if let Some(queue) = self.queues.get_mut(&lock) {
-            queue.watch_event(revision, what);
-        } else if let (WatchEvent::Added(entry), Some(lease)) = (&what, &self.lease)
-            && lease.is_of(&entry.place)
+            queue.watch_event(revision, event);
+        } else if let (WatchEvent::Added(entry), Some(lease)) = (&event, &self.lease)
+            && lease.owns(&entry.entry_key)
         {
-            // Given up for lost, and come through after all. It is looked into.
+            // The request that made it was given up for lost, and arrived after all.
             self.queues.insert(lock, LockQueue::unread());
         } else {
             return;
@@ -292,23 +362,31 @@ impl Cluster {
         self.dirty_locks.insert(lock);
     }
 
-    /// In the lines of these locks this host's lease has places, whether it knows of them or not.
-    pub fn has_places(&mut self, locks: impl IntoIterator<Item = LockId>) {
+    /// The lease of this host has entries in the queues of these locks.
+    pub fn has_entries(&mut self, locks: impl IntoIterator<Item = LockId>) {
         for lock in locks {
             self.queues.entry(lock).or_insert_with(LockQueue::unread);
             self.dirty_locks.insert(lock);
         }
     }
 
-    /// The watch has missed something up to this revision, and sees all that comes after.
-    pub fn watch_gap(&mut self, revision: Revision) {
+    /// A watch is open, which sees everything after this revision. What happened before it is not known.
+    pub fn watch_opened(&mut self, revision: Revision) {
+        self.is_watching = true;
         for (lock, queue) in &mut self.queues {
-            queue.forget_line(revision);
+            queue.forget_entries(revision);
             self.dirty_locks.insert(*lock);
         }
+        self.can_ask_again();
     }
 
-    /// A question was answered, or not.
+    /// The watch has ended.
+    pub fn watch_ended(&mut self, now: Timestamp) {
+        self.is_watching = false;
+        self.is_unusable(now);
+    }
+
+    /// A request was answered, or failed.
     pub fn answered(
         &mut self,
         table: &mut Table,
@@ -320,12 +398,12 @@ impl Cluster {
         let Some(queue) = self.queues.get_mut(&lock) else { return };
         self.dirty_locks.insert(lock);
         match answer {
-            Ok(line) => {
-                queue.answered(id, line);
+            Ok(snapshot) => {
+                queue.answered(id, snapshot, self.lease.as_ref());
                 self.can_ask_again();
             }
             Err(failure) => {
-                if let Some(mark) = queue.not_answered(id, failure) {
+                if let Some(mark) = queue.not_answered(id, failure, self.lease.as_ref()) {
                     table.unavailable(lock, mark, effects);
                 }
                 if failure != Failure::LeaseGone {
@@ -335,17 +413,19 @@ impl Cluster {
         }
     }
 
-    /// Looks at all that was dirty_locks: tells the table what is true, and makes up the questions that follow.
+    /// Looks at all dirty locks: tells the table what is true, and makes the requests that follow.
     pub fn poll(&mut self, table: &mut Table, now: Timestamp, effects: &mut Effects) {
-        let may_probe = self.retry_at.is_none_or(|at| at <= now);
-        if may_probe {
+        let may_probe = self.is_usable() && self.retry_at.is_none_or(|at| at <= now);
+        self.is_overdue |= self.unusable_since.is_some_and(|since| since.plus(PATIENCE) <= now);
+        if may_probe || self.is_overdue {
             self.dirty_locks.append(&mut self.pending);
         }
         for lock in std::mem::take(&mut self.dirty_locks) {
-            self.queues.entry(lock).or_default().update_table(table, now, lock, effects);
-            // One question tells whether the others have a rng.
+            let standing = Standing { lease: self.lease.as_ref(), is_watching: self.is_watching };
+            self.queues.entry(lock).or_default().update_table(table, now, lock, standing, effects);
+            // One request tells whether the others have a chance.
             let has_probed = self.is_away() && !self.requests.is_empty();
-            if self.lease.is_some() && may_probe && !has_probed {
+            if may_probe && !has_probed {
                 self.ask(table, lock);
             } else if self.queues[&lock].needs(table, lock, self.lease.as_ref()) {
                 self.pending.insert(lock);
@@ -360,36 +440,37 @@ impl Cluster {
         if self.is_away() && !self.requests.is_empty() {
             self.retry_at = Some(now.plus(PAUSE));
         }
+        self.extend(table);
     }
 
-    /// What etcd is to be asked.
+    /// Returns the requests that are due.
     pub fn take_requests(&mut self) -> Vec<ClusterRequest> {
         std::mem::take(&mut self.requests)
     }
 
-    /// True when [`Cluster::poll`] has something to look at now.
+    /// Returns `true` if [`Cluster::poll`] has something to look at now.
     pub fn has_work(&self, now: Timestamp) -> bool {
-        !self.dirty_locks.is_empty() || self.retry_at().is_some_and(|at| at <= now)
+        !self.dirty_locks.is_empty() || self.next_deadline().is_some_and(|at| at <= now)
     }
 
-    /// Who has the first place of a lock, as far as it is known.
+    /// Returns the first entry of a lock, as far as it is known.
     pub fn holder(&self, lock: LockId) -> Option<&Entry> {
         self.queues.get(&lock)?.first()
     }
 
     fn ask(&mut self, table: &Table, lock: LockId) {
         let (Some(queue), Some(lease)) = (self.queues.get_mut(&lock), &self.lease) else { return };
-        let place = lease.place(self.next_place);
-        let Some(what) = queue.question(table, lock, lease, place) else { return };
-        self.next_place += 1;
+        let entry_key = lease.entry_key(self.next_entry);
+        let Some(op) = queue.next_op(table, lock, lease, entry_key) else { return };
+        self.next_entry += 1;
         self.next_id += 1;
-        queue.asked(self.next_id, table.mark(), &what);
-        self.requests.push(ClusterRequest { id: self.next_id, lock, what });
+        queue.asked(self.next_id, table.mark(), &op);
+        self.requests.push(ClusterRequest { id: self.next_id, lock, op });
     }
 }
 
 impl QueueOp {
-    /// For whom a place is to be taken.
+    /// Returns the owner of the entry that it makes.
     pub fn owner_mut(&mut self) -> Option<&mut Owner> {
         match self {
             QueueOp::TryAcquire { owner, .. }
@@ -401,7 +482,7 @@ impl QueueOp {
 }
 
 impl Owner {
-    /// On behalf of a request. Host and time are for the caller to fill in.
+    /// The owner of an entry for a request. The caller fills in host and time.
     fn of(key: Option<&str>, request: &RequestView<'_>) -> Owner {
         let asked = request.asked;
         Owner {
@@ -415,10 +496,10 @@ impl Owner {
     }
 }
 
-/// A question that is under way, and what it may have done.
+/// A request that is under way.
 #[derive(Debug)]
 struct Asked {
     id: u64,
-    /// Those who had come when it was asked.
+    /// Behind the clients that had come when it was made.
     mark: ArrivalMark,
 }

@@ -3,9 +3,12 @@
 //! It speaks to the JSON gateway that every member of etcd has beside gRPC (`/v3/...`), over HTTP/1.1 with [`ureq`]. It
 //! knows nothing of locks: which keys there are, and what they mean, is its caller's.
 //!
-//! A call is tried at each endpoint in turn, a second each at the most, beginning with the one that answered last. It
-//! goes on after an attempt of which it is not known what it did, so that the caller must ask for nothing that may not
-//! be done twice: a transaction has a comparison that fails once it was done.
+//! A call is tried at each endpoint in turn ([`Config::timeout`] each at the most), beginning with the one that answered
+//! last. It goes on after an attempt whose effect is unknown, so a caller must not ask for anything that must not be done
+//! twice: a transaction has a comparison that fails once it was done.
+//!
+//! Every answer is compared with what was seen of the store before (`store`), so that no answer of a store that went back
+//! is taken for the truth.
 
 mod auth;
 mod codec;
@@ -15,6 +18,7 @@ mod error;
 mod http;
 mod kv;
 mod resolver;
+mod store;
 #[cfg(test)]
 mod tests;
 mod watch;
@@ -22,20 +26,22 @@ mod watch;
 use std::fmt;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use ureq::Agent;
 
 use auth::Tokens;
-pub use config::{Config, ConfigError, User};
+pub use config::{Config, ConfigError, TIMEOUT_DEFAULT, User};
 pub use endpoint::{Endpoint, EndpointError};
-pub use error::Error;
 use error::Failure;
+pub use error::{Error, Kind};
 use http::{Agents, Leaderless, Request};
 pub use kv::{
     Compare, Event, KeptAlive, KeyValue, Lease, LeaseId, Op, Range, RangeReply, Sort, Txn, TxnReply,
     WatchReply,
 };
 use resolver::HostResolver;
+use store::{Currency, Finding, Header, Seen, Store};
 pub use watch::Watch;
 
 /// A client of one cluster of etcd. Threads may share it; each call blocks the one that makes it.
@@ -43,6 +49,7 @@ pub struct Client {
     endpoints: Vec<Endpoint>,
     /// Which of them has answered last.
     current: AtomicUsize,
+    store: Arc<Store>,
     tokens: Arc<Tokens>,
     agents: Agents,
     requests: Agent,
@@ -59,10 +66,12 @@ impl Client {
         if config.endpoints.is_empty() {
             return Err(ConfigError::NoEndpoint);
         }
-        let agents = Agents { tls: config::tls(config)?, resolver: HostResolver::default() };
+        let (tls, resolver) = (config::tls(config)?, HostResolver::default());
+        let agents = Agents { tls, resolver, timeout: config.timeout };
         Ok(Client {
             endpoints: config.endpoints.clone(),
             current: AtomicUsize::new(0),
+            store: Arc::default(),
             tokens: Arc::new(Tokens::new(config.user.clone())),
             requests: agents.for_requests(),
             watches: Mutex::new(agents.for_watches()),
@@ -75,7 +84,8 @@ impl Client {
     /// # Errors
     /// As [`Client::txn`]. A lease that was granted without an answer ends by itself.
     pub fn grant_lease(&self, ttl_secs: u64) -> Result<Lease, Error> {
-        self.call("/v3/lease/grant", &codec::grant_lease(ttl_secs), codec::read_lease)
+        let body = codec::grant_lease(ttl_secs);
+        self.call("/v3/lease/grant", &body, Currency::Local, codec::read_lease).map(|(lease, _)| lease)
     }
 
     /// Lets a lease begin anew. That it is gone is an answer, not an error.
@@ -84,7 +94,8 @@ impl Client {
     /// As [`Client::txn`].
     pub fn keep_alive(&self, lease: LeaseId) -> Result<KeptAlive, Error> {
         let read = |body: &[u8]| codec::read_kept_alive(body, lease);
-        self.call("/v3/lease/keepalive", &codec::lease(lease), read)
+        let reply = self.call("/v3/lease/keepalive", &codec::lease(lease), Currency::Local, read);
+        reply.map(|(kept, finding)| KeptAlive { is_behind: finding == Finding::Behind, ..kept })
     }
 
     /// The keys that were put with a lease.
@@ -92,7 +103,9 @@ impl Client {
     /// # Errors
     /// As [`Client::txn`].
     pub fn lease_keys(&self, lease: LeaseId) -> Result<Vec<Vec<u8>>, Error> {
-        self.call("/v3/lease/timetolive", &codec::lease_keys(lease), codec::read_lease_keys)
+        let body = codec::lease_keys(lease);
+        self.call("/v3/lease/timetolive", &body, Currency::Local, codec::read_lease_keys)
+            .map(|(keys, _)| keys)
     }
 
     /// Ends a lease, and all keys that were put with it. It is right if it has ended before.
@@ -113,7 +126,8 @@ impl Client {
     /// [`Error::Unknown`] and [`Error::BadReply`] when it may have been done; [`Error::Unreachable`] and
     /// [`Error::Refused`] when it was not.
     pub fn txn(&self, txn: &Txn) -> Result<TxnReply, Error> {
-        self.call("/v3/kv/txn", &codec::txn(txn), |body| codec::read_txn(body, txn))
+        let read = |body: &[u8]| codec::read_txn(body, txn);
+        self.call("/v3/kv/txn", &codec::txn(txn), Currency::Linearizable, read).map(|(reply, _)| reply)
     }
 
     /// Reads keys as they are now: what was answered to anybody before this call is in it (etcd's linearizable read).
@@ -121,7 +135,44 @@ impl Client {
     /// # Errors
     /// As [`Client::txn`].
     pub fn range(&self, range: &Range) -> Result<RangeReply, Error> {
-        self.call("/v3/kv/range", &codec::range(range), codec::read_range)
+        let body = codec::range(range);
+        self.call("/v3/kv/range", &body, Currency::Linearizable, codec::read_range).map(|(reply, _)| reply)
+    }
+
+    /// Checks that a key was put at a revision, as a watch has reported. A history that is compacted passes.
+    ///
+    /// # Errors
+    /// [`Error::StoreChanged`] if it was not: the store went back, and has reached that revision again. Otherwise as
+    /// [`Client::range`].
+    pub fn check_history(&self, key: &[u8], revision: i64) -> Result<(), Error> {
+        let before = self.store.seen();
+        match self.range(&Range { key: key.into(), revision, ..Range::default() }) {
+            Ok(reply) if reply.kvs.iter().any(|key| key.mod_revision == revision) => Ok(()),
+            Err(Error::Refused { message, .. }) if message.contains("compacted") => Ok(()),
+            Ok(reply) => {
+                let header = Header { cluster_id: 0, revision: reply.revision };
+                Err(self.store.went_back(before, header).into())
+            }
+            Err(Error::Refused { message, .. }) if message.contains("future revision") => {
+                Err(self.store.went_back(before, Header::default()).into())
+            }
+            Err(e) => Err(e),
+        }
+    }
+
+    /// Counts the changes of the store that were found. What was read under another count is not true any more.
+    pub fn generation(&self) -> u64 {
+        self.store.seen().generation
+    }
+
+    /// Returns the index of the endpoint that answered last.
+    pub fn current(&self) -> usize {
+        self.current.load(Ordering::Relaxed)
+    }
+
+    /// Returns how long a call may take at the most: an attempt at each endpoint.
+    pub fn call_max(&self) -> Duration {
+        self.agents.timeout * u32::try_from(self.endpoints.len()).unwrap_or(u32::MAX)
     }
 
     /// Watches the keys from `key` up to, and without, `end` (empty: `key` alone). The events begin with those of
@@ -134,11 +185,12 @@ impl Client {
         let agent = self.watches().clone();
         self.each_endpoint(|endpoint| {
             let open = |token: Option<&str>| {
-                let (path, leaderless) = ("/v3/watch", Leaderless::GivesUp);
-                let request = Request { endpoint, path, body: &body, token, leaderless };
+                let (path, leaderless, timeout) = ("/v3/watch", Leaderless::GivesUp, self.agents.timeout);
+                let request = Request { endpoint, path, body: &body, token, leaderless, timeout };
                 let response = http::open(&agent, request)?;
                 let (tokens, token) = (Arc::clone(&self.tokens), token.map(String::from));
-                Ok(Watch::new(endpoint.clone(), response.into_body(), tokens, token))
+                let store = (Arc::clone(&self.store), self.store.seen());
+                Ok(Watch::new(endpoint.clone(), response.into_body(), (tokens, token), store))
             };
             self.tokens.with_token(|user| self.authenticate(endpoint, user), open)
         })
@@ -155,9 +207,16 @@ impl Client {
         &self,
         path: &str,
         body: &str,
+        currency: Currency,
         read: impl Fn(&[u8]) -> Result<T, Failure>,
-    ) -> Result<T, Error> {
-        self.each_endpoint(|endpoint| read(&self.attempt(endpoint, path, body)?))
+    ) -> Result<(T, Finding), Error> {
+        let before: Seen = self.store.seen();
+        let (header, reply) = self.each_endpoint(|endpoint| {
+            let body = self.attempt(endpoint, path, body)?;
+            Ok((codec::read_header(&body), read(&body)?))
+        })?;
+        let finding = self.store.check(before, header, currency)?;
+        Ok((reply, finding))
     }
 
     /// Tries the endpoints in turn until one answers.
@@ -206,7 +265,8 @@ impl Client {
         body: &str,
         token: Option<&str>,
     ) -> Result<Vec<u8>, Failure> {
-        let request = Request { endpoint, path, body, token, leaderless: Leaderless::Waits };
+        let timeout = self.agents.timeout;
+        let request = Request { endpoint, path, body, token, leaderless: Leaderless::Waits, timeout };
         http::call(&self.requests, request)
     }
 

@@ -102,7 +102,7 @@ fn client(ports: &[u16]) -> Result<Client> {
     let endpoints: std::result::Result<Vec<Endpoint>, _> =
         ports.iter().map(|&port| url(port).parse()).collect();
     let endpoints = endpoints.map_err(|e| e.to_string())?;
-    let config = Config { endpoints, ca: None, cert: None, key: None, user: None };
+    let config = Config { endpoints, ca: None, cert: None, key: None, user: None, timeout: etcd::TIMEOUT_DEFAULT };
     Client::new(&config).map_err(|e| e.to_string().into())
 }
 

@@ -65,7 +65,8 @@ fn clustering(args: cli::Etcd) -> Result<Option<daemon::Clustering>, Failure> {
     if args.prefix.trim_matches('/').is_empty() {
         return Err(usage("--etcd-prefix is empty"));
     }
-    let etcd = etcd::Config { endpoints, ca: args.ca, cert: args.cert, key: args.key, user };
+    let etcd =
+        etcd::Config { endpoints, ca: args.ca, cert: args.cert, key: args.key, user, timeout: args.timeout };
     Ok(Some(daemon::Clustering { etcd, prefix: args.prefix, ttl_secs: args.ttl }))
 }
 

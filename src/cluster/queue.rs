@@ -1,34 +1,45 @@
-//! The queue of one lock among the hosts: its line as far as it is known, this host's place in it, and what to ask next.
+//! The queue of one lock among the hosts: its entries as far as they are known, this host's own entry, and the next
+//! request.
 
 use std::collections::BTreeMap;
 
 use super::{
-    Asked, Entry, Failure, LeaseName, OutcomeRecord, Owner, QueueOp, QueueSnapshot, Revision, WatchEvent,
+    Asked, Entry, EntryKey, Failure, LeaseName, OutcomeRecord, Owner, QueueOp, QueueSnapshot, Revision,
+    WatchEvent,
 };
 use crate::proto::{LockId, Outcome, Token};
 use crate::table::{ArrivalMark, Effects, Table, Timestamp};
 
+/// What a host needs to be granted a lock, and to keep it.
+#[derive(Clone, Copy)]
+pub(super) struct Standing<'a> {
+    pub(super) lease: Option<&'a LeaseName>,
+    pub(super) is_watching: bool,
+}
+
 #[derive(Debug, Default)]
 pub(super) struct LockQueue {
-    /// The first holds.
-    line: BTreeMap<Revision, Entry>,
-    /// The revision that the line is true of. `None`: it is not known.
+    /// In the order in which they hold the lock. One transaction of another program may make several entries.
+    entries: BTreeMap<(Revision, EntryKey), Entry>,
+    /// The revision that the entries are true of. `None`: they are not known.
     as_of: Option<Revision>,
-    /// The last revision that something was heard of before the line was known.
+    /// The last revision of an event that came while the entries were not known.
     missed: Revision,
-    /// It must be read before anything else, because it is not certain what has been done.
+    /// The queue must be read before anything else, because it is not certain what was done.
     must_read: bool,
-    /// How the last hold ended that anybody has told of.
+    /// How the last hold ended that a host recorded.
     last: Option<OutcomeRecord>,
-    /// The hold of another host that the table knows of.
+    /// The hold of another host that the table knows.
     told: Option<Told>,
-    /// What this host's place is called, and what the one is called that may have taken its stead.
-    mine: Option<String>,
-    next: Option<String>,
-    /// The place is to be given up.
-    leaves: Option<Leaving>,
+    /// This host's entry, and the one that may have replaced it.
+    own: Option<EntryKey>,
+    next: Option<EntryKey>,
+    /// The lock's key, if the client of this host's entry said it.
+    name: Option<String>,
+    /// This host's entry is to be released.
+    leaving: Option<Leaving>,
     asked: Option<Asked>,
-    /// Those who had come before the last question that was answered.
+    /// Behind the clients that had come before the last request that was answered.
     mark: Option<ArrivalMark>,
 }
 
@@ -45,138 +56,177 @@ struct Leaving {
 }
 
 impl LockQueue {
-    /// One of which something is known, and nothing certain.
+    /// A queue of which something is known, and nothing certain.
     pub(super) fn unread() -> LockQueue {
         LockQueue { must_read: true, ..LockQueue::default() }
     }
 
     pub(super) fn first(&self) -> Option<&Entry> {
-        self.line.first_key_value().map(|(_, entry)| entry)
+        self.entries.first_key_value().map(|(_, entry)| entry)
+    }
+
+    /// Returns `true` if the entries are known.
+    pub(super) fn is_current(&self) -> bool {
+        self.as_of.is_some() && !self.must_read
+    }
+
+    /// Returns how a hold of this host ended, if etcd has not confirmed that it knows.
+    pub(super) fn untold(&self) -> Option<(Option<&str>, OutcomeRecord)> {
+        Some((self.name.as_deref(), self.leaving?.record?))
     }
 
     /// A hold of this host has ended.
     pub(super) fn ended(&mut self, token: Token, outcome: Outcome) {
-        // After a restart it may not be known yet what the place is called, nor whether it is there.
-        if self.mine.is_some() || self.as_of.is_none() {
-            // To say nothing is to say that the holder has vanished.
+        // After a restart, the key of the entry may not be known yet, nor whether the entry exists.
+        if self.own.is_some() || self.as_of.is_none() {
+            // No record means that the holder vanished.
             let record = (outcome != Outcome::Vanished).then_some(OutcomeRecord { token, outcome });
-            self.leaves = Some(Leaving { token, record });
+            self.leaving = Some(Leaving { token, record });
         }
     }
 
-    pub(super) fn lose_place(&mut self) {
-        (self.mine, self.next, self.leaves) = (None, None, None);
+    pub(super) fn lose_entry(&mut self) {
+        (self.own, self.next, self.leaving) = (None, None, None);
     }
 
     /// What happened up to this revision is not known.
-    pub(super) fn forget_line(&mut self, revision: Revision) {
+    pub(super) fn forget_entries(&mut self, revision: Revision) {
         self.as_of = None;
         self.missed = revision;
         self.must_read = true;
     }
 
-    pub(super) fn watch_event(&mut self, revision: Revision, what: WatchEvent) {
+    /// Nothing that was read, or is being read, is true any more.
+    pub(super) fn forget_store(&mut self) {
+        self.forget_entries(Revision(0));
+        self.entries.clear();
+        (self.last, self.asked, self.mark) = (None, None, None);
+    }
+
+    pub(super) fn watch_event(&mut self, revision: Revision, event: WatchEvent) {
         let Some(as_of) = self.as_of else {
             self.missed = self.missed.max(revision);
             return;
         };
-        // Several events may have the same revision; what is done twice is done once.
+        // Several events may have the same revision. To apply one twice changes nothing.
         if revision < as_of {
             return;
         }
         self.as_of = Some(revision);
-        match what {
-            WatchEvent::Added(entry) => drop(self.line.insert(entry.revision, entry)),
-            WatchEvent::Removed(place) => self.line.retain(|_, entry| entry.place != place),
+        match event {
+            WatchEvent::Added(entry) => self.insert(entry),
+            WatchEvent::Removed(entry_key) => self.entries.retain(|_, entry| entry.entry_key != entry_key),
             WatchEvent::Outcome(record) => self.last = Some(record),
         }
     }
 
-    pub(super) fn asked(&mut self, id: u64, mark: ArrivalMark, what: &QueueOp) {
+    fn insert(&mut self, entry: Entry) {
+        self.entries.insert((entry.revision, entry.entry_key.clone()), entry);
+    }
+
+    pub(super) fn asked(&mut self, id: u64, mark: ArrivalMark, op: &QueueOp) {
         self.asked = Some(Asked { id, mark });
-        match what {
+        match op {
             QueueOp::Read => {}
-            QueueOp::TryAcquire { place, .. } | QueueOp::Enqueue { place, .. } => {
-                self.mine = Some(place.clone())
+            QueueOp::TryAcquire { entry_key, owner } | QueueOp::Enqueue { entry_key, owner } => {
+                self.own = Some(entry_key.clone());
+                self.name.clone_from(&owner.key);
             }
-            QueueOp::Release { next, .. } => self.next = next.as_ref().map(|(place, _)| place.clone()),
+            QueueOp::Release { next, .. } => {
+                self.next = next.as_ref().map(|(entry_key, _)| entry_key.clone());
+            }
         }
     }
 
-    pub(super) fn answered(&mut self, id: u64, line: QueueSnapshot) {
+    pub(super) fn answered(&mut self, id: u64, snapshot: QueueSnapshot, lease: Option<&LeaseName>) {
         let Some(asked) = self.asked.take_if(|asked| asked.id == id) else { return };
-        if self.as_of.is_none_or(|as_of| as_of <= line.revision) {
-            self.as_of = Some(line.revision);
-            self.line = line.entries.into_iter().map(|one| (one.revision, one)).collect();
-            self.last = line.last;
+        if self.as_of.is_none_or(|as_of| as_of <= snapshot.revision) {
+            self.as_of = Some(snapshot.revision);
+            self.entries.clear();
+            snapshot.entries.into_iter().for_each(|entry| self.insert(entry));
+            self.last = snapshot.last;
         }
-        self.must_read = self.missed > line.revision;
+        self.must_read = self.missed > snapshot.revision;
         self.missed = Revision(0);
         if self.must_read {
             self.as_of = None;
         }
         self.mark = Some(asked.mark);
-        self.find_place();
+        self.find_own(lease);
     }
 
-    /// What this host's place is by now.
-    fn find_place(&mut self) {
+    /// Finds out which entry is this host's by now.
+    fn find_own(&mut self, lease: Option<&LeaseName>) {
         if let Some(next) = self.next.take()
             && self.revision_of(&next).is_some()
         {
-            self.mine = Some(next);
-            self.leaves = None;
-        } else if let Some(mine) = &self.mine {
-            if self.revision_of(mine).is_none() {
-                self.lose_place();
+            self.own = Some(next);
+            self.leaving = None;
+        } else if let Some(own) = &self.own {
+            if self.revision_of(own).is_none() {
+                self.lose_entry();
             }
-        } else if let Some(Leaving { token, .. }) = self.leaves {
-            match self.line.get(&Revision(token.0 as i64)) {
-                Some(place) => self.mine = Some(place.place.clone()),
-                None => self.lose_place(),
+        } else if let Some(Leaving { token, .. }) = self.leaving {
+            match self.own_entry_of(token, lease) {
+                Some(entry) => self.own = Some(entry.entry_key.clone()),
+                None => self.lose_entry(),
             }
         }
     }
 
-    fn revision_of(&self, place: &str) -> Option<Revision> {
-        self.line.values().find(|entry| entry.place == place).map(|entry| entry.revision)
+    fn revision_of(&self, entry_key: &EntryKey) -> Option<Revision> {
+        self.entries.values().find(|entry| entry.entry_key == *entry_key).map(|entry| entry.revision)
     }
 
-    /// There is no answer to a question. Returns the mark of those whom it concerned.
-    pub(super) fn not_answered(&mut self, id: u64, failure: Failure) -> Option<ArrivalMark> {
+    /// Returns the entry with this token, if a daemon with this lease made it.
+    fn own_entry_of(&self, token: Token, lease: Option<&LeaseName>) -> Option<&Entry> {
+        let lease = lease?;
+        let from = (Revision(token.0 as i64), EntryKey(Vec::new()));
+        let same = self.entries.range(from..).take_while(|((revision, _), _)| revision.0 == token.0 as i64);
+        same.map(|(_, entry)| entry).find(|entry| lease.owns(&entry.entry_key))
+    }
+
+    /// A request failed. Returns the mark of the clients that it concerned.
+    pub(super) fn not_answered(
+        &mut self,
+        id: u64,
+        failure: Failure,
+        lease: Option<&LeaseName>,
+    ) -> Option<ArrivalMark> {
         let asked = self.asked.take_if(|asked| asked.id == id)?;
         if failure == Failure::Unknown || self.as_of.is_none() {
             self.must_read = true;
         } else {
-            self.find_place();
+            self.find_own(lease);
         }
         Some(asked.mark)
     }
 
-    /// Tells the table what is true of the other hosts, and what this one has won.
+    /// Tells the table what is true of the other hosts, and what this host was granted.
     pub(super) fn update_table(
         &mut self,
         table: &mut Table,
         now: Timestamp,
         lock: LockId,
+        standing: Standing<'_>,
         effects: &mut Effects,
     ) {
-        if self.must_read || self.as_of.is_none() {
+        if !self.is_current() {
             return;
         }
-        let first = self.first().map(|first| (Token(first.revision.0 as u64), first.owner.is_some()));
         if let Some(held) = table.held_here(lock) {
-            match self.line.get(&Revision(held.0 as i64)) {
-                Some(place) if self.mine.is_none() => self.mine = Some(place.place.clone()),
+            match self.own_entry_of(held, standing.lease).map(|entry| entry.entry_key.clone()) {
+                Some(entry_key) if self.own.is_none() => self.own = Some(entry_key),
                 Some(_) => {}
-                // Somebody has removed it.
+                // A user removed it, or the store went back.
                 None => {
-                    self.lose_place();
+                    self.lose_entry();
                     table.revoke(now, lock, effects);
                 }
             }
             return;
         }
+        let first = self.first().map(|first| (Token(first.revision.0 as u64), first.owner.is_some()));
         if let Some(told) = self.told
             && first.is_none_or(|(token, _)| token != told.token)
         {
@@ -184,12 +234,15 @@ impl LockQueue {
             table.remote_hold_ended(now, lock, self.outcome_of(told), effects);
         }
         let Some((token, is_kmutex)) = first else { return };
-        let place = self.first().map(|first| &first.place);
-        if self.next.is_some() && place == self.next.as_ref() {
-            // The watch was faster than the answer, which will say that this is mine.
-        } else if self.mine.is_some() && place == self.mine.as_ref() {
-            if self.leaves.is_none() && !table.cluster_granted(now, lock, token, effects) {
-                self.leaves = Some(Leaving { token, record: None });
+        let entry_key = self.first().map(|first| &first.entry_key);
+        if self.next.is_some() && entry_key == self.next.as_ref() {
+            // The watch was faster than the answer, which will say that this entry is this host's.
+        } else if self.own.is_some() && entry_key == self.own.as_ref() {
+            if self.leaving.is_none()
+                && standing.is_watching
+                && !table.cluster_granted(now, lock, token, effects)
+            {
+                self.leaving = Some(Leaving { token, record: None });
             }
         } else if table.find(lock).is_some() {
             self.told = Some(Told { token, is_kmutex });
@@ -197,98 +250,99 @@ impl LockQueue {
         }
     }
 
-    /// How a hold ended whose place is gone.
+    /// Returns how a hold ended whose entry is gone.
     fn outcome_of(&self, told: Told) -> Outcome {
         match self.last {
-            // Either its own word, or that of one who came after it, which will do for those who waited.
+            // Either the holder's own record, or that of a later holder, which serves the waiters as well.
             Some(last) if last.token >= told.token => last.outcome,
             _ if told.is_kmutex => Outcome::Vanished,
             _ => Outcome::Unknown,
         }
     }
 
-    /// What is to be asked now. A new place would be called `place`.
-    pub(super) fn question(
+    /// Returns what to ask next. A new entry would get the key `entry_key`.
+    pub(super) fn next_op(
         &mut self,
         table: &Table,
         lock: LockId,
         lease: &LeaseName,
-        place: String,
+        entry_key: EntryKey,
     ) -> Option<QueueOp> {
         if self.asked.is_some() {
             return None;
         }
         let needs = table.cluster_needs(lock);
-        if self.must_read || (self.as_of.is_none() && table.held_here(lock).is_some()) {
+        let is_held = table.held_here(lock).is_some();
+        if self.must_read || (self.as_of.is_none() && is_held) {
             return Some(QueueOp::Read);
         }
         let owner = || {
             let key = table.find(lock).and_then(|lock| lock.key().map(String::from));
-            let entry = table.first_in_line(lock);
-            Box::new(entry.map(|one| Owner::of(key.as_deref(), &one)).unwrap_or_default())
+            let request = table.first_in_line(lock);
+            Box::new(request.map(|one| Owner::of(key.as_deref(), &one)).unwrap_or_default())
         };
-        if let Some(orphan_entry) = self.orphan_entry(lease) {
-            let (place, revision) = (orphan_entry.place.clone(), orphan_entry.revision);
-            return Some(QueueOp::Release { place, revision, record: None, next: None });
+        if let Some(orphan) = self.orphan_entry(lease) {
+            let (entry_key, revision) = (orphan.entry_key.clone(), orphan.revision);
+            return Some(QueueOp::Release { entry_key, revision, record: None, next: None });
         }
-        let Some((mine, revision)) = self.place() else {
+        let Some((own, revision)) = self.own_entry() else {
             return match needs {
-                _ if needs.queue_place => Some(QueueOp::Enqueue { place, owner: owner() }),
+                _ if needs.queue_place => Some(QueueOp::Enqueue { entry_key, owner: owner() }),
                 _ if needs.free_or_busy || needs.takeover => {
-                    Some(QueueOp::TryAcquire { place, owner: owner() })
+                    Some(QueueOp::TryAcquire { entry_key, owner: owner() })
                 }
                 _ => None,
             };
         };
-        let held = table.held_here(lock).is_some();
-        if self.leaves.is_none() && !held && !needs.queue_place {
-            // Nobody waits for their turn any more. From here on there is no way back: a question to give up a place may
-            // come through late, when it was long taken for lost.
-            self.leaves = Some(Leaving { token: Token(revision.0 as u64), record: None });
+        if self.leaving.is_none() && !is_held && !needs.queue_place {
+            // No client waits for its turn any more. From here on there is no way back: a request to release an entry may
+            // arrive late, when it was long given up for lost.
+            self.leaving = Some(Leaving { token: Token(revision.0 as u64), record: None });
         }
-        match self.leaves {
+        match self.leaving {
             Some(Leaving { record, .. }) => {
-                let next = needs.queue_place.then(|| (place, owner()));
-                Some(QueueOp::Release { place: mine, revision, record, next })
+                let next = needs.queue_place.then(|| (entry_key, owner()));
+                Some(QueueOp::Release { entry_key: own, revision, record, next })
             }
-            None if needs.free_or_busy && !held => Some(QueueOp::Read),
+            None if needs.free_or_busy && !is_held => Some(QueueOp::Read),
             None => None,
         }
     }
 
-    /// True when there is something to ask, or will be.
+    /// Returns `true` if there is something to ask, or will be.
     pub(super) fn needs(&self, table: &Table, lock: LockId, lease: Option<&LeaseName>) -> bool {
+        let is_held = table.held_here(lock).is_some();
         self.asked.is_none()
             && (self.must_read
-                || self.leaves.is_some()
+                || self.leaving.is_some()
                 || !table.cluster_needs(lock).is_nothing()
-                || (self.as_of.is_none() && table.held_here(lock).is_some())
-                || (self.mine.is_some() && table.held_here(lock).is_none())
+                || (self.as_of.is_none() && is_held)
+                || (self.own.is_some() && !is_held)
                 || self.has_orphan_entry(lease))
     }
 
-    /// True when nothing is left to do or to know.
+    /// Returns `true` if nothing is left to do or to know.
     pub(super) fn is_over(&self, table: &Table, lock: LockId, lease: Option<&LeaseName>) -> bool {
         self.asked.is_none()
             && !self.must_read
-            && self.mine.is_none()
+            && self.own.is_none()
             && table.find(lock).is_none()
             && !self.has_orphan_entry(lease)
     }
 
-    fn place(&self) -> Option<(String, Revision)> {
-        let mine = self.mine.clone()?;
-        let revision = self.revision_of(&mine)?;
-        Some((mine, revision))
+    fn own_entry(&self) -> Option<(EntryKey, Revision)> {
+        let own = self.own.clone()?;
+        let revision = self.revision_of(&own)?;
+        Some((own, revision))
     }
 
     fn has_orphan_entry(&self, lease: Option<&LeaseName>) -> bool {
         lease.is_some_and(|lease| self.orphan_entry(lease).is_some())
     }
 
-    /// A place of this host that is not the one it knows of.
+    /// Returns an entry of this host that is not the one that it knows.
     fn orphan_entry(&self, lease: &LeaseName) -> Option<&Entry> {
-        let is_mine = |entry: &&Entry| Some(&entry.place) == self.mine.as_ref();
-        self.line.values().filter(|entry| lease.is_of(&entry.place)).find(|one| !is_mine(one))
+        let is_own = |entry: &&Entry| Some(&entry.entry_key) == self.own.as_ref();
+        self.entries.values().filter(|entry| lease.owns(&entry.entry_key)).find(|entry| !is_own(entry))
     }
 }

@@ -53,6 +53,9 @@ fn run(seeds: std::ops::Range<u64>) {
         "frozen",
         "compacted",
         "other program",
+        "rolled back",
+        "emptied",
+        "noticed",
     ] {
         assert!(seen.get(what).is_some_and(|&times| times >= 10), "hardly ever: {what}: {seen:?}");
     }

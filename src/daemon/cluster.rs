@@ -1,13 +1,19 @@
-//! Clustering locks with other hosts: between the daemon's loop, the standing of this host among them ([`Cluster`]), and the
+//! Clustering the locks with other hosts: between the daemon's loop, this host's part in the queues ([`Cluster`]), and the
 //! threads that speak with etcd.
 //!
 //! Nothing here happens without `--etcd`.
 
+mod backoff;
+mod events;
 mod layout;
+mod lease_keeper;
 mod listing;
 mod threads;
+mod trouble;
+mod watcher;
+mod worker;
 
-use crate::journal::ClusterLease;
+use std::collections::VecDeque;
 use std::io;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
@@ -21,19 +27,28 @@ use super::remote::{RemoteReply, RemoteRequest};
 use super::source::Source;
 use crate::clock;
 use crate::cluster::{Cluster, Entry, Failure, LeaseName, QueueOp};
-use crate::etcd::{self, Client, LeaseId};
+use crate::etcd::{self, Client, Kind, LeaseId};
+use crate::journal::ClusterLease;
 use crate::proto::v2::{Answer, ErrorCode, LeaseTerms, LockUser, ShortText, error};
 use crate::proto::{LockId, Token};
 use crate::table::{ClusterNotice, Effects, Table, Timestamp};
+use events::{Command, Event, Reading};
 use layout::{Layout, Leases};
-use threads::{Command, EtcdThreads, Event};
+use lease_keeper::LeaseCommand;
+use threads::EtcdThreads;
+use trouble::Troubles;
 
 /// How long the end of the daemon may wait for etcd.
 const STOP_WAIT: Duration = Duration::from_millis(80);
 /// After how long records get another lease, while there are any.
 const RECORDS_LEASE_EVERY: Duration = Duration::from_secs(60);
+/// When etcd did not end a lease that is lost, how long until it is asked again, and how often.
+const REVOKE_PAUSE: Duration = Duration::from_millis(500);
+const REVOKES_MAX: u32 = 120;
+/// How many locks a log line names.
+const NAMED_MAX: usize = 10;
 
-/// How locks are shared.
+/// How locks are clustered.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// Where etcd is.
@@ -44,28 +59,56 @@ pub struct Config {
     pub ttl_secs: u64,
 }
 
-/// What the daemon has for it.
+/// What the daemon has for clustering.
 pub(super) struct Clustering {
     cluster: Cluster,
     threads: EtcdThreads,
     host: ShortText,
+    /// The endpoints of etcd, for messages.
+    urls: Vec<String>,
     ttl_secs: u64,
     lease: Option<LeaseId>,
-    /// The lease that was given up last. That it was kept once more may be reported afterwards, and counts for nothing.
+    /// The lease that was given up last. Reports about it may still come, and count for nothing.
     abandoned: Option<LeaseId>,
-    /// Goes off when the lease may not be relied on any more; after a sleep of the machine at once, which the loop's own
-    /// timeouts sleep through.
+    /// Leases to end as soon as the commands that ran under them are dead.
+    revokes: Vec<Revoke>,
+    /// Goes off when the lease cannot be relied on any more; after a sleep of the machine at once, while the loop's own
+    /// timeouts sleep with the machine.
     alarm: TimerFd,
-    /// A lease for records, and when it was asked for.
+    /// A lease for records, and when it was requested.
     records: Option<(LeaseId, Timestamp)>,
     wants_records: bool,
-    /// The last that was said of etcd was that it cannot be reached.
-    in_trouble: bool,
-    /// The last revision that the watch has told of, and the store's when the lease was last kept.
-    watched: i64,
-    kept: i64,
-    /// The questions that are under way.
+    troubles: Troubles,
+    /// How many times the store went back.
+    generation: u64,
+    /// No lock is granted before this, because the store went back.
+    quarantined_until: Timestamp,
+    watch: WatchState,
+    /// The requests that are under way.
     under_way: usize,
+    /// What clients want to read, and whether the first of them is being read.
+    readings: VecDeque<(ConnectionId, Option<Reading>)>,
+    /// What clients are told at once.
+    replies: Vec<RemoteReply>,
+}
+
+struct Revoke {
+    lease: LeaseId,
+    at: Timestamp,
+    tries: u32,
+}
+
+/// How far the watch can be trusted.
+#[derive(Default)]
+struct WatchState {
+    is_open: bool,
+    /// The last revision that the watch reported.
+    seen: i64,
+    /// The store's revision when the lease was kept before.
+    kept: i64,
+    /// When this host last wrote something that the watch must see, and its revision, if it is known and was not seen yet.
+    checked: Timestamp,
+    sign: Option<i64>,
 }
 
 /// A lease is not relied on for this last part of its time: a quarter, in which holders stop.
@@ -73,11 +116,12 @@ fn margin(ttl_secs: u64) -> Duration {
     Duration::from_millis((ttl_secs * 250).max(500))
 }
 
-/// Starts what the daemon needs for sharing locks. `resume` is the lease of the daemon before.
+/// Starts what the daemon needs for clustering. `resume` is the lease of the previous daemon.
 ///
 /// # Errors
-/// When no thread can be started.
+/// If no thread can be started.
 pub(super) fn join(config: &Config, client: Client, resume: Option<u64>) -> Result<Clustering, super::Error> {
+    warn_if_too_short(config);
     let resume = resume.filter(|&lease| lease != 0).map(|lease| LeaseId(lease as i64));
     let threads = EtcdThreads::start(client, Layout::new(&config.prefix), config.ttl_secs, resume)
         .map_err(|e| super::Error::Os("start the threads for etcd", e))?;
@@ -87,21 +131,40 @@ pub(super) fn join(config: &Config, client: Client, resume: Option<u64>) -> Resu
         TimerFd::new(timerfd::ClockId::CLOCK_BOOTTIME, TimerFlags::TFD_CLOEXEC | TimerFlags::TFD_NONBLOCK)
             .map_err(|e| super::Error::Os("make a timer", e.into()))?;
     Ok(Clustering {
-        // Whatever the daemon before has called its places, it had not so many.
-        cluster: Cluster::new(micros),
+        // The previous daemon did not number so many entries.
+        cluster: Cluster::new(micros, clock::now()),
         threads,
         host: (&*host.to_string_lossy()).into(),
+        urls: config.etcd.endpoints.iter().map(ToString::to_string).collect(),
         ttl_secs: config.ttl_secs,
         lease: None,
         abandoned: None,
+        revokes: Vec::new(),
         alarm,
         records: None,
         wants_records: false,
-        in_trouble: false,
-        watched: 0,
-        kept: 0,
+        troubles: Troubles::default(),
+        generation: 0,
+        quarantined_until: Timestamp(0),
+        watch: WatchState::default(),
         under_way: 0,
+        readings: VecDeque::new(),
+        replies: Vec::new(),
     })
+}
+
+/// A lease must survive one lost answer: there must be time for two attempts after the moment when it is kept alive.
+fn warn_if_too_short(config: &Config) {
+    let timeout = config.etcd.timeout.as_millis() as u64;
+    let relied_on = config.ttl_secs * 1000 - margin(config.ttl_secs).as_millis() as u64;
+    if config.ttl_secs * 1000 / 3 + 2 * timeout > relied_on {
+        let enough = (timeout * 48).div_ceil(10_000);
+        warn!(
+            "etcd: a lease of {} s (--etcd-ttl) can be relied on for {relied_on} ms, which is short for answers that may \
+             take {timeout} ms (--etcd-timeout): one lost answer may cost the locks; use --etcd-ttl {enough} or more",
+            config.ttl_secs,
+        );
+    }
 }
 
 impl Clustering {
@@ -117,9 +180,10 @@ impl Clustering {
         Ok(())
     }
 
-    /// When [`Clustering::poll`] has something to do even if nothing wakes the loop.
+    /// Returns when [`Clustering::poll`] has something to do even if nothing wakes the loop.
     pub(super) fn deadline(&self) -> Option<Timestamp> {
-        [self.cluster.good_until(), self.cluster.retry_at()].into_iter().flatten().min()
+        let revoke = self.revokes.iter().map(|revoke| revoke.at).min();
+        [self.cluster.good_until(), self.cluster.next_deadline(), revoke].into_iter().flatten().min()
     }
 
     /// The table says that something may have to be asked or told.
@@ -140,6 +204,12 @@ impl Clustering {
             warn!("etcd: the lease was not kept in time; what is held is lost");
             return Some(vec![self.lose_lease(table, now, effects)]);
         }
+        if let Some(index) = self.revokes.iter().position(|revoke| revoke.at <= now) {
+            let revoke = &mut self.revokes[index];
+            revoke.at = Timestamp::NEVER;
+            self.threads.command(Command::Revoke(revoke.lease));
+            return Some(Vec::new());
+        }
         if let Some(event) = self.threads.next_event() {
             return Some(self.handle(event, table, now, effects).into_iter().collect());
         }
@@ -148,15 +218,47 @@ impl Clustering {
             self.send(now);
             return Some(Vec::new());
         }
-        None
+        (!self.replies.is_empty()).then(|| std::mem::take(&mut self.replies))
     }
 
     /// Asks etcd something for a client. [`Clustering::poll`] returns the answer.
     pub(super) fn request(&mut self, from: ConnectionId, request: RemoteRequest) {
-        self.threads.command(Command::Remote(from, request));
+        if !self.cluster.is_usable() && (self.cluster.is_away() || self.troubles.reason().is_some()) {
+            let message = self.unavailable();
+            self.replies.push(match request {
+                RemoteRequest::List { .. } | RemoteRequest::Show { .. } => {
+                    RemoteReply::Page { to: from, page: Err(message) }
+                }
+                RemoteRequest::Break { .. } => {
+                    RemoteReply::Answer { to: from, answer: error(ErrorCode::Unavailable, message) }
+                }
+            });
+            return;
+        }
+        let reading = match request {
+            RemoteRequest::List { from } => Reading::Page(from),
+            RemoteRequest::Show { lock } => Reading::Lock(lock),
+            RemoteRequest::Break { lock } => return self.threads.command(Command::Break(from, lock)),
+        };
+        self.readings.push_back((from, Some(reading)));
+        self.read_next();
     }
 
-    /// Returns how long what a client holds may be relied on.
+    /// A client has gone: what it wants to read need not be read any more.
+    pub(super) fn forget(&mut self, client: ConnectionId) {
+        self.readings.retain(|(from, reading)| *from != client || reading.is_none());
+    }
+
+    /// One reading is under way at a time.
+    fn read_next(&mut self) {
+        if let Some((to, reading)) = self.readings.front_mut()
+            && let Some(reading) = reading.take()
+        {
+            self.threads.read(*to, reading);
+        }
+    }
+
+    /// Returns how long what a client holds can be relied on.
     pub(super) fn lease_terms(&self) -> LeaseTerms {
         let good_ms = self.cluster.good_until().map_or(0, |until| until.0.saturating_sub(clock::now().0));
         LeaseTerms { good_ms, margin_ms: margin(self.ttl_secs).as_millis() as u64 }
@@ -165,6 +267,28 @@ impl Clustering {
     /// Returns the holder of a lock on another host, as far as it is known.
     pub(super) fn remote_holder(&self, lock: LockId) -> Option<LockUser> {
         self.cluster.holder(lock).map(party)
+    }
+
+    /// Says why etcd cannot be asked.
+    pub(super) fn unavailable(&self) -> String {
+        let urls = self.urls.join(",");
+        if let Some(left) = self.quarantined_until.0.checked_sub(clock::now().0).filter(|&left| left > 0) {
+            return format!("the store of etcd at {urls} went back: no lock is granted for {left} ms");
+        }
+        let (kind, text) = self.troubles.reason().unwrap_or((Kind::Unreachable, "no answer yet"));
+        let state = match kind {
+            Kind::Unreachable => "does not answer",
+            Kind::NoLeader => "has no leader",
+            Kind::NoEtcd => "gives answers that are not etcd's",
+            Kind::NoPermission => "does not permit it",
+            Kind::NoSpace => "has no space",
+            Kind::Refused | Kind::StoreChanged => "refuses",
+        };
+        let mut why = text.split_once(": ").map_or(text, |(_, why)| why);
+        if let [url] = &self.urls[..] {
+            why = why.strip_prefix(&**url).and_then(|why| why.strip_prefix(": ")).unwrap_or(why);
+        }
+        format!("etcd at {urls} {state}: {why}")
     }
 
     /// Tells etcd what has ended, as far as there is time, and ends the lease if nothing is held under it. Returns `true` if
@@ -188,13 +312,63 @@ impl Clustering {
     }
 
     fn lose_lease(&mut self, table: &mut Table, now: Timestamp, effects: &mut Effects) -> RemoteReply {
+        self.warn_of_untold();
         self.cluster.lost_lease(table, now, effects);
-        if let Some(lease) = self.lease.take() {
-            self.threads.abandon(lease);
-            self.abandoned = Some(lease);
-        }
-        // The next daemon must not resume it either: it would give up places in whose remaining time holders are stopping.
+        self.abandon_lease(now);
+        // The next daemon must not resume it either: it would release entries while their holders are stopping.
         RemoteReply::RecordLease(ClusterLease::None)
+    }
+
+    /// Gives the lease up. It is ended, so that other hosts need not wait for the rest of it, but not before the commands
+    /// under it are dead. (An election gives all leases their whole time again.)
+    fn abandon_lease(&mut self, now: Timestamp) {
+        if let Some(lease) = self.lease.take() {
+            self.threads.lease_command(LeaseCommand::Abandon(lease));
+            self.abandoned = Some(lease);
+            self.revokes.push(Revoke { lease, at: now.plus(margin(self.ttl_secs)), tries: 0 });
+        }
+    }
+
+    /// The store went back. Other hosts may not have noticed yet, and their commands must be stopped before anything is
+    /// granted that they hold; that takes as long as a lease lives.
+    fn store_changed(
+        &mut self,
+        why: &str,
+        generation: u64,
+        table: &mut Table,
+        now: Timestamp,
+        effects: &mut Effects,
+    ) -> RemoteReply {
+        warn!(
+            "etcd: the store went back: {why}; what is held is lost, and no lock is granted for {} s",
+            self.ttl_secs
+        );
+        self.generation = generation;
+        self.cluster.store_changed(table, now, effects);
+        self.abandon_lease(now);
+        let ttl = Duration::from_secs(self.ttl_secs);
+        self.quarantined_until = now.plus(ttl);
+        let until = Instant::now() + ttl;
+        self.threads.lease_command(LeaseCommand::Quarantine(until));
+        (self.records, self.watch) = (None, WatchState::default());
+        self.threads.reopen_watch();
+        RemoteReply::RecordLease(ClusterLease::None)
+    }
+
+    /// If a release did not reach etcd, another host finds the lock of a holder that vanished, and runs it again.
+    fn warn_of_untold(&self) {
+        let mut untold: Vec<String> =
+            self.cluster.untold().map(|(name, record)| format!("{name} ({})", record.outcome)).collect();
+        if untold.is_empty() {
+            return;
+        }
+        let more = untold.len().saturating_sub(NAMED_MAX);
+        untold.truncate(NAMED_MAX);
+        let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+        warn!(
+            "etcd: could not be told that these locks were released: {}{more}; other hosts may run their commands again",
+            untold.join(", ")
+        );
     }
 
     /// Handles what one of the threads reports.
@@ -205,37 +379,61 @@ impl Clustering {
         now: Timestamp,
         effects: &mut Effects,
     ) -> Option<RemoteReply> {
+        if let Event::Answer { .. } = event {
+            self.under_way -= 1;
+        }
+        if let Some(generation) = event.generation() {
+            if generation > self.generation {
+                let why = if let Event::StoreChanged { why, .. } = &event { why } else { "it has changed" };
+                return Some(self.store_changed(why, generation, table, now, effects));
+            }
+            if generation < self.generation {
+                return None;
+            }
+        }
         match event {
             Event::Leased { lease, .. } if self.abandoned == Some(lease) => None,
-            Event::Leased { lease, sent, ttl_secs, revision } => {
-                self.no_trouble();
-                self.leased(lease, sent, ttl_secs, revision).then(|| {
-                    info!("etcd: sharing locks under lease {:016x}, of {ttl_secs} s", lease.0);
-                    // A resumed lease may have places that this daemon does not know of.
+            Event::Leased { .. } if now < self.quarantined_until => None,
+            Event::Leased { lease, sent, ttl_secs, revision, .. } => {
+                self.troubles.ended(trouble::Source::Lease);
+                if self.watch.is_open {
+                    self.troubles.ended(trouble::Source::Watch);
+                }
+                self.leased(table, lease, sent, ttl_secs, revision).then(|| {
+                    info!("etcd: clustering locks under lease {:016x}, of {ttl_secs} s", lease.0);
+                    // A resumed lease may have entries that this daemon does not know.
                     self.threads.command(Command::ListEntries(lease));
                     RemoteReply::RecordLease(ClusterLease::Id(lease.0 as u64))
                 })
             }
-            Event::LeaseGone(lease) => (self.lease.is_none() || self.lease == Some(lease)).then(|| {
-                warn!("etcd: lease {:016x} is gone; what was held under it is lost", lease.0);
-                self.lease = None;
-                self.lose_lease(table, now, effects)
-            }),
-            Event::Answer { lock, id, lease, answer, trouble } => {
-                self.under_way -= 1;
+            Event::LeaseGone(lease) => {
+                let is_resumed = self.lease.is_none() && self.abandoned != Some(lease);
+                (self.lease == Some(lease) || is_resumed).then(|| {
+                    warn!("etcd: lease {:016x} is gone; what was held under it is lost", lease.0);
+                    self.lease = None;
+                    self.abandoned = Some(lease);
+                    self.threads.lease_command(LeaseCommand::Abandon(lease));
+                    self.lose_lease(table, now, effects)
+                })
+            }
+            Event::Answer { lock, id, lease, answer, source, trouble, .. } => {
                 match &trouble {
-                    Some(error) => self.trouble(error),
-                    None => self.no_trouble(),
+                    Some(etcd::Error::StoreChanged { .. }) => {}
+                    Some(error) => self.troubles.began(source, error),
+                    None if answer.is_ok() => self.note_success(source),
+                    None => {}
                 }
                 let is_gone = answer == Err(Failure::LeaseGone);
                 self.cluster.answered(table, now, (lock, id), answer, effects);
-                // Not that of a question that was asked under one before.
+                // An answer to a request under an earlier lease says nothing of this one.
                 (is_gone && self.lease == Some(lease)).then(|| {
                     warn!("etcd: the lease is gone; what was held under it is lost");
                     self.lose_lease(table, now, effects)
                 })
             }
             Event::Page { to, page } => {
+                self.readings.pop_front();
+                self.read_next();
                 Some(RemoteReply::Page { to, page: page.map_err(|e| format!("etcd: {e}")) })
             }
             Event::Broken { to, broken } => {
@@ -253,17 +451,18 @@ impl Clustering {
         }
     }
 
-    /// Takes note of a report that has no effect on the table by itself.
+    fn note_success(&mut self, source: trouble::Source) {
+        self.troubles.ended(source);
+        if source == trouble::Source::Writes {
+            self.troubles.ended(trouble::Source::Reads);
+        }
+    }
+
+    /// Takes note of an event that has no effect on the table by itself.
     fn observe(&mut self, event: Event, now: Timestamp) {
         match event {
-            Event::Trouble(error) => {
-                self.wants_records = false;
-                self.trouble(&error);
-                if self.lease.is_none() {
-                    self.cluster.cannot_ask(now);
-                }
-            }
-            Event::Entries(locks) => self.cluster.has_places(locks),
+            Event::Trouble(source, error) => self.troubles.began(source, &error),
+            Event::Entries(locks) => self.cluster.has_entries(locks),
             Event::NoEntries(lease) => {
                 if self.lease == Some(lease) {
                     self.threads.command(Command::ListEntries(lease));
@@ -273,22 +472,35 @@ impl Clustering {
                 self.records = Some((lease, sent));
                 self.wants_records = false;
             }
+            Event::RecordsGone(LeaseId(0)) => self.wants_records = false,
             Event::RecordsGone(lease) => {
                 self.records.take_if(|(records, _)| *records == lease);
             }
-            Event::Watch { revision, events } => {
-                self.watched = self.watched.max(revision);
-                for (lock, revision, what) in events {
-                    self.cluster.watch_event(lock, revision, what);
-                }
-            }
-            Event::WatchGap(revision) => {
-                self.watched = self.watched.max(revision.0);
-                self.cluster.watch_gap(revision);
+            Event::Revoked { lease, is_done } => self.revoked(lease, is_done, now),
+            Event::SignOfLife(Some(revision)) => self.watch.sign = Some(revision),
+            Event::SignOfLife(None) => self.threads.reopen_watch(),
+            Event::WatchOpened { revision, .. } => {
+                self.watch.is_open = true;
+                self.watch.seen = self.watch.seen.max(revision.0);
+                self.cluster.watch_opened(revision);
                 if let Some(lease) = self.lease {
                     self.threads.command(Command::ListEntries(lease));
                 }
             }
+            Event::Watch { revision, events, .. } => {
+                self.watch.seen = self.watch.seen.max(revision);
+                for (lock, revision, event) in events {
+                    self.cluster.watch_event(lock, revision, event);
+                }
+            }
+            Event::WatchEnded(error) => {
+                self.watch.is_open = false;
+                self.cluster.watch_ended(now);
+                if let Some(error) = error.filter(|error| error.kind() != Kind::StoreChanged) {
+                    self.troubles.began(trouble::Source::Watch, &error);
+                }
+            }
+            Event::StoreChanged { .. } => {}
             Event::Leased { .. }
             | Event::LeaseGone(_)
             | Event::Answer { .. }
@@ -297,24 +509,34 @@ impl Clustering {
         }
     }
 
+    fn revoked(&mut self, lease: LeaseId, is_done: bool, now: Timestamp) {
+        self.revokes.retain_mut(|revoke| {
+            if revoke.lease != lease {
+                return true;
+            }
+            (revoke.at, revoke.tries) = (now.plus(REVOKE_PAUSE), revoke.tries + 1);
+            !is_done && revoke.tries < REVOKES_MAX
+        });
+    }
+
     fn send(&mut self, now: Timestamp) {
-        for mut ask in self.cluster.take_requests() {
-            let Some(places) = self.lease else { return };
-            if let Some(owner) = ask.what.owner_mut() {
+        for mut request in self.cluster.take_requests() {
+            let Some(entries) = self.lease else { return };
+            if let Some(owner) = request.op.owner_mut() {
                 owner.host = self.host.clone();
                 owner.since_ms = unix_ms();
             }
-            if let QueueOp::Release { record: Some(_), .. } = ask.what {
+            if let QueueOp::Release { record: Some(_), .. } = request.op {
                 self.renew_records(now);
             }
-            let records = self.records.map_or(places, |(lease, _)| lease);
+            let records = self.records.map_or(entries, |(lease, _)| lease);
             self.under_way += 1;
-            self.threads.command(Command::Request(ask, Leases { places, records }));
+            self.threads.command(Command::Request(request, Leases { entries, records }));
         }
     }
 
-    /// Records are left behind for daemons that read them later, so they get a lease that is not this daemon's, and that
-    /// ends without being kept. Until there is one, the daemon's will do.
+    /// Records are read by daemons later, so they get a lease that is not this daemon's, and that ends without being kept
+    /// alive. Until there is one, the daemon's will do.
     fn renew_records(&mut self, now: Timestamp) {
         let is_ending = |(_, sent): (LeaseId, Timestamp)| now >= sent.plus(RECORDS_LEASE_EVERY * 3 / 2);
         if self.records.is_some_and(is_ending) {
@@ -326,34 +548,45 @@ impl Clustering {
         }
     }
 
-    fn leased(&mut self, lease: LeaseId, sent: Timestamp, ttl_secs: u64, revision: i64) -> bool {
-        let good_until = sent.plus(Duration::from_secs(ttl_secs)).minus(margin(self.ttl_secs));
+    /// Returns `true` if the lease is new.
+    fn leased(
+        &mut self,
+        table: &Table,
+        lease: LeaseId,
+        sent: Timestamp,
+        ttl_secs: u64,
+        revision: i64,
+    ) -> bool {
+        let relied_on = Duration::from_secs(ttl_secs).saturating_sub(margin(self.ttl_secs));
+        let good_until = sent.plus(relied_on);
         let is_new = self.lease != Some(lease);
         self.lease = Some(lease);
-        self.cluster.leased(name(lease), good_until);
+        self.cluster.leased(table, name(lease), good_until);
         let until = TimeSpec::from_duration(Duration::from_millis(good_until.0.max(1)));
         if let Err(e) = self.alarm.set(Expiration::OneShot(until), TimerSetTimeFlags::TFD_TIMER_ABSTIME) {
             warn!("cannot set a timer: {e}");
         }
-        // While the lease was kept once, the store went on, and the watch has said nothing: it may be one of a member that
-        // says nothing any more.
-        if self.kept > self.watched {
-            debug!("etcd: the watch is silent, opening it anew");
-            self.threads.watch_anew();
-        }
-        self.kept = revision;
+        self.check_watch(lease, sent, revision);
         is_new
     }
 
-    fn trouble(&mut self, error: &etcd::Error) {
-        if !std::mem::replace(&mut self.in_trouble, true) {
-            warn!("etcd: {error}; new locks wait until it answers");
+    /// If the store has gone on while the watch said nothing, either other programs wrote, or the watch is one of a member
+    /// that says nothing any more. Once in a while, this host writes something that the watch must see.
+    fn check_watch(&mut self, lease: LeaseId, now: Timestamp, revision: i64) {
+        let watch = &mut self.watch;
+        let is_silent = watch.kept > watch.seen;
+        watch.kept = revision;
+        if !watch.is_open {
+            return;
         }
-    }
-
-    fn no_trouble(&mut self) {
-        if std::mem::take(&mut self.in_trouble) {
-            info!("etcd: it answers again");
+        if let Some(sign) = watch.sign.take() {
+            if watch.seen < sign {
+                debug!("etcd: the watch is silent, opening it anew");
+                self.threads.reopen_watch();
+            }
+        } else if is_silent && now >= watch.checked.plus(Duration::from_secs(self.ttl_secs * 2)) {
+            watch.checked = now;
+            self.threads.command(Command::SignOfLife(lease));
         }
     }
 }

@@ -43,6 +43,14 @@ impl Clustering {
         match *self {}
     }
 
+    pub(super) fn forget(&mut self, _client: ConnectionId) {
+        match *self {}
+    }
+
+    pub(super) fn unavailable(&self) -> String {
+        match *self {}
+    }
+
     pub(super) fn request(&mut self, _from: ConnectionId, _request: RemoteRequest) {
         match *self {}
     }

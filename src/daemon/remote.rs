@@ -12,6 +12,8 @@ use crate::proto::v2::Answer;
 pub(super) enum RemoteRequest {
     /// Read the locks of all hosts, from this key on; an empty key means from the beginning.
     List { from: Vec<u8> },
+    /// Read who holds this lock, and who waits for it.
+    Show { lock: LockId },
     /// Take the lock from the host that holds it.
     Break { lock: LockId },
 }

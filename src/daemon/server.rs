@@ -742,8 +742,12 @@ impl Server {
     fn close(&mut self, client: ClientId) {
         // Closing removes the descriptor from the epoll set too: no other descriptor refers to this open file (epoll(7),
         // question 6).
+        if self.listings.remove(&client).is_some()
+            && let Some(cluster) = &mut self.cluster
+        {
+            cluster.forget(self.connections.id(client));
+        }
         let connection = self.connections.remove(client);
-        self.listings.remove(&client);
         if self.connections.is_empty() {
             self.idle_since = Some(self.now);
         }

@@ -18,6 +18,7 @@ use super::kv::{
     Compare, Event, KeptAlive, KeyValue, Lease, LeaseId, Op, Range, RangeReply, Sort, Txn, TxnReply,
     WatchReply,
 };
+use super::store::Header;
 
 /// `/v3/auth/authenticate`
 pub(super) fn authenticate(name: &str, password: &str) -> String {
@@ -61,6 +62,7 @@ pub(super) fn watch(key: &[u8], end: &[u8], from_revision: i64) -> String {
         "key": base64(key),
         "range_end": base64(end),
         "start_revision": from_revision.to_string(),
+        "progress_notify": true,
     });
     json!({ "create_request": create }).to_string()
 }
@@ -96,6 +98,7 @@ fn range_value(range: &Range) -> Value {
         "key": base64(&range.key),
         "range_end": base64(&range.end),
         "limit": range.limit.to_string(),
+        "revision": range.revision.to_string(),
         "sort_order": "ASCEND",
         "sort_target": match range.sort {
             Sort::Key => "KEY",
@@ -131,7 +134,7 @@ pub(super) fn read_kept_alive(body: &[u8], asked: LeaseId) -> Result<KeptAlive, 
         return Err(bad("it is about another lease"));
     }
     let ttl_secs = u64::try_from(reply.ttl.0).map_err(|_| bad("the TTL is negative"))?;
-    Ok(KeptAlive { ttl_secs, revision: reply.header.revision()? })
+    Ok(KeptAlive { ttl_secs, revision: reply.header.revision()?, is_behind: false })
 }
 
 /// The keys of a lease; none, if it has ended.
@@ -183,6 +186,13 @@ pub(super) fn read_watch(line: &[u8]) -> Result<WatchReply, Failure> {
         compact_revision: reply.compact_revision.0,
         events,
     })
+}
+
+/// What an answer says about the store, whatever else is in it.
+pub(super) fn read_header(body: &[u8]) -> Header {
+    let wire: AnyWire = serde_json::from_slice(body).unwrap_or_default();
+    let header = wire.result.map_or(wire.header, |result| result.header);
+    Header { cluster_id: header.cluster_id.0, revision: header.revision.0 }
 }
 
 /// What etcd says is wrong: gRPC's code, and a message. `None`: this is not of etcd.
@@ -245,20 +255,29 @@ fn event(wire: EventWire) -> Result<Event, Failure> {
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct Header {
+struct HeaderWire {
+    cluster_id: Unsigned,
     revision: Int,
 }
 
-impl Header {
+impl HeaderWire {
     /// The first revision of a store is 1, so that it is never left out.
     fn revision(&self) -> Result<i64, Failure> {
         if self.revision.0 > 0 { Ok(self.revision.0) } else { Err(bad("there is no revision")) }
     }
 }
 
-#[derive(Deserialize)]
+#[derive(Default, Deserialize)]
 struct Headed {
-    header: Header,
+    #[serde(default)]
+    header: HeaderWire,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct AnyWire {
+    header: HeaderWire,
+    result: Option<Headed>,
 }
 
 #[derive(Deserialize)]
@@ -268,7 +287,7 @@ struct TokenWire {
 
 #[derive(Deserialize)]
 struct LeaseWire {
-    header: Header,
+    header: HeaderWire,
     #[serde(rename = "ID")]
     id: Int,
     /// Left out for a lease that is gone.
@@ -284,7 +303,7 @@ struct LeaseKeysWire {
 
 #[derive(Deserialize)]
 struct RangeWire {
-    header: Option<Header>,
+    header: Option<HeaderWire>,
     #[serde(default)]
     kvs: Vec<KeyValueWire>,
     #[serde(default)]
@@ -293,7 +312,7 @@ struct RangeWire {
 
 #[derive(Deserialize)]
 struct TxnWire {
-    header: Header,
+    header: HeaderWire,
     #[serde(default)]
     succeeded: bool,
     #[serde(default)]
@@ -312,7 +331,7 @@ struct Streamed<T> {
 
 #[derive(Deserialize)]
 struct WatchWire {
-    header: Header,
+    header: HeaderWire,
     #[serde(default)]
     created: bool,
     #[serde(default)]
@@ -391,6 +410,21 @@ impl<'de> Deserialize<'de> for Int {
             }
         }
         deserializer.deserialize_any(Either)
+    }
+}
+
+/// An unsigned 64-bit number, as the ids of clusters are.
+#[derive(Clone, Copy, Default)]
+struct Unsigned(u64);
+
+impl<'de> Deserialize<'de> for Unsigned {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Unsigned, D::Error> {
+        match Value::deserialize(deserializer)? {
+            Value::String(text) => text.parse().map(Unsigned).map_err(de::Error::custom),
+            other => {
+                other.as_u64().map(Unsigned).ok_or_else(|| de::Error::custom("no unsigned 64-bit number"))
+            }
+        }
     }
 }
 

@@ -4,6 +4,7 @@ use std::fmt;
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use rustls::RootCertStore;
 use rustls::crypto::ring;
@@ -21,6 +22,9 @@ const CERT: &str = "--etcd-cert";
 const KEY: &str = "--etcd-key";
 const PASSWORD_FILE: &str = "--etcd-password-file";
 
+/// How long one attempt at one endpoint takes at most, unless the user says otherwise.
+pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(1);
+
 /// Where etcd is, and how one makes oneself known there.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -34,6 +38,8 @@ pub struct Config {
     pub key: Option<PathBuf>,
     /// As whom to ask for a token.
     pub user: Option<User>,
+    /// How long one attempt at one endpoint may take ([`TIMEOUT_DEFAULT`]).
+    pub timeout: Duration,
 }
 
 /// A user of etcd's.

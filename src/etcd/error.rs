@@ -4,6 +4,7 @@
 use std::fmt;
 
 use super::Endpoint;
+use super::store::Changed;
 
 /// The longest text of etcd's that is passed on, in characters.
 const MESSAGE_CHARS_MAX: usize = 300;
@@ -41,12 +42,50 @@ pub enum Error {
         /// Each endpoint with what happened there.
         why: String,
     },
+    /// The store went back, or it is another one: what was read from it before is not true any more. What was asked for may
+    /// have been done.
+    StoreChanged {
+        /// How that shows.
+        why: String,
+    },
+}
+
+/// The kinds of trouble that an administrator has to tell apart.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Kind {
+    /// No endpoint answers.
+    Unreachable,
+    /// The members have no leader.
+    NoLeader,
+    /// The user has no permission, or is not known.
+    NoPermission,
+    /// The store is full.
+    NoSpace,
+    /// etcd refuses for another reason.
+    Refused,
+    /// What answers is no etcd.
+    NoEtcd,
+    /// The store went back.
+    StoreChanged,
 }
 
 impl Error {
     /// True when etcd refused because the lease that was named has ended.
     pub fn is_lease_gone(&self) -> bool {
         matches!(self, Error::Refused { code, message } if says_lease_gone(*code, message))
+    }
+
+    /// Returns the kind of trouble.
+    pub fn kind(&self) -> Kind {
+        match self {
+            Error::Unreachable { why } | Error::Unknown { why } if why.contains("no leader") => {
+                Kind::NoLeader
+            }
+            Error::Unreachable { .. } | Error::Unknown { .. } => Kind::Unreachable,
+            Error::Refused { code, message } => refusal_kind(*code, message),
+            Error::BadReply { .. } => Kind::NoEtcd,
+            Error::StoreChanged { .. } => Kind::StoreChanged,
+        }
     }
 
     /// The error of a call that has failed at each of these endpoints.
@@ -71,6 +110,7 @@ impl fmt::Display for Error {
             Error::Unknown { why } => write!(f, "no answer from etcd: {why}"),
             Error::Refused { message, .. } => write!(f, "etcd refused: {message}"),
             Error::BadReply { why } => write!(f, "not the answer of an etcd: {why}"),
+            Error::StoreChanged { why } => write!(f, "the store went back: {why}"),
         }
     }
 }
@@ -145,6 +185,28 @@ impl fmt::Display for Failure {
             }
             Failure::Refused { message, .. } => write!(f, "refused: {message}"),
         }
+    }
+}
+
+fn refusal_kind(code: i64, message: &str) -> Kind {
+    let says = |text: &str| message.contains(text);
+    if code == PERMISSION_DENIED
+        || code == UNAUTHENTICATED
+        || ["permission denied", "auth token", "user name is empty", "authentication failed"]
+            .into_iter()
+            .any(says)
+    {
+        Kind::NoPermission
+    } else if says("database space exceeded") {
+        Kind::NoSpace
+    } else {
+        Kind::Refused
+    }
+}
+
+impl From<Changed> for Error {
+    fn from(Changed(why): Changed) -> Error {
+        Error::StoreChanged { why }
     }
 }
 

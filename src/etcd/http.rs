@@ -15,9 +15,6 @@ use super::error::{Failure, lower, one_line};
 use super::resolver::HostResolver;
 use crate::addr::Reason;
 
-/// The longest that one attempt at one endpoint may take, from connecting to the last byte of the answer; of a watch,
-/// each of connecting and waiting for its first answer.
-pub(super) const ATTEMPT_MAX: Duration = Duration::from_secs(1);
 /// The largest answer, and the largest message of a watch, in bytes.
 pub(super) const REPLY_BYTES_MAX: u64 = 16 * 1024 * 1024;
 /// How many connections to one endpoint wait for the next request, at the most.
@@ -28,22 +25,25 @@ const IDLE_MAX: usize = 8;
 pub(super) struct Agents {
     pub(super) tls: TlsConfig,
     pub(super) resolver: HostResolver,
+    /// The longest that one attempt at one endpoint may take, from connecting to the last byte of the answer; of a watch,
+    /// each of connecting and waiting for its first answer.
+    pub(super) timeout: Duration,
 }
 
 impl Agents {
-    /// For requests, each of which has to be answered in [`ATTEMPT_MAX`].
+    /// For requests, each of which has to be answered in [`Agents::timeout`].
     pub(super) fn for_requests(&self) -> Agent {
-        let limits = Agent::config_builder().timeout_global(Some(ATTEMPT_MAX));
+        let limits = Agent::config_builder().timeout_global(Some(self.timeout));
         let limits = limits.max_idle_connections_per_host(IDLE_MAX).max_idle_connections(IDLE_MAX * 8);
         self.agent(limits)
     }
 
     /// For watches, whose answers never end.
     pub(super) fn for_watches(&self) -> Agent {
-        let limits =
-            Agent::config_builder().timeout_resolve(Some(ATTEMPT_MAX)).timeout_connect(Some(ATTEMPT_MAX));
-        let limits = limits.timeout_send_request(Some(ATTEMPT_MAX)).timeout_send_body(Some(ATTEMPT_MAX));
-        self.agent(limits.timeout_recv_response(Some(ATTEMPT_MAX)).max_idle_connections(0))
+        let timeout = Some(self.timeout);
+        let limits = Agent::config_builder().timeout_resolve(timeout).timeout_connect(timeout);
+        let limits = limits.timeout_send_request(timeout).timeout_send_body(timeout);
+        self.agent(limits.timeout_recv_response(timeout).max_idle_connections(0))
     }
 
     fn agent(&self, limits: ureq::config::ConfigBuilder<ureq::typestate::AgentScope>) -> Agent {
@@ -70,13 +70,15 @@ pub(super) struct Request<'a> {
     pub(super) token: Option<&'a str>,
     /// What a member without a leader is to do with it.
     pub(super) leaderless: Leaderless,
+    /// How long the agent waits for an answer; for error messages.
+    pub(super) timeout: Duration,
 }
 
 /// What a member that knows of no leader, because there is none or it has lost touch with the others, does with a
 /// request.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Leaderless {
-    /// It waits for one: an election is mostly over within [`ATTEMPT_MAX`].
+    /// It waits for one: an election is mostly over within a second.
     Waits,
     /// It ends the answer. A watch would be silent otherwise, for as long as that lasts.
     GivesUp,
@@ -84,7 +86,7 @@ pub(super) enum Leaderless {
 
 /// Sends a request and returns what comes behind `200 OK`.
 pub(super) fn call(agent: &Agent, request: Request<'_>) -> Result<Vec<u8>, Failure> {
-    read_all(&mut open(agent, request)?)
+    read_all(&mut open(agent, request)?, request.timeout)
 }
 
 /// Sends a request and returns the answer, of which only the head has been read, and that is `200 OK`.
@@ -96,12 +98,12 @@ pub(super) fn open(agent: &Agent, request: Request<'_>) -> Result<Response<Body>
     }?;
     match response.status().as_u16() {
         200 => Ok(response),
-        status => Err(refusal(status, &read_all(&mut response)?)),
+        status => Err(refusal(status, &read_all(&mut response, request.timeout)?)),
     }
 }
 
 fn post(agent: &Agent, request: Request<'_>) -> Result<Response<Body>, Failure> {
-    let Request { endpoint, path, body, token, leaderless } = request;
+    let Request { endpoint, path, body, token, leaderless, timeout } = request;
     let mut post = agent.post(format!("{endpoint}{path}"));
     post = post.header("Content-Type", "application/json").header("Content-Length", body.len());
     if let Some(token) = token {
@@ -114,8 +116,8 @@ fn post(agent: &Agent, request: Request<'_>) -> Result<Response<Body>, Failure> 
     let mut sent = Sent { rest: body.as_bytes(), has_begun: false };
     let answer = post.send(SendBody::from_reader(&mut sent));
     answer.map_err(|e| match sent.has_begun {
-        true => Failure::NoAnswer { why: describe_error(&e), was_closed: is_closed(&e) },
-        false => Failure::NotSent(describe_error(&e)),
+        true => Failure::NoAnswer { why: describe_error(&e, timeout), was_closed: is_closed(&e) },
+        false => Failure::NotSent(describe_error(&e, timeout)),
     })
 }
 
@@ -132,12 +134,27 @@ impl Read for Sent<'_> {
     }
 }
 
-fn read_all(response: &mut Response<Body>) -> Result<Vec<u8>, Failure> {
-    let body = response.body_mut().with_config().limit(REPLY_BYTES_MAX).read_to_vec();
-    body.map_err(|e| match e {
+/// Reads an answer, which is JSON: one that does not begin like it is not read any further.
+fn read_all(response: &mut Response<Body>, timeout: Duration) -> Result<Vec<u8>, Failure> {
+    let mut reader = response.body_mut().with_config().limit(REPLY_BYTES_MAX).reader();
+    let mut body = Vec::new();
+    reader.by_ref().take(1).read_to_end(&mut body).map_err(|e| body_failure(e, timeout))?;
+    if body.first().is_some_and(|&first| first != b'{' && !first.is_ascii_whitespace()) {
+        return Err(match response.status().as_u16() {
+            status if status >= 500 => Failure::no_answer(format!("HTTP status {status}")),
+            200 => Failure::BadReply("bad answer: it is no JSON".into()),
+            status => Failure::BadReply(format!("HTTP status {status}")),
+        });
+    }
+    reader.read_to_end(&mut body).map_err(|e| body_failure(e, timeout))?;
+    Ok(body)
+}
+
+fn body_failure(error: io::Error, timeout: Duration) -> Failure {
+    match ureq::Error::from(error) {
         ureq::Error::BodyExceedsLimit(_) => too_long(),
-        e => Failure::no_answer(describe_error(&e)),
-    })
+        e => Failure::no_answer(describe_error(&e, timeout)),
+    }
 }
 
 pub(super) fn too_long() -> Failure {
@@ -161,12 +178,12 @@ fn is_closed(error: &ureq::Error) -> bool {
 }
 
 /// What went wrong, for users; ureq's own words name its parts.
-pub(super) fn describe_error(error: &ureq::Error) -> String {
+fn describe_error(error: &ureq::Error, timeout: Duration) -> String {
     match error {
         ureq::Error::Io(error) => describe_io_error(error),
         ureq::Error::Timeout(Timeout::Resolve) => "its address is not known in time".into(),
-        ureq::Error::Timeout(Timeout::Connect) => format!("no connection within {ATTEMPT_MAX:?}"),
-        ureq::Error::Timeout(_) => format!("no answer within {ATTEMPT_MAX:?}"),
+        ureq::Error::Timeout(Timeout::Connect) => format!("no connection within {timeout:?}"),
+        ureq::Error::Timeout(_) => format!("no answer within {timeout:?}"),
         ureq::Error::HostNotFound => "there is no such host".into(),
         other => one_line(&other.to_string()),
     }

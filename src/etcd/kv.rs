@@ -22,6 +22,8 @@ pub struct KeptAlive {
     pub ttl_secs: u64,
     /// The revision of the store when etcd answered.
     pub revision: i64,
+    /// The member that answered is behind what was seen of the store before: it lags, or the store went back.
+    pub is_behind: bool,
 }
 
 /// A key with its value, at one revision of the store.
@@ -99,6 +101,8 @@ pub struct Range {
     pub end: Vec<u8>,
     /// How many at the most. 0: all of them.
     pub limit: u64,
+    /// As of which revision of the store. 0: as of now.
+    pub revision: i64,
     /// In which order.
     pub sort: Sort,
 }

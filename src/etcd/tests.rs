@@ -125,7 +125,8 @@ impl Connection {
 
 fn client(endpoints: &[&str]) -> Client {
     let endpoints = endpoints.iter().map(|text| text.parse().unwrap()).collect();
-    Client::new(&Config { endpoints, ca: None, cert: None, key: None, user: None }).unwrap()
+    Client::new(&Config { endpoints, ca: None, cert: None, key: None, user: None, timeout: TIMEOUT_DEFAULT })
+        .unwrap()
 }
 
 fn range(client: &Client) -> Result<RangeReply, Error> {

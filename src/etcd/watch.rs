@@ -9,8 +9,14 @@ use ureq::{Body, BodyReader};
 use super::auth::Tokens;
 use super::codec;
 use super::error::{Error, Failure};
-use super::http::{REPLY_BYTES_MAX, describe_io_error, too_long};
+use super::http::describe_io_error;
+use super::store::{Currency, Seen, Store};
 use super::{Endpoint, WatchReply};
+
+/// The longest message, in bytes. etcd divides longer ones, unless a single value is as long.
+const MESSAGE_BYTES_MAX: u64 = 4 * 1024 * 1024;
+/// How many messages in a row may tell nothing.
+const EMPTY_MAX: u32 = 1_000;
 
 /// A watch that was opened. Dropping it ends it.
 pub struct Watch {
@@ -18,13 +24,22 @@ pub struct Watch {
     lines: BufReader<BodyReader<'static>>,
     tokens: Arc<Tokens>,
     token: Option<String>,
+    /// What is known of the store, now and when the watch was opened.
+    store: (Arc<Store>, Seen),
+    /// How many messages in a row have told nothing.
+    empty: u32,
 }
 
 impl Watch {
-    pub(super) fn new(endpoint: Endpoint, body: Body, tokens: Arc<Tokens>, token: Option<String>) -> Watch {
+    pub(super) fn new(
+        endpoint: Endpoint,
+        body: Body,
+        (tokens, token): (Arc<Tokens>, Option<String>),
+        store: (Arc<Store>, Seen),
+    ) -> Watch {
         // All messages together have no limit; each one has.
         let body = body.into_with_config().limit(u64::MAX).reader();
-        Watch { endpoint, lines: BufReader::new(body), tokens, token }
+        Watch { endpoint, lines: BufReader::new(body), tokens, token, store, empty: 0 }
     }
 
     /// Waits for the next message, without a limit: etcd says nothing as long as nothing happens, and nothing either
@@ -35,7 +50,10 @@ impl Watch {
     /// watch is over then: what has happened since the last message can be had by a new one, from the revision behind.
     #[expect(clippy::should_implement_trait, reason = "it ends with an error, and that must be looked at")]
     pub fn next(&mut self) -> Result<WatchReply, Error> {
-        let reply = self.line().and_then(|line| codec::read_watch(&line));
+        let line = self.line().map_err(|failure| failure.into_error(&self.endpoint))?;
+        let reply = codec::read_watch(&line).and_then(|reply| self.limit_empty(reply));
+        let (store, opened) = &self.store;
+        store.check(*opened, codec::read_header(&line), Currency::Local)?;
         if let Ok(WatchReply { canceled: Some(reason), .. }) = &reply
             && (reason.contains("permission denied") || reason.contains("auth"))
         {
@@ -45,14 +63,27 @@ impl Watch {
         reply.map_err(|failure| failure.into_error(&self.endpoint))
     }
 
+    /// A watch has something to tell now and then, and reports its progress every ten minutes. What sends one empty message
+    /// after the other is no etcd.
+    fn limit_empty(&mut self, reply: WatchReply) -> Result<WatchReply, Failure> {
+        let is_empty = reply.events.is_empty() && reply.canceled.is_none() && reply.compact_revision == 0;
+        self.empty = if is_empty { self.empty + 1 } else { 0 };
+        match self.empty {
+            0..=EMPTY_MAX => Ok(reply),
+            _ => Err(Failure::BadReply("bad answer: its messages tell nothing".into())),
+        }
+    }
+
     fn line(&mut self) -> Result<Vec<u8>, Failure> {
         let mut line = Vec::new();
-        let read = self.lines.by_ref().take(REPLY_BYTES_MAX).read_until(b'\n', &mut line);
+        let read = self.lines.by_ref().take(MESSAGE_BYTES_MAX).read_until(b'\n', &mut line);
         match read {
             Err(e) => Err(Failure::no_answer(describe_io_error(&e))),
             Ok(0) => Err(Failure::no_answer("the watch has ended")),
             Ok(_) if line.ends_with(b"\n") => Ok(line),
-            Ok(bytes) if bytes as u64 >= REPLY_BYTES_MAX => Err(too_long()),
+            Ok(bytes) if bytes as u64 >= MESSAGE_BYTES_MAX => {
+                Err(Failure::BadReply(format!("a message is longer than {MESSAGE_BYTES_MAX} bytes")))
+            }
             // The gateway ends the line of every message, but not that of an error, which is the last.
             Ok(_) => Ok(line),
         }

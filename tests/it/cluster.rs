@@ -24,10 +24,10 @@ fn options(etcd: &Etcd) -> Vec<String> {
 }
 
 /// A daemon of a host that shares its locks.
-fn host(etcd: &Etcd) -> Daemon {
+pub fn host(etcd: &Etcd) -> Daemon {
     let options = options(etcd);
     let daemon = Daemon::with(&options.iter().map(String::as_str).collect::<Vec<_>>());
-    daemon.wait_for_log("sharing locks under lease");
+    daemon.wait_for_log("clustering locks under lease");
     daemon
 }
 
@@ -36,17 +36,17 @@ fn restart(daemon: &mut Daemon, etcd: &Etcd) {
     daemon.restart(&options.iter().map(String::as_str).collect::<Vec<_>>());
 }
 
-fn hosts<const N: usize>(etcd: &Etcd) -> [Daemon; N] {
+pub fn hosts<const N: usize>(etcd: &Etcd) -> [Daemon; N] {
     std::array::from_fn(|_| host(etcd))
 }
 
 /// What `etcdctl lock` calls a key.
-fn name(key: &str) -> String {
+pub fn name(key: &str) -> String {
     format!("kmutex/{}", Key::new(key).unwrap().id())
 }
 
 /// A run that waits, and says when it has the lock.
-fn waiter(daemon: &Daemon, options: &[&str], key: &str, already: u64) -> Process {
+pub fn waiter(daemon: &Daemon, options: &[&str], key: &str, already: u64) -> Process {
     let mut command = daemon.run(options);
     command.args([key, "--", "sh", "-c", "echo running $KMUTEX_TOKEN"]);
     let waiting = daemon.log().matches("wait: ").count();
@@ -96,7 +96,7 @@ impl Drop for Other {
 }
 
 /// How many stand in the line of a key.
-fn standing(etcd: &Etcd, key: &str) -> usize {
+pub fn standing(etcd: &Etcd, key: &str) -> usize {
     etcd.ctl(&["get", "--prefix", "--keys-only", &format!("{}/", name(key))]).split_whitespace().count()
 }
 
@@ -249,7 +249,7 @@ fn when_a_daemon_is_stopped_its_holders_notice_themselves() {
     a.process().signal(Signal::SIGCONT);
     old.expect_closed();
     a.wait_for_log("is lost");
-    a.wait_for_logs("sharing locks under lease", 2);
+    a.wait_for_logs("clustering locks under lease", 2);
     finish(&mut a.run(&["k", "true"])).assert_silent(0);
 }
 
@@ -268,7 +268,7 @@ fn a_daemon_that_comes_back_in_time_has_lost_nothing() {
     };
     let lease = leases();
     restart(&mut a, &etcd);
-    a.wait_for_log("sharing locks under lease");
+    a.wait_for_log("clustering locks under lease");
     a.wait_for_counts("k", 1, 1);
     assert_eq!(a.status()[0]["holders"][0]["token"], token);
     assert_eq!(leases(), lease, "the lease is the same");
@@ -288,7 +288,7 @@ fn a_daemon_that_comes_back_too_late_says_so_to_its_holders() {
     let mut next = next;
     assert_eq!(next.wait(), 0, "the lease has ended");
     restart(&mut a, &etcd);
-    a.wait_for_log("sharing locks under lease");
+    a.wait_for_log("clustering locks under lease");
     finish(&mut a.run(&["-n", "k", "true"])).assert_silent(0);
     assert!(holder.process.is_running());
     assert_eq!(holder.finish(0), LOST);
@@ -353,7 +353,7 @@ fn a_lease_that_is_revoked_by_hand_is_noticed_at_once() {
     etcd.ctl(&["lease", "revoke", lease]);
     assert_eq!(holders.each_mut().map(|holder| holder.process.wait()), [LOST, LOST]);
     assert_eq!(next.wait(), 0, "the holder has vanished");
-    a.wait_for_logs("sharing locks under lease", 2);
+    a.wait_for_logs("clustering locks under lease", 2);
     finish(&mut a.run(&["l", "true"])).assert_silent(0);
 }
 
@@ -503,6 +503,7 @@ fn breaking_a_lock_frees_it_for_all_hosts() {
     assert_eq!((holder.process.wait(), next.wait()), (LOST, 0));
     // From any host, if one is root or the daemon's user.
     let mut holder = a.hold("k");
+    finish(&mut b.kmutex(&["break", "k"])).assert_error(64, &["--yes"]);
     finish(&mut b.kmutex(&["break", "--yes", "k"])).assert_silent(0);
     assert_eq!(holder.process.wait(), LOST);
     wait_until("the lock to be free", || standing(&etcd, "k") == 0);
@@ -534,7 +535,7 @@ fn where_locks_are_shared_no_client_starts_a_daemon_that_shares_nothing() {
     finish(&mut a.kmutex(&["run", "k", "true"])).assert_error(UNAVAILABLE, &refused);
     // In good order too.
     restart(&mut a, &etcd);
-    a.wait_for_log("sharing locks under lease");
+    a.wait_for_log("clustering locks under lease");
     a.process().signal(Signal::SIGTERM);
     assert_eq!(a.process().wait(), 0);
     finish(&mut a.kmutex(&["run", "k", "true"])).assert_error(UNAVAILABLE, &refused);

@@ -443,3 +443,38 @@ fn a_token_that_etcd_takes_no_more_is_renewed() {
     apply(&client, &[put("k/4", "v")]).unwrap();
     assert_eq!(reader.events().len(), 1);
 }
+
+#[test]
+#[ignore = "needs etcd"]
+fn a_history_that_is_not_what_was_seen_is_a_store_that_went_back() {
+    let etcd = Etcd::single();
+    let client = etcd.client();
+    let revision = apply(&client, &[put("k", "1")]).unwrap().revision;
+    let later = apply(&client, &[put("k", "2")]).unwrap().revision;
+    client.check_history(b"k", revision).unwrap();
+    client.check_history(b"k", later).unwrap();
+    let went_back = |key: &str, revision| {
+        let error = etcd.client().check_history(key.as_bytes(), revision).unwrap_err();
+        assert!(matches!(error, Error::StoreChanged { .. }), "{error:?}");
+    };
+    went_back("other", revision);
+    went_back("k", later + 1);
+    etcd.ctl(&["compaction", &later.to_string()]);
+    // What is compacted cannot be checked.
+    client.check_history(b"other", revision).unwrap();
+}
+
+#[test]
+#[ignore = "needs etcd"]
+fn answers_of_another_cluster_are_rejected_once() {
+    let [first, second] = [Etcd::single(), Etcd::single()];
+    let endpoints = [first.endpoints(), second.endpoints()].concat();
+    let mut first = first;
+    let client = Client::new(&Config { endpoints, ..second.config() }).unwrap();
+    client.range(&range("k", "")).unwrap();
+    first.kill(0);
+    let error = client.range(&range("k", "")).unwrap_err();
+    assert!(matches!(&error, Error::StoreChanged { why } if why.contains("cluster")), "{error:?}");
+    client.range(&range("k", "")).unwrap();
+    assert_eq!(client.generation(), 1);
+}

@@ -3,10 +3,10 @@
 
 use std::fs::{self, File};
 use std::net::TcpListener;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use kmutex::etcd::{Client, Config, Endpoint};
+use kmutex::etcd::{Client, Config, Endpoint, TIMEOUT_DEFAULT};
 use nix::sys::signal::Signal;
 use serde_json::Value;
 use tempfile::TempDir;
@@ -160,7 +160,7 @@ impl Etcd {
     pub fn config(&self) -> Config {
         let file = |name: &str| self.is_tls.then(|| self.file(name));
         let [ca, cert, key] = ["ca.pem", "client.pem", "client.key"].map(file);
-        Config { endpoints: self.endpoints(), ca, cert, key, user: None }
+        Config { endpoints: self.endpoints(), ca, cert, key, user: None, timeout: TIMEOUT_DEFAULT }
     }
 
     /// A client of it.
@@ -191,6 +191,35 @@ impl Etcd {
         self.spawn(index);
         let endpoint = [self.endpoint(index)];
         wait_until("a member of etcd to be back", || self.is_healthy(&endpoint));
+    }
+
+    /// Kills the only member and starts it again with other data: what `change` makes of its data directory, which is the
+    /// path that it gets.
+    pub fn replace_data(&mut self, change: impl FnOnce(&Path)) {
+        assert_eq!(self.members.len(), 1);
+        self.kill(0);
+        let data = self.file(&self.members[0].name);
+        change(&data);
+        self.restart(0);
+    }
+
+    /// Copies the data directory of the only member, which is killed for that and started again.
+    pub fn copy_data(&mut self, name: &str) -> PathBuf {
+        let copy = self.file(name);
+        self.replace_data(|data| copy_folder(data, &copy));
+        copy
+    }
+
+    /// Restores a snapshot of the only member into a data directory.
+    pub fn restore_snapshot(&self, snapshot: &Path, data: &Path) {
+        let member = &self.members[0];
+        let peer = member.peer_url();
+        let mut command = self.etcdctl(&["snapshot", "restore"]);
+        command.arg(snapshot).arg("--data-dir").arg(data).args(["--name", &member.name]);
+        command.args(["--initial-cluster", &format!("{}={peer}", member.name)]);
+        command.args(["--initial-advertise-peer-urls", &peer]);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     }
 
     /// Stops a member as a machine that hangs: its connections stay open, and nothing is answered.
@@ -320,6 +349,12 @@ fn free_ports(members: usize) -> Vec<Member> {
         Member::new(index, port(client), port(peer))
     };
     held.iter().enumerate().map(member).collect()
+}
+
+/// Copies a folder with its contents.
+pub fn copy_folder(from: &Path, to: &Path) {
+    let output = tool("cp").arg("-a").arg(from).arg(to).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
 }
 
 fn join(endpoints: &[Endpoint]) -> String {

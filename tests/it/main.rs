@@ -6,6 +6,7 @@ mod autostart;
 mod breaking;
 #[cfg(feature = "etcd")]
 mod cluster;
+mod cluster_trouble;
 #[cfg(feature = "failpoints")]
 mod crash;
 mod daemon;

@@ -1,23 +1,25 @@
-//! Etcd, as far as the hosts can tell.
+//! A model of etcd, as far as the hosts can tell.
 
 use std::collections::BTreeMap;
 
 use super::super::{
-    ClusterRequest, Entry, Failure, LeaseName, OutcomeRecord, QueueOp, QueueSnapshot, Revision, WatchEvent,
+    ClusterRequest, Entry, EntryKey, Failure, LeaseName, OutcomeRecord, Owner, QueueOp, QueueSnapshot,
+    Revision, WatchEvent,
 };
 use crate::proto::LockId;
 
-#[derive(Default)]
+#[derive(Clone, Default)]
 pub(super) struct Store {
     revision: i64,
-    /// By lock and name.
-    places: BTreeMap<(LockId, String), (Entry, Option<String>)>,
+    entries: BTreeMap<(LockId, EntryKey), (Entry, Option<String>)>,
     records: BTreeMap<LockId, OutcomeRecord>,
     /// When each expires.
     pub(super) leases: BTreeMap<String, u64>,
     history: Vec<(Revision, LockId, WatchEvent)>,
-    /// What lies before is forgotten.
+    /// The events before this one are forgotten.
     compacted: usize,
+    /// How many times the store went back.
+    pub(super) era: u64,
 }
 
 impl Store {
@@ -25,7 +27,7 @@ impl Store {
         Revision(self.revision)
     }
 
-    /// Carries out a question, as one transaction.
+    /// Carries out a request, as one transaction.
     pub(super) fn carry_out(
         &mut self,
         ask: &ClusterRequest,
@@ -33,25 +35,25 @@ impl Store {
     ) -> Result<QueueSnapshot, Failure> {
         let is_leased = self.leases.contains_key(&lease.0);
         let lock = ask.lock;
-        match &ask.what {
+        match &ask.op {
             QueueOp::Read => {}
-            QueueOp::TryAcquire { place, owner } | QueueOp::Enqueue { place, owner } => {
-                let tries = matches!(ask.what, QueueOp::TryAcquire { .. });
+            QueueOp::TryAcquire { entry_key, owner } | QueueOp::Enqueue { entry_key, owner } => {
+                let tries = matches!(ask.op, QueueOp::TryAcquire { .. });
                 let is_free = if tries {
                     self.line(lock).entries.is_empty()
                 } else {
-                    !self.places.contains_key(&(lock, place.clone()))
+                    !self.entries.contains_key(&(lock, entry_key.clone()))
                 };
                 if is_free {
                     if !is_leased {
                         return Err(Failure::LeaseGone);
                     }
                     self.revision += 1;
-                    self.put(lock, place, Some((**owner).clone()), Some(lease.0.clone()));
+                    self.put(lock, entry_key, Some((**owner).clone()), Some(lease.0.clone()));
                 }
             }
-            QueueOp::Release { place, revision, record, next } => {
-                let there = self.places.get(&(lock, place.clone()));
+            QueueOp::Release { entry_key, revision, record, next } => {
+                let there = self.entries.get(&(lock, entry_key.clone()));
                 if there.is_some_and(|(entry, _)| entry.revision == *revision) {
                     if !is_leased && (record.is_some() || next.is_some()) {
                         return Err(Failure::LeaseGone);
@@ -61,9 +63,9 @@ impl Store {
                         self.records.insert(lock, *record);
                         self.note(lock, WatchEvent::Outcome(*record));
                     }
-                    self.remove(lock, place);
-                    if let Some((place, owner)) = next {
-                        self.put(lock, place, Some((**owner).clone()), Some(lease.0.clone()));
+                    self.remove(lock, entry_key);
+                    if let Some((entry_key, owner)) = next {
+                        self.put(lock, entry_key, Some((**owner).clone()), Some(lease.0.clone()));
                     }
                 }
             }
@@ -73,7 +75,7 @@ impl Store {
 
     pub(super) fn line(&self, lock: LockId) -> QueueSnapshot {
         let mut entries: Vec<Entry> = self
-            .places
+            .entries
             .iter()
             .filter(|((of, _), _)| *of == lock)
             .map(|(_, (entry, _))| entry.clone())
@@ -82,20 +84,32 @@ impl Store {
         QueueSnapshot { revision: self.revision(), entries, last: self.records.get(&lock).copied() }
     }
 
-    /// Somebody who is no kmutex takes a place, or gives it up.
+    /// Another program makes an entry, or removes it.
     pub(super) fn other_program(&mut self, lock: LockId) {
         self.revision += 1;
-        match self.places.contains_key(&(lock, "other".into())) {
-            true => self.remove(lock, "other"),
-            false => self.put(lock, "other", None, None),
+        match self.has_other_program(lock) {
+            true => self.remove(lock, &other()),
+            false => self.put(lock, &other(), None, None),
         }
     }
 
     pub(super) fn has_other_program(&self, lock: LockId) -> bool {
-        self.places.contains_key(&(lock, "other".into()))
+        self.entries.contains_key(&(lock, other()))
     }
 
-    /// Ends the leases whose time is up, and returns how many.
+    /// Goes back to an earlier store. Leases begin anew there, as they do when etcd starts.
+    pub(super) fn go_back_to(&mut self, mut earlier: Store, lease_end: u64) {
+        earlier.leases.values_mut().for_each(|end| *end = lease_end);
+        earlier.era = self.era + 1;
+        *self = earlier;
+    }
+
+    /// Returns `true` if this happened.
+    pub(super) fn has_happened(&self, event: &(Revision, LockId, WatchEvent)) -> bool {
+        self.history.contains(event)
+    }
+
+    /// Ends the leases that have expired, and returns how many.
     pub(super) fn expire(&mut self, now: u64) -> u64 {
         let due: Vec<String> =
             self.leases.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
@@ -105,28 +119,28 @@ impl Store {
 
     pub(super) fn revoke(&mut self, lease: &str) {
         self.leases.remove(lease);
-        let places = self.places.iter().filter(|(_, (_, of))| of.as_deref() == Some(lease));
-        let places: Vec<(LockId, String)> = places.map(|(place, _)| place.clone()).collect();
+        let entries = self.entries.iter().filter(|(_, (_, of))| of.as_deref() == Some(lease));
+        let entries: Vec<(LockId, EntryKey)> = entries.map(|(entry, _)| entry.clone()).collect();
         self.revision += 1;
-        places.iter().for_each(|(lock, place)| self.remove(*lock, place));
+        entries.iter().for_each(|(lock, entry_key)| self.remove(*lock, entry_key));
     }
 
-    /// What has happened since `position`, which is moved on. `None`: it is forgotten.
+    /// Returns what happened since `position`, which is moved on. `None`: it is forgotten.
     pub(super) fn watch(&self, position: &mut usize) -> Option<&[(Revision, LockId, WatchEvent)]> {
-        if *position < self.compacted {
+        if *position < self.compacted || *position > self.history.len() {
             *position = self.history.len();
             return None;
         }
         let news = &self.history[*position..];
-        // What belongs to one revision comes together.
+        // The events of one revision come together.
         *position = self.history.len();
         Some(news)
     }
 
-    /// In which lines a lease has places.
-    pub(super) fn places_of(&self, lease: &str) -> Vec<LockId> {
-        let places = self.places.iter().filter(|(_, (_, of))| of.as_deref() == Some(lease));
-        places.map(|((lock, _), _)| *lock).collect()
+    /// Returns the locks in whose queues a lease has entries.
+    pub(super) fn locks_of(&self, lease: &str) -> Vec<LockId> {
+        let entries = self.entries.iter().filter(|(_, (_, of))| of.as_deref() == Some(lease));
+        entries.map(|((lock, _), _)| *lock).collect()
     }
 
     pub(super) fn compact(&mut self) {
@@ -134,21 +148,26 @@ impl Store {
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.places.is_empty()
+        self.entries.is_empty()
     }
 
-    fn put(&mut self, lock: LockId, place: &str, owner: Option<super::super::Owner>, lease: Option<String>) {
-        let entry = Entry { place: place.into(), revision: self.revision(), owner };
-        self.places.insert((lock, place.into()), (entry.clone(), lease));
+    fn put(&mut self, lock: LockId, entry_key: &EntryKey, owner: Option<Owner>, lease: Option<String>) {
+        let entry = Entry { entry_key: entry_key.clone(), revision: self.revision(), owner };
+        self.entries.insert((lock, entry_key.clone()), (entry.clone(), lease));
         self.note(lock, WatchEvent::Added(entry));
     }
 
-    fn remove(&mut self, lock: LockId, place: &str) {
-        self.places.remove(&(lock, place.into()));
-        self.note(lock, WatchEvent::Removed(place.into()));
+    fn remove(&mut self, lock: LockId, entry_key: &EntryKey) {
+        self.entries.remove(&(lock, entry_key.clone()));
+        self.note(lock, WatchEvent::Removed(entry_key.clone()));
     }
 
-    fn note(&mut self, lock: LockId, what: WatchEvent) {
-        self.history.push((self.revision(), lock, what));
+    fn note(&mut self, lock: LockId, event: WatchEvent) {
+        self.history.push((self.revision(), lock, event));
     }
+}
+
+/// The key of an entry of another program; its bytes are no text.
+fn other() -> EntryKey {
+    EntryKey(vec![0xff, 0xfe])
 }

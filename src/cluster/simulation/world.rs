@@ -2,7 +2,9 @@
 
 use std::collections::BTreeMap;
 
-use super::super::{Cluster, ClusterRequest, Failure, LeaseName, QueueOp, QueueSnapshot};
+use super::super::{
+    Cluster, ClusterRequest, Failure, LeaseName, QueueOp, QueueSnapshot, Revision, WatchEvent,
+};
 use super::store::Store;
 use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{Key, LockId, Outcome, Token};
@@ -41,6 +43,15 @@ struct Host {
     leases_had: u64,
     next_keep: u64,
     watched: usize,
+    /// The era of the store in which the watch was opened; `None`: there is no watch.
+    watch_era: Option<u64>,
+    /// The highest revision that the host saw, and the last entry that it saw being made.
+    seen: Revision,
+    last_added: Option<(Revision, LockId, WatchEvent)>,
+    /// The host asks for no lease until then, because the store went back.
+    quarantined_until: u64,
+    /// The host cannot know until then that the store went back.
+    unaware_until: u64,
     /// It cannot reach etcd until then.
     cut_until: u64,
     /// It does nothing at all until then.
@@ -52,6 +63,8 @@ struct Host {
 struct Flight {
     ask: ClusterRequest,
     lease: LeaseName,
+    /// What the host had seen when it sent the request.
+    seen: Revision,
     /// When etcd gets it. `None`: it has, or never will.
     arrives: Option<u64>,
     /// When the host hears of it. `None`: it has given up waiting.
@@ -65,6 +78,8 @@ pub(super) struct World {
     now: u64,
     step: u64,
     store: Store,
+    /// The store some time ago, to which it may go back.
+    earlier: Store,
     hosts: Vec<Host>,
     keys: Vec<Key>,
     /// By key: the last token, the last step at which a hold had an end, the last at which anybody stood in line.
@@ -84,13 +99,18 @@ impl World {
                 hold_limit: None,
                 is_clustered: true,
             }),
-            cluster: Cluster::new(number << 32),
+            cluster: Cluster::new(number << 32, Timestamp(1)),
             clients: vec![Client::Idle; CLIENTS as usize],
             effects: Effects::default(),
             lease: None,
             leases_had: 0,
             next_keep: 0,
             watched: 0,
+            watch_era: None,
+            seen: Revision(0),
+            last_added: None,
+            quarantined_until: 0,
+            unaware_until: 0,
             cut_until: 0,
             frozen_until: 0,
             flights: Vec::new(),
@@ -101,6 +121,7 @@ impl World {
             now: 1,
             step: 0,
             store: Store::default(),
+            earlier: Store::default(),
             hosts: (0..HOSTS as u64).map(host).collect(),
             keys: (0..KEYS).map(|n| Key::new(format!("key {n}")).unwrap()).collect(),
             tokens: vec![Token(0); KEYS as usize],
@@ -155,7 +176,7 @@ impl World {
             if flight.arrives.is_some_and(|at| at <= self.now) {
                 flight.arrives = None;
                 flight.answer = self.store.carry_out(&flight.ask, &flight.lease);
-                if let QueueOp::Release { .. } = flight.ask.what {
+                if let QueueOp::Release { .. } = flight.ask.op {
                     // For other hosts, this is when it ends.
                     let key = self.keys.iter().position(|key| key.id() == flight.ask.lock).unwrap();
                     self.ended[key] = self.step;
@@ -175,16 +196,33 @@ impl World {
         if self.hosts[host].cluster.good_until().is_some_and(|until| until.0 <= now) {
             self.lose_lease(host);
         }
+        if self.hosts[host].watch_era.is_some_and(|era| era != self.store.era) {
+            // etcd was restarted, which ends its connections.
+            self.hosts[host].watch_era = None;
+            self.hosts[host].cluster.watch_ended(Timestamp(now));
+        }
         self.keep_lease(host);
         let cut = self.hosts[host].cut_until > now;
         if !cut && self.rng.percent(30) {
             self.watch(host);
         }
         let mut flights = std::mem::take(&mut self.hosts[host].flights);
+        let mut has_changed = false;
         flights.retain_mut(|flight| {
             if flight.returns.is_some_and(|at| at <= now) {
                 flight.returns = None;
                 let answer = flight.answer.clone();
+                let revision = answer.as_ref().map_or(Revision(i64::MAX), |snapshot| snapshot.revision);
+                if revision < flight.seen {
+                    self.store_changed(host);
+                    has_changed = true;
+                }
+                if has_changed {
+                    return flight.arrives.is_some();
+                }
+                if answer.is_ok() {
+                    self.hosts[host].seen = self.hosts[host].seen.max(revision);
+                }
                 if answer == Err(Failure::LeaseGone) {
                     self.lose_lease(host);
                 }
@@ -217,6 +255,7 @@ impl World {
 
     fn send(&mut self, host: usize, ask: ClusterRequest) {
         let lease = LeaseName(self.hosts[host].lease.clone().expect("nothing is asked without a lease"));
+        let seen = self.hosts[host].seen;
         let soon = self.now + 1 + self.rng.below(20);
         let back = soon + self.rng.below(20);
         let cut = self.hosts[host].cut_until > self.now;
@@ -235,16 +274,22 @@ impl World {
         if (0..6).contains(&kind) {
             // It arrives, and only that; the host hears nothing of it.
             let (ask, lease, answer) = (ask.clone(), lease.clone(), answer.clone());
-            self.hosts[host].flights.push(Flight { ask, lease, arrives, returns: None, answer });
+            self.hosts[host].flights.push(Flight { ask, lease, seen, arrives, returns: None, answer });
         }
         let arrives = arrives.filter(|_| !(0..6).contains(&kind));
-        self.hosts[host].flights.push(Flight { ask, lease, arrives, returns, answer });
+        self.hosts[host].flights.push(Flight { ask, lease, seen, arrives, returns, answer });
     }
 
     fn keep_lease(&mut self, host: usize) {
         let now = self.now;
         if self.hosts[host].cut_until > now || self.hosts[host].next_keep > now {
             return;
+        }
+        if self.hosts[host].quarantined_until > now {
+            return;
+        }
+        if self.store.revision() < self.hosts[host].seen {
+            return self.store_changed(host);
         }
         let this = &mut self.hosts[host];
         this.next_keep = now + TTL / 3;
@@ -260,7 +305,7 @@ impl World {
         };
         self.store.leases.insert(name.clone(), now + TTL);
         let this = &mut self.hosts[host];
-        this.cluster.leased(LeaseName(name), Timestamp(now + TTL - MARGIN));
+        this.cluster.leased(&this.table, LeaseName(name), Timestamp(now + TTL - MARGIN));
     }
 
     fn lose_lease(&mut self, host: usize) {
@@ -276,24 +321,50 @@ impl World {
         self.feed(host, |table, cluster, effects| cluster.lost_lease(table, now, effects));
     }
 
+    /// The host has found that the store went back.
+    fn store_changed(&mut self, host: usize) {
+        self.note("noticed", 1);
+        let (now, revision) = (self.now, self.store.revision());
+        let this = &mut self.hosts[host];
+        (this.lease, this.watch_era, this.last_added) = (None, None, None);
+        (this.seen, this.quarantined_until) = (revision, now + TTL);
+        // What is under way arrives, and its answer is rejected.
+        this.flights.iter_mut().for_each(|flight| flight.returns = None);
+        self.feed(host, |table, cluster, effects| cluster.store_changed(table, Timestamp(now), effects));
+    }
+
     fn watch(&mut self, host: usize) {
-        let mut position = self.hosts[host].watched;
         let revision = self.store.revision();
+        let this = &mut self.hosts[host];
+        if this.watch_era.is_none() {
+            let is_same = this.last_added.as_ref().is_none_or(|last| self.store.has_happened(last));
+            if revision < this.seen || !is_same {
+                return self.store_changed(host);
+            }
+            this.watch_era = Some(self.store.era);
+            this.watched = usize::MAX;
+        }
+        let mut position = this.watched;
         match self.store.watch(&mut position) {
             None => {
-                self.note("compacted", 1);
                 let lease = self.hosts[host].lease.clone().unwrap_or_default();
-                let places = self.store.places_of(&lease);
-                self.hosts[host].cluster.watch_gap(revision);
-                self.hosts[host].cluster.has_places(places);
+                let locks = self.store.locks_of(&lease);
+                self.hosts[host].cluster.watch_opened(revision);
+                self.hosts[host].cluster.has_entries(locks);
             }
             Some(news) => {
-                for (revision, lock, what) in news.iter().cloned() {
+                for event in news.iter().cloned() {
+                    let (revision, lock, what) = event.clone();
+                    if let WatchEvent::Added(_) = what {
+                        self.hosts[host].last_added = Some(event);
+                    }
                     self.hosts[host].cluster.watch_event(lock, revision, what);
                 }
             }
         }
-        self.hosts[host].watched = position;
+        let this = &mut self.hosts[host];
+        this.watched = position;
+        this.seen = this.seen.max(revision);
     }
 
     /// Hands something to a host, and hears what its clients are told.
@@ -335,7 +406,11 @@ impl World {
                 Client::Idle
             }
             NotificationKind::Busy => {
-                let is_held = !self.store.line(lock).entries.is_empty();
+                let this = &self.hosts[host];
+                // A host that has not noticed yet that the store went back knows what was true before.
+                let is_held = !self.store.line(lock).entries.is_empty()
+                    || this.table.held_here(lock).is_some()
+                    || this.watch_era != Some(self.store.era);
                 assert!(
                     is_held || self.occupied[key] >= since,
                     "told that a lock is held which was free all the time"
@@ -362,7 +437,8 @@ impl World {
     /// Nobody else believes, with reason, to hold the lock.
     fn check_grant(&mut self, host: usize, key: usize, token: Token) {
         for (number, other) in self.hosts.iter().enumerate() {
-            let is_good = other.cluster.good_until().is_some_and(|until| until.0 > self.now);
+            let is_good = other.cluster.good_until().is_some_and(|until| until.0 > self.now)
+                && self.hosts[host].unaware_until <= self.now;
             let holds = other.clients.iter().any(|c| matches!(c, Client::Holding { key: of } if *of == key));
             assert!(
                 !(is_good && holds),
@@ -439,7 +515,12 @@ impl World {
                 self.note("frozen", 1);
                 self.hosts[host].frozen_until = self.now + self.rng.below(3 * TTL);
             }
-            8..10 => self.store.compact(),
+            8..10 => {
+                self.note("compacted", 1);
+                self.store.compact();
+            }
+            20..24 => self.earlier = self.store.clone(),
+            24..26 => self.go_back(),
             10..20 => {
                 self.note("other program", 1);
                 let lock = self.keys[self.rng.below(KEYS) as usize].id();
@@ -451,6 +532,28 @@ impl World {
             }
             _ => {}
         }
+    }
+
+    /// The store goes back: to what it was some time ago, or to nothing.
+    fn go_back(&mut self) {
+        let is_emptied = self.rng.percent(30);
+        let earlier = if is_emptied { Store::default() } else { self.earlier.clone() };
+        let target = earlier.revision();
+        if target == self.store.revision() {
+            return;
+        }
+        self.note(if is_emptied { "emptied" } else { "rolled back" }, 1);
+        let until = self.now + TTL;
+        self.store.go_back_to(earlier, until);
+        for host in &mut self.hosts {
+            let last = host.last_added.as_ref().map_or(Revision(0), |(revision, ..)| *revision);
+            if host.seen.min(last) <= target {
+                host.unaware_until = until;
+            }
+        }
+        self.tokens.fill(Token(0));
+        self.ended.fill(self.step);
+        self.occupied.fill(self.step);
     }
 
     /// Everything works again, and whoever holds comes to an end: then everybody must be answered.

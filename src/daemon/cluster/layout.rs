@@ -1,17 +1,18 @@
-//! How lines are laid out in etcd: what the keys are called, and what their values say. It is the layout of etcd's own
-//! lock recipe, so that others take part in it (`etcdctl lock PREFIX/<identity>`).
+//! How queues are laid out in etcd: the names of keys, and what their values say. It is the layout of etcd's own lock
+//! recipe, so that other programs take part (`etcdctl lock PREFIX/<identity>`).
 //!
 //! ```text
-//! PREFIX/<identity>/<lease>.<number>   a place: the one with the lowest create revision holds
-//! PREFIX/<identity>.done               how the last hold ended that somebody has told of
+//! PREFIX/<identity>/<lease>.<number>   an entry: the one with the lowest create revision holds
+//! PREFIX/<identity>.done               how the last hold ended that a host recorded
+//! PREFIX/hosts/<lease>                 a host's sign of life, by which it checks its watch
 //! ```
 //!
-//! The identity is the MD5 of the lock's key, the lease and the number are hexadecimal. A key that has another form, or a
-//! value that is not ours, is somebody else's business: it is passed over, or counts as a place of another program.
+//! The identity is the MD5 of the lock's key; the lease and the number are hexadecimal. Keys of another form are ignored. An
+//! entry with a value that kmutex did not write counts as an entry of another program.
 
 use serde::Deserialize;
 
-use crate::cluster::{Entry, Owner, QueueOp, QueueSnapshot, Revision, WatchEvent};
+use crate::cluster::{Entry, EntryKey, Owner, QueueOp, QueueSnapshot, Revision, WatchEvent};
 use crate::etcd::{self, Compare, KeyValue, LeaseId, Op, Range, Sort, Txn};
 use crate::proto::{KEY_BYTES_MAX, LockId};
 
@@ -24,9 +25,9 @@ pub(super) struct Layout {
 /// With which lease something is put.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Leases {
-    /// Places.
-    pub(super) places: LeaseId,
-    /// Records, which should outlive the place.
+    /// Entries.
+    pub(super) entries: LeaseId,
+    /// Records, which outlive the entry.
     pub(super) records: LeaseId,
 }
 
@@ -35,7 +36,7 @@ impl Layout {
         Layout { prefix: prefix.trim_end_matches('/').into() }
     }
 
-    /// All that is ours, and the end of it.
+    /// Returns the range of all keys.
     pub(super) fn everything(&self) -> (Vec<u8>, Vec<u8>) {
         (format!("{}/", self.prefix).into(), format!("{}0", self.prefix).into())
     }
@@ -45,81 +46,89 @@ impl Layout {
         self.of(lock, "/").into()
     }
 
-    /// As one transaction, after which the line is read.
-    pub(super) fn txn(&self, lock: LockId, question: &QueueOp, leases: Leases) -> Txn {
-        let line = || {
-            let (key, end) = (self.of(lock, ".").into(), self.of(lock, "0").into());
-            Op::Range(Range { key, end, limit: 0, sort: Sort::CreateRevision })
-        };
-        let put = |place: &str, owner: &Owner| Op::Put {
-            key: self.place(lock, place),
+    /// Returns a key of this host that nobody else writes.
+    pub(super) fn sign_of_life(&self, lease: LeaseId) -> Vec<u8> {
+        format!("{}/hosts/{:x}", self.prefix, lease.0).into()
+    }
+
+    /// Returns what reads the queue of a lock.
+    pub(super) fn queue(&self, lock: LockId) -> Range {
+        let (key, end) = (self.of(lock, ".").into(), self.of(lock, "0").into());
+        Range { key, end, sort: Sort::CreateRevision, ..Range::default() }
+    }
+
+    /// Returns the transaction that does `op` and then reads the queue.
+    pub(super) fn txn(&self, lock: LockId, op: &QueueOp, leases: Leases) -> Txn {
+        let queue = || Op::Range(self.queue(lock));
+        let put = |entry_key: &EntryKey, owner: &Owner| Op::Put {
+            key: self.entry_of(lock, entry_key),
             value: serde_json::to_vec(owner).expect("an owner has no part that JSON lacks"),
-            lease: Some(leases.places),
+            lease: Some(leases.entries),
         };
-        let (compare, mut then) = match question {
+        let (compare, mut then) = match op {
             QueueOp::Read => (Vec::new(), Vec::new()),
-            QueueOp::TryAcquire { place, owner } => {
+            QueueOp::TryAcquire { entry_key, owner } => {
                 let (key, end) = (self.of(lock, "/").into(), self.of(lock, "0").into());
-                (vec![Compare::Empty { key, end }], vec![put(place, owner)])
+                (vec![Compare::Empty { key, end }], vec![put(entry_key, owner)])
             }
-            QueueOp::Enqueue { place, owner } => {
-                let key = self.place(lock, place);
-                (vec![Compare::CreateRevision { key, revision: 0 }], vec![put(place, owner)])
+            QueueOp::Enqueue { entry_key, owner } => {
+                let key = self.entry_of(lock, entry_key);
+                (vec![Compare::CreateRevision { key, revision: 0 }], vec![put(entry_key, owner)])
             }
-            QueueOp::Release { place, revision, record, next } => {
-                let key = self.place(lock, place);
+            QueueOp::Release { entry_key, revision, record, next } => {
+                let key = self.entry_of(lock, entry_key);
                 let mut then = vec![Op::Delete { key: key.clone() }];
                 then.extend(record.as_ref().map(|record| Op::Put {
                     key: self.of(lock, ".done").into(),
                     value: serde_json::to_vec(record).expect("a record has no part that JSON lacks"),
                     lease: Some(leases.records),
                 }));
-                then.extend(next.as_ref().map(|(place, owner)| put(place, owner)));
+                then.extend(next.as_ref().map(|(entry_key, owner)| put(entry_key, owner)));
                 (vec![Compare::CreateRevision { key, revision: revision.0 }], then)
             }
         };
-        then.push(line());
-        Txn { compare, then, or_else: vec![line()] }
+        then.push(queue());
+        Txn { compare, then, or_else: vec![queue()] }
     }
 
-    /// A line that was read.
-    pub(super) fn line(&self, revision: i64, keys: Vec<KeyValue>) -> QueueSnapshot {
-        let mut line = QueueSnapshot { revision: Revision(revision), ..QueueSnapshot::default() };
+    /// Returns the queue that these keys are.
+    pub(super) fn snapshot(&self, revision: i64, keys: Vec<KeyValue>) -> QueueSnapshot {
+        let mut snapshot = QueueSnapshot { revision: Revision(revision), ..QueueSnapshot::default() };
         for key in keys {
             match self.parse(&key.key) {
-                Some((_, Part::Place(place))) => line.entries.extend(entry(place, &key)),
-                Some((_, Part::Record)) => line.last = value(&key.value),
+                Some((_, Part::Entry(entry_key))) => snapshot.entries.extend(entry(entry_key, &key)),
+                Some((_, Part::Record)) => snapshot.last = value(&key.value),
                 None => {}
             }
         }
-        line
+        snapshot
     }
 
-    /// What the watch has seen, of which lock, and at which revision.
+    /// Returns what the watch saw, of which lock, and at which revision.
     pub(super) fn watch_event(&self, event: &etcd::Event) -> Option<(LockId, Revision, WatchEvent)> {
         let (key, revision) = match event {
             etcd::Event::Put(key) => (&key.key, key.mod_revision),
             etcd::Event::Delete { key, mod_revision } => (key, *mod_revision),
         };
         let (lock, part) = self.parse(key)?;
-        let heard = match (event, part) {
-            (etcd::Event::Put(key), Part::Place(place)) => WatchEvent::Added(entry(place, key)?),
+        let seen = match (event, part) {
+            (etcd::Event::Put(key), Part::Entry(entry_key)) => WatchEvent::Added(entry(entry_key, key)?),
             (etcd::Event::Put(key), Part::Record) => WatchEvent::Outcome(value(&key.value)?),
-            (etcd::Event::Delete { .. }, Part::Place(place)) => WatchEvent::Removed(place),
+            (etcd::Event::Delete { .. }, Part::Entry(entry_key)) => WatchEvent::Removed(entry_key),
             (etcd::Event::Delete { .. }, Part::Record) => return None,
         };
-        Some((lock, Revision(revision), heard))
+        Some((lock, Revision(revision), seen))
     }
 
-    /// The lock in whose line a key is a place.
+    /// Returns the lock in whose queue a key is.
     pub(super) fn lock_of(&self, key: &[u8]) -> Option<LockId> {
         self.parse(key).map(|(lock, _)| lock)
     }
 
-    /// One place of any line.
+    /// Returns the entry of any queue that a key is.
     pub(super) fn entry(&self, key: &KeyValue) -> Option<(LockId, Entry)> {
         match self.parse(&key.key)? {
-            (lock, Part::Place(place)) => Some((lock, entry(place, key)?)),
+            (lock, Part::Entry(entry_key)) => Some((lock, entry(entry_key, key)?)),
             (_, Part::Record) => None,
         }
     }
@@ -128,8 +137,8 @@ impl Layout {
         format!("{}/{lock}{rest}", self.prefix)
     }
 
-    fn place(&self, lock: LockId, place: &str) -> Vec<u8> {
-        self.of(lock, &format!("/{place}")).into()
+    fn entry_of(&self, lock: LockId, entry_key: &EntryKey) -> Vec<u8> {
+        [self.of(lock, "/").as_bytes(), &entry_key.0].concat()
     }
 
     fn parse(&self, key: &[u8]) -> Option<(LockId, Part)> {
@@ -142,25 +151,25 @@ impl Layout {
         let lock = LockId(u128::from_str_radix(digits, 16).ok()?.to_be_bytes());
         match rest {
             b".done" => Some((lock, Part::Record)),
-            [b'/', place @ ..] => Some((lock, Part::Place(String::from_utf8_lossy(place).into()))),
+            [b'/', entry_key @ ..] => Some((lock, Part::Entry(EntryKey(entry_key.into())))),
             _ => None,
         }
     }
 }
 
 enum Part {
-    Place(String),
+    Entry(EntryKey),
     Record,
 }
 
-fn entry(place: String, key: &KeyValue) -> Option<Entry> {
-    // It is to be a token.
+fn entry(entry_key: EntryKey, key: &KeyValue) -> Option<Entry> {
+    // It becomes a token.
     let revision = (key.create_revision > 0).then_some(Revision(key.create_revision))?;
     let owner = value::<Owner>(&key.value).map(|mut owner| {
         owner.key.take_if(|key| key.len() > KEY_BYTES_MAX);
         owner
     });
-    Some(Entry { place, revision, owner })
+    Some(Entry { entry_key, revision, owner })
 }
 
 fn value<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
@@ -183,9 +192,9 @@ mod tests {
         let layout = Layout::new("kmutex/");
         let lock = Key::new("message digest").unwrap().id();
         let owner = Box::new(Owner { protocol: Protocol::V2, host: "h".into(), ..Owner::default() });
-        let leases = Leases { places: LeaseId(10), records: LeaseId(11) };
-        let question = QueueOp::Enqueue { place: "a.1".into(), owner: owner.clone() };
-        let Txn { compare, then, or_else } = layout.txn(lock, &question, leases);
+        let leases = Leases { entries: LeaseId(10), records: LeaseId(11) };
+        let op = QueueOp::Enqueue { entry_key: EntryKey(b"a.1".to_vec()), owner: owner.clone() };
+        let Txn { compare, then, or_else } = layout.txn(lock, &op, leases);
         let key = b"kmutex/f96b697d7cb7938d525a2f31aaf161d0/a.1".to_vec();
         assert_eq!(compare, [Compare::CreateRevision { key: key.clone(), revision: 0 }]);
         let [Op::Put { key: put, value, lease }, range] = &then[..] else { panic!("{then:?}") };
@@ -199,9 +208,13 @@ mod tests {
         let layout = Layout::new("p");
         let lock = Key::new("k").unwrap().id();
         let record = OutcomeRecord { token: Token(5), outcome: Outcome::Exit(3) };
-        let question =
-            QueueOp::Release { place: "a.1".into(), revision: Revision(5), record: Some(record), next: None };
-        let txn = layout.txn(lock, &question, Leases { places: LeaseId(1), records: LeaseId(2) });
+        let op = QueueOp::Release {
+            entry_key: EntryKey(b"a.1".to_vec()),
+            revision: Revision(5),
+            record: Some(record),
+            next: None,
+        };
+        let txn = layout.txn(lock, &op, Leases { entries: LeaseId(1), records: LeaseId(2) });
         let put = txn.then.iter().find_map(|op| match op {
             Op::Put { key, value, lease } => {
                 Some(KeyValue { lease: lease.unwrap(), ..put(std::str::from_utf8(key).unwrap(), value, 9) })
@@ -210,7 +223,23 @@ mod tests {
         });
         let put = put.unwrap();
         assert_eq!(put.lease, LeaseId(2));
-        assert_eq!(layout.line(9, vec![put]).last, Some(record));
+        assert_eq!(layout.snapshot(9, vec![put]).last, Some(record));
+    }
+
+    #[test]
+    fn entries_whose_keys_are_no_text_stay_apart() {
+        let layout = Layout::new("p");
+        let id = "f96b697d7cb7938d525a2f31aaf161d0";
+        let key = |end: &[u8]| [format!("p/{id}/").as_bytes(), end].concat();
+        let keys = [&[0xff][..], &[0xfe], b"\xef\xbf\xbd", b"", b"a/b", b"\0"];
+        let values = keys.map(|end| KeyValue { key: key(end), ..put("", b"", 7) });
+        let snapshot = layout.snapshot(9, values.to_vec());
+        let found: Vec<&[u8]> = snapshot.entries.iter().map(|entry| &entry.entry_key.0[..]).collect();
+        assert_eq!(found, keys);
+        for end in keys {
+            let removed = layout.watch_event(&etcd::Event::Delete { key: key(end), mod_revision: 9 });
+            assert_eq!(removed.unwrap().2, WatchEvent::Removed(EntryKey(end.to_vec())));
+        }
     }
 
     #[test]

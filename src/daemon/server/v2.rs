@@ -7,6 +7,7 @@ use ::log::warn;
 use nix::unistd::Uid;
 
 use super::Server;
+use crate::daemon::cluster::Clustering;
 use crate::daemon::connection::Protocol;
 use crate::daemon::failpoint;
 use crate::daemon::listing::{Listing, Step};
@@ -96,7 +97,7 @@ impl Server {
             (Request::Release { .. }, _) => {
                 self.refuse(client, ErrorCode::WrongState, "release: this connection holds no lock");
             }
-            (Request::Status { cluster: true, .. }, _) => self.status_of_cluster(client),
+            (Request::Status { cluster: true, key }, _) => self.status_of_cluster(client, key.as_ref()),
             (Request::Status { key: Some(key), .. }, _) => self.status_of(client, &key),
             (Request::Status { key: None, .. }, _) => self.status(client),
             (Request::Ping, state) => {
@@ -187,10 +188,11 @@ impl Server {
             NotificationKind::Deadlock(within) => {
                 error(ErrorCode::Deadlock, lookup.describe_cycle(within, notification.lock))
             }
-            NotificationKind::Unavailable => error(
-                ErrorCode::Unavailable,
-                "etcd cannot be asked whether the lock is free; see the daemon's log",
-            ),
+            NotificationKind::Unavailable => {
+                let why = lookup.cluster.map_or_else(String::new, Clustering::unavailable);
+                let message = format!("etcd cannot be asked whether the lock is free: {why}");
+                error(ErrorCode::Unavailable, message)
+            }
             // The daemon does not use that connection any more.
             NotificationKind::Superseded => return,
         };
@@ -214,7 +216,8 @@ impl Server {
         self.connections.mark_dirty(client);
     }
 
-    fn status_of_cluster(&mut self, client: ClientId) {
+    /// Lists the locks of all hosts, or only the lock of `key`.
+    fn status_of_cluster(&mut self, client: ClientId, key: Option<&Key>) {
         if self.cluster.is_none() {
             let message = "status: this daemon does not share its locks with other hosts";
             return self.refuse(client, ErrorCode::BadRequest, message);
@@ -223,7 +226,13 @@ impl Server {
             Entry::Occupied(_) => self.refuse(client, ErrorCode::WrongState, STATUS_UNDER_WAY),
             Entry::Vacant(entry) => {
                 entry.insert(Listing::new());
-                self.request_remote(client, RemoteRequest::List { from: Vec::new() });
+                self.request_remote(
+                    client,
+                    match key {
+                        Some(key) => RemoteRequest::Show { lock: key.id() },
+                        None => RemoteRequest::List { from: Vec::new() },
+                    },
+                );
             }
         }
     }

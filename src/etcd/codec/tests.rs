@@ -15,7 +15,8 @@ fn parsed(request: &str) -> Value {
 
 /// The txn that the answers here are about: a put and a range, or else a range.
 fn example_txn() -> Txn {
-    let range = Range { key: b"a".into(), end: b"b".into(), limit: 3, sort: Sort::CreateRevision };
+    let range =
+        Range { key: b"a".into(), end: b"b".into(), limit: 3, revision: 4, sort: Sort::CreateRevision };
     Txn {
         compare: vec![
             Compare::CreateRevision { key: b"a".into(), revision: i64::MAX },
@@ -34,7 +35,7 @@ fn example_txn() -> Txn {
 fn requests_are_as_the_gateway_reads_them() {
     assert_eq!(parsed(&grant_lease(10)), json!({ "TTL": "10" }));
     assert_eq!(parsed(&lease(LeaseId(i64::MAX))), json!({ "ID": "9223372036854775807" }));
-    let range = json!({ "key": "YQ==", "range_end": "Yg==", "limit": "3", "sort_order": "ASCEND", "sort_target": "CREATE" });
+    let range = json!({ "key": "YQ==", "range_end": "Yg==", "limit": "3", "revision": "4", "sort_order": "ASCEND", "sort_target": "CREATE" });
     assert_eq!(
         parsed(&txn(&example_txn())),
         json!({
@@ -50,7 +51,7 @@ fn requests_are_as_the_gateway_reads_them() {
             "failure": [{ "request_range": range }],
         })
     );
-    let create = json!({ "key": "YQ==", "range_end": "", "start_revision": "5" });
+    let create = json!({ "key": "YQ==", "range_end": "", "start_revision": "5", "progress_notify": true });
     assert_eq!(parsed(&watch(b"a", b"", 5)), json!({ "create_request": create }));
 }
 
@@ -79,7 +80,7 @@ fn a_lease_is_read_with_its_numbers_as_strings_or_not() {
 #[test]
 fn a_keep_alive_without_a_ttl_is_of_a_lease_that_is_gone() {
     let read = |result: &str| read_kept_alive(format!(r#"{{"result":{result}}}"#).as_bytes(), LeaseId(23));
-    let kept = |ttl_secs| Ok(KeptAlive { ttl_secs, revision: 7 });
+    let kept = |ttl_secs| Ok(KeptAlive { ttl_secs, revision: 7, is_behind: false });
     assert_eq!(read(&format!(r#"{{{HEADER},"ID":"23","TTL":"5"}}"#)), kept(5));
     assert_eq!(read(&format!(r#"{{{HEADER},"ID":"23"}}"#)), kept(0));
     for result in [

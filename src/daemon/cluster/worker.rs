@@ -1,0 +1,214 @@
+//! One thread that carries out the loop's commands at etcd, and what all threads have in common.
+
+use std::sync::atomic::AtomicUsize;
+use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+use super::events::{Command, Event, Reading, Reporter};
+use super::layout::{Layout, Leases};
+use super::listing::Locks;
+use super::trouble::Source;
+use crate::clock;
+use crate::cluster::{ClusterRequest, Entry, Failure, QueueOp, QueueSnapshot};
+use crate::daemon::connection::ConnectionId;
+use crate::daemon::listing::Page;
+use crate::etcd::{self, Client, LeaseId, Op, Range, Txn};
+use crate::proto::LockId;
+
+/// How long before entries are looked for again.
+const PAUSE: Duration = Duration::from_millis(500);
+/// How many keys a page of a listing has at the most.
+const PAGE_KEYS_MAX: u64 = 100;
+/// How much longer a record is kept than its host's lease.
+pub(super) const RECORDS_TTL_SECS: u64 = 120;
+
+#[derive(Clone)]
+pub(super) struct EtcdWorker {
+    pub(super) client: Arc<Client>,
+    pub(super) layout: Layout,
+    pub(super) reporter: Reporter,
+    /// The index of the endpoint that the watch reads from.
+    pub(super) watched_at: Arc<AtomicUsize>,
+}
+
+impl EtcdWorker {
+    pub(super) fn work(&self, commands: &Mutex<Receiver<Command>>) {
+        loop {
+            let command = commands.lock().unwrap_or_else(PoisonError::into_inner).recv();
+            match command {
+                Ok(Command::Request(request, leases)) => self.request(&request, leases),
+                Ok(Command::ListEntries(lease)) => self.list_entries(lease),
+                Ok(Command::GrantRecordsLease) => self.grant_records_lease(),
+                Ok(Command::Break(to, lock)) => {
+                    let broken = self.break_lock(lock);
+                    self.note_change(broken.as_ref().err());
+                    self.reporter.send(Event::Broken { to, broken });
+                }
+                Ok(Command::Revoke(lease)) => {
+                    let is_done = self.client.revoke(lease).is_ok();
+                    self.reporter.send(Event::Revoked { lease, is_done });
+                }
+                Ok(Command::SignOfLife(lease)) => self.give_sign_of_life(lease),
+                Err(_) => return,
+            }
+        }
+    }
+
+    /// Reports that a request failed.
+    pub(super) fn failed(&self, source: Source, error: etcd::Error) {
+        match error {
+            etcd::Error::StoreChanged { .. } => self.note_change(Some(&error)),
+            error => self.reporter.send(Event::Trouble(source, error)),
+        }
+    }
+
+    /// Reports that the store went back, if that is the error.
+    fn note_change(&self, error: Option<&etcd::Error>) {
+        if let Some(etcd::Error::StoreChanged { why }) = error {
+            let generation = self.client.generation();
+            self.reporter.send(Event::StoreChanged { why: why.clone(), generation });
+        }
+    }
+
+    fn request(&self, request: &ClusterRequest, leases: Leases) {
+        let generation = self.client.generation();
+        let source = source(&request.op);
+        let (mut reply, mut trouble) = (self.try_request(request.lock, &request.op, leases), None);
+        if let QueueOp::Release { entry_key, revision, .. } = &request.op
+            && source == Source::Writes
+            && let Err(e @ etcd::Error::Refused { .. }) = &reply
+            && !e.is_lease_gone()
+        {
+            // The store may have no space for the record. The lock must be free all the same.
+            trouble = Some(e.clone());
+            let (entry_key, revision) = (entry_key.clone(), *revision);
+            let op = QueueOp::Release { entry_key, revision, record: None, next: None };
+            reply = self.try_request(request.lock, &op, leases);
+        }
+        let answer = match reply {
+            Ok(snapshot) => Ok(snapshot),
+            Err(e) if e.is_lease_gone() => Err(Failure::LeaseGone),
+            Err(e) => {
+                self.note_change(Some(&e));
+                let failure = match &e {
+                    etcd::Error::Unreachable { .. } | etcd::Error::Refused { .. } => Failure::NotDone,
+                    _ => Failure::Unknown,
+                };
+                trouble = Some(e);
+                Err(failure)
+            }
+        };
+        let (lock, id, lease) = (request.lock, request.id, leases.entries);
+        self.reporter.send(Event::Answer { lock, id, lease, answer, source, trouble, generation });
+    }
+
+    fn try_request(&self, lock: LockId, op: &QueueOp, leases: Leases) -> Result<QueueSnapshot, etcd::Error> {
+        let txn = |leases| self.client.txn(&self.layout.txn(lock, op, leases));
+        let mut reply = txn(leases);
+        if leases.records != leases.entries && reply.as_ref().is_err_and(etcd::Error::is_lease_gone) {
+            // etcd does not say which of the two leases is gone. To lose the one for records costs nothing.
+            self.reporter.send(Event::RecordsGone(leases.records));
+            reply = txn(Leases { records: leases.entries, ..leases });
+        }
+        let mut reply = reply?;
+        let keys = reply.ranges.pop().unwrap_or_default();
+        Ok(self.layout.snapshot(reply.revision, keys))
+    }
+
+    fn list_entries(&self, lease: LeaseId) {
+        match self.client.lease_keys(lease) {
+            Ok(keys) => {
+                let locks = keys.iter().filter_map(|key| self.layout.lock_of(key)).collect();
+                self.reporter.send(Event::Entries(locks));
+            }
+            Err(e) => {
+                self.failed(Source::Reads, e);
+                thread::sleep(PAUSE);
+                self.reporter.send(Event::NoEntries(lease));
+            }
+        }
+    }
+
+    fn grant_records_lease(&self) {
+        let sent = clock::now();
+        match self.client.grant_lease(RECORDS_TTL_SECS) {
+            Ok(lease) => self.reporter.send(Event::RecordsLease { lease: lease.id, sent }),
+            Err(e) => {
+                self.reporter.send(Event::RecordsGone(LeaseId(0)));
+                self.failed(Source::Writes, e);
+            }
+        }
+    }
+
+    fn break_lock(&self, lock: LockId) -> Result<bool, etcd::Error> {
+        let none = Leases { entries: LeaseId(0), records: LeaseId(0) };
+        let snapshot = self.try_request(lock, &QueueOp::Read, none)?;
+        let order = |entry: &Entry| (entry.revision, entry.entry_key.clone());
+        let Some(Entry { entry_key, revision, .. }) = snapshot.entries.into_iter().min_by_key(order) else {
+            return Ok(false);
+        };
+        let op = QueueOp::Release { entry_key, revision, record: None, next: None };
+        Ok(self.client.txn(&self.layout.txn(lock, &op, none))?.succeeded)
+    }
+
+    fn give_sign_of_life(&self, lease: LeaseId) {
+        let key = self.layout.sign_of_life(lease);
+        let put = Op::Put { key, value: Vec::new(), lease: Some(lease) };
+        let reply = self.client.txn(&Txn { then: vec![put], ..Txn::default() });
+        self.note_change(reply.as_ref().err());
+        self.reporter.send(Event::SignOfLife(reply.ok().map(|reply| reply.revision)));
+    }
+
+    /// Reads one listing after the other, for clients.
+    pub(super) fn read_listings(&self, readings: &Receiver<(ConnectionId, Reading)>) {
+        while let Ok((to, reading)) = readings.recv() {
+            let page = match reading {
+                Reading::Page(from) => self.page(from),
+                Reading::Lock(lock) => self.one_lock(lock),
+            };
+            self.note_change(page.as_ref().err());
+            self.reporter.send(Event::Page { to, page });
+        }
+    }
+
+    fn one_lock(&self, lock: LockId) -> Result<Page, etcd::Error> {
+        let mut locks = Locks::default();
+        for (lock, entry) in
+            self.client.range(&self.layout.queue(lock))?.kvs.iter().filter_map(|key| self.layout.entry(key))
+        {
+            locks.add(lock, entry);
+        }
+        Ok(Page { locks: locks.finish(), next: None })
+    }
+
+    /// Reads a page of whole locks, beginning at the key `from`; an empty key means from the beginning.
+    fn page(&self, from: Vec<u8>) -> Result<Page, etcd::Error> {
+        let (start, end) = self.layout.everything();
+        let mut key = if from.is_empty() { start } else { from };
+        let mut locks = Locks::default();
+        loop {
+            let range = Range { key, end: end.clone(), limit: PAGE_KEYS_MAX, ..Range::default() };
+            let reply = self.client.range(&range)?;
+            for (lock, entry) in reply.kvs.iter().filter_map(|key| self.layout.entry(key)) {
+                locks.add(lock, entry);
+            }
+            let last = reply.kvs.last().filter(|_| reply.more);
+            let Some(last) = last else { return Ok(Page { locks: locks.finish(), next: None }) };
+            if locks.has_complete() {
+                let (locks, incomplete) = locks.complete();
+                return Ok(Page { locks, next: incomplete.map(|lock| self.layout.first_key(lock)) });
+            }
+            key = [&last.key[..], b"\0"].concat();
+        }
+    }
+}
+
+/// Returns whether a request writes. etcd may refuse to write, and read all the same.
+fn source(op: &QueueOp) -> Source {
+    match op {
+        QueueOp::Read | QueueOp::Release { record: None, next: None, .. } => Source::Reads,
+        QueueOp::TryAcquire { .. } | QueueOp::Enqueue { .. } | QueueOp::Release { .. } => Source::Writes,
+    }
+}
