@@ -23,6 +23,7 @@
 //! | `lock_file` | the lock file beside a socket | |
 //! | [`exit`] | the exit codes | |
 //! | `message` | one line on standard error | `cli` |
+//! | `startup` | the signals as they were when kmutex was started, and how it dies of one | `cli` |
 //! | `clock`, `timestamp` | the clock that the daemon and the clients use, and a moment on it | |
 //! | `cluster` | this host's part in the locks of several hosts: events in, requests to etcd out, nothing else | `etcd` |
 //! | `journal` | which locks are held, on disk, to survive a crash of the daemon | `daemon` |
@@ -103,6 +104,9 @@ pub mod status;
 pub mod table;
 #[doc(hidden)]
 pub mod timestamp;
+
+#[cfg(feature = "cli")]
+mod startup;
 
 mod clock;
 

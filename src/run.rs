@@ -6,7 +6,6 @@ mod descendants;
 mod forward;
 mod report;
 mod signals;
-mod startup;
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -24,7 +23,6 @@ use crate::proto::v2::LockRequest;
 use crate::proto::{Key, Outcome, Token};
 use command::Command;
 pub use report::{Report, Sink};
-pub use signals::die_of;
 
 /// What to run, under which lock, and how.
 #[derive(Clone, Debug)]
@@ -70,7 +68,7 @@ pub enum OnLost {
 pub enum Ended {
     /// The command ran and exited with this status, or died of a signal: then 128 plus its number.
     Ran(u8),
-    /// The command died of this signal, which was sent to kmutex too: kmutex dies of it as well, see [`die_of`].
+    /// The command died of this signal, which was sent to kmutex too: kmutex dies of it as well, see `startup::die_of`.
     Died(u8),
     /// Another holder finished first; the command did not run.
     Finished(Outcome),

@@ -3,10 +3,10 @@
 use std::ffi::OsString;
 
 use super::{Failure, lock, usage};
-use crate::cli;
 use crate::exit::{self, Exit};
 use crate::proto::Key;
 use crate::run::{self, Ended, Job, Report, Sink, Spawn};
+use crate::{cli, startup};
 
 pub(super) fn run(args: cli::Run) -> Result<u8, Failure> {
     let (finished, conflict) = (args.lock.finished_exit_code, args.lock.conflict_exit_code);
@@ -21,7 +21,7 @@ pub(super) fn run(args: cli::Run) -> Result<u8, Failure> {
     Ok(match result? {
         Ended::Ran(status) | Ended::Adopted(status) => status,
         Ended::Died(signal) => {
-            run::die_of(signal.into());
+            startup::die_of(signal.into());
             exit::of_signal(signal)
         }
         Ended::Finished(_) => finished,

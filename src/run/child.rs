@@ -6,7 +6,6 @@ use std::time::{Duration, Instant};
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::Signal;
-use nix::unistd::Pid;
 use rustix::process::{WaitOptions, wait, waitpid};
 
 use super::command::Command;
@@ -14,6 +13,7 @@ use super::forward::{Forwarding, JobControl};
 use super::signals::Signals;
 use crate::client::{self, HeldLock};
 use crate::proto::{self, Outcome};
+use crate::startup;
 
 /// Why a command did not run to its end.
 pub(super) enum Error {
@@ -175,7 +175,7 @@ impl Child {
         // Not nix's, which has no words for a command that died of a real-time signal.
         let pid = rustix::process::Pid::from_raw(self.forwarding.command().as_raw());
         // PID 1 is the parent of every process whose own parent has ended.
-        let reaps_all = self.forwarding.is_tree() || Pid::this().as_raw() == 1;
+        let reaps_all = self.forwarding.is_tree() || startup::is_init();
         loop {
             let waited = if reaps_all { wait(options) } else { waitpid(pid, options) };
             let status = match waited {

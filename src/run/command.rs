@@ -12,7 +12,7 @@ use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_s
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{AccessFlags, Pid, access, execvpe};
 
-use super::startup;
+use crate::startup;
 
 /// What to execute.
 #[derive(Debug)]
@@ -55,6 +55,9 @@ impl<'a> Command<'a> {
     /// # Errors
     /// Those of execve(2); on success it does not return.
     pub(super) fn exec(&self) -> io::Error {
+        if let Err(e) = SigSet::thread_get_mask().and_then(|now| startup::mask(now).thread_set_mask()) {
+            return e.into();
+        }
         if startup::ignores(SIGPIPE) {
             let execute = || -> io::Result<_> {
                 let (argv, environment) = (self.argv()?, self.environment()?);

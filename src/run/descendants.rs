@@ -9,7 +9,7 @@ use std::fs;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpgid};
 
-use super::startup::bit;
+use crate::startup::bit;
 
 /// Sends a signal to a process and to all its descendants. It searches again until it finds no new descendant, because a
 /// process may fork before its signal arrives. Without /proc it signals the process alone.

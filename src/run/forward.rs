@@ -11,7 +11,7 @@ use nix::unistd::{Pid, getpgid, getpgrp, getsid};
 use super::command::Command;
 use super::descendants;
 use super::signals::{Received, Sender};
-use super::startup::bit;
+use crate::startup::bit;
 
 /// The policy of passing signals on: every signal reaches the command, and none reaches it twice where kmutex can tell.
 ///

@@ -7,13 +7,10 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use crate::startup;
 use nix::libc::{SIGCHLD, SIGCONT};
-use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
-use signal_hook::low_level::raise;
-
-use super::startup;
 
 /// How long a command may take to stop.
 const STOP_WAIT: Duration = Duration::from_millis(500);
@@ -64,7 +61,7 @@ impl Signals {
     /// When the kernel has no descriptor left.
     pub(super) fn block() -> io::Result<Signals> {
         let all = SigSet::all();
-        let mask = all.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+        let mask = startup::mask(all.thread_swap_mask(SigmaskHow::SIG_BLOCK)?);
         if startup::ignores(SIGCHLD) {
             // A process that ignores SIGCHLD is not told how its children end (wait(2)). The handler never runs.
             signal_hook::flag::register(SIGCHLD, Arc::new(AtomicBool::new(false)))?;
@@ -203,16 +200,4 @@ fn all_but(signals: &[Signal]) -> SigSet {
         set.remove(*signal);
     }
     set
-}
-
-/// Ends this process by a signal that its command died of, without a core dump. A shell that is interrupted from the keyboard
-/// looks for exactly that when it decides whether its script goes on. Returns where the signal does not end the process, which
-/// is so for PID 1.
-pub fn die_of(signal: i32) {
-    // Failures leave the exit status to tell what happened.
-    let _ = prctl::set_dumpable(false);
-    let _ = raise(signal);
-    let _ = SigSet::empty().thread_set_mask();
-    // Rust's own handler of SIGSEGV and SIGBUS has set the default by now.
-    let _ = raise(signal);
 }

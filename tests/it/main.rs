@@ -20,11 +20,12 @@ mod etcd_client;
 mod etcd_harness;
 mod examples;
 mod faults;
+mod first_caller;
 #[cfg(feature = "etcd")]
 mod generated;
-mod first_caller;
 mod harness;
 mod imports;
+mod init;
 mod keyedmutex;
 mod library;
 mod like_flock;

@@ -10,6 +10,7 @@ use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
 use crate::harness::*;
+use crate::other_user::OtherUser;
 
 /// A command that counts: for each signal of its arguments that it gets, it writes the name into the file `signals`. It
 /// ends with status 5 at the end of its input, or when it reads the line "quit". Its own process id is in `pid`.
@@ -448,4 +449,69 @@ fn the_command_gets_what_each_kind_of_sender_sends() {
             process.wait();
         }
     }
+}
+
+#[test]
+fn without_a_process_for_the_command_a_waiter_takes_over() {
+    let user = OtherUser::new();
+    let sock = user.folder().join("sock");
+    let root = Command::new(KMUTEX);
+    let _daemon = user.serve(root, &sock, &["--mode", "666"]);
+    // A first holder, so that the two wait.
+    let run = |mut command: Command, args: &[&str]| {
+        command.args(["run", "--trust-uid", "0", "--sock"]).arg(&sock).args(args).current_dir(user.folder());
+        command
+    };
+    let mut first = run(Command::new(KMUTEX), &["k", "sh", "-c", "echo holding; read end; exit 0"]);
+    let mut first = Process::spawn(first.stdin(Stdio::piped()).stdout(Stdio::piped()));
+    first.wait_for_line("holding");
+    let waiting = |count: u64| {
+        let status =
+            finish(Command::new(KMUTEX).args(["status", "--json", "--sock"]).arg(&sock)).assert_silent(0);
+        serde_json::from_str::<serde_json::Value>(status.trim()).unwrap()["waiting"] == count
+    };
+    // This user, of no other test, may have one process, which is kmutex.
+    let mut limited = Command::new("prlimit");
+    limited.args(["--nproc=1", "setpriv", "--reuid=64021", "--clear-groups"]).arg(user.kmutex());
+    let mut limited =
+        Process::spawn(run(limited, &["--queue", "k", "touch", "first"]).stderr(Stdio::piped()));
+    wait_until("one to wait", || waiting(1));
+    let mut second = Process::spawn(&mut run(Command::new(KMUTEX), &["--queue", "k", "touch", "second"]));
+    wait_until("two to wait", || waiting(2));
+    drop(first.child.stdin.take());
+    assert_eq!(limited.wait(), 71);
+    assert!(limited.stderr().starts_with("kmutex: cannot start the command: "), "the reason");
+    assert_eq!(second.wait(), 0);
+    assert!(user.folder().join("second").exists() && !user.folder().join("first").exists());
+}
+
+#[test]
+fn a_command_of_another_user_that_may_not_be_signalled_is_reported() {
+    let user = OtherUser::new();
+    let sock = user.folder().join("sock");
+    let _daemon = user.serve(Command::new(KMUTEX), &sock, &["--mode", "666"]);
+    // A program that becomes root, as sudo(8) does.
+    let suid = user.folder().join("setpriv");
+    finish(Command::new("sh").args(["-c", "install -m 4755 \"$(command -v setpriv)\" \"$0\""]).arg(&suid))
+        .assert_silent(0);
+    let mut command = user.command(user.kmutex());
+    command.args(["run", "--trust-uid", "0", "--sock"]).arg(&sock).arg("k").arg(&suid);
+    command.args(["--reuid=0", "sh", "-c", "echo running; read end; exit 4"]);
+    let mut process =
+        Process::spawn(command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped()));
+    process.wait_for_line("running");
+    for signal in [Signal::SIGTERM, Signal::SIGTERM, Signal::SIGUSR1] {
+        process.signal(signal);
+        wait_until("kmutex to have read it", || {
+            let status = fs::read_to_string(format!("/proc/{}/status", process.pid())).unwrap();
+            let pending = status.lines().find_map(|line| line.strip_prefix("ShdPnd:")).unwrap();
+            u64::from_str_radix(pending.trim(), 16) == Ok(0)
+        });
+    }
+    drop(process.child.stdin.take());
+    assert_eq!(process.wait(), 4);
+    let said = process.stderr();
+    let lines: Vec<&str> = said.lines().collect();
+    assert_eq!(lines.len(), 2, "{said}");
+    assert!(lines[0].contains("cannot pass SIGTERM on to the command: it runs as another user"), "{said}");
 }

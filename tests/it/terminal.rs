@@ -263,3 +263,93 @@ fn a_hang_up_releases_the_lock_of_a_command_that_dies_of_it() {
         daemon.wait_for_counts("k", 0, 0);
     }
 }
+
+/// A holder of `k`, so that others wait.
+fn hold(daemon: &Daemon) -> Holder {
+    daemon.hold_with(&["--note", "the holder"], "k")
+}
+
+/// What has appeared on the screen of a terminal in the daemon's folder.
+fn screen(daemon: &Daemon) -> String {
+    String::from_utf8_lossy(&fs::read(daemon.folder().join("screen")).unwrap_or_default()).into_owned()
+}
+
+const CLEAR: &str = "\r\x1b[K";
+
+#[test]
+fn the_line_about_a_wait_is_cleared_when_the_lock_comes() {
+    let daemon = Daemon::start();
+    let holder = hold(&daemon);
+    let mut terminal = terminal(&daemon, "bash", r#"exec "$KMUTEX" run --queue k echo done"#);
+    wait_until("the line", || screen(&daemon).contains("waiting for \"k\", held by"));
+    holder.finish(0);
+    assert_eq!(terminal.wait(), 0);
+    let screen = screen(&daemon);
+    assert!(screen.contains(&format!("{CLEAR}done")), "{screen:?}");
+}
+
+#[test]
+fn the_line_about_a_wait_is_cleared_when_a_key_ends_the_wait() {
+    for (key, code) in [("\x03", 130), ("\x1c", 131)] {
+        let daemon = Daemon::start();
+        let _holder = hold(&daemon);
+        let script = r#"ulimit -c 0; "$KMUTEX" run --queue k echo done; echo second > second; exit 3"#;
+        let mut terminal = terminal(&daemon, "bash", script);
+        wait_until("the line", || screen(&daemon).contains("waiting for"));
+        type_in(&mut terminal, key);
+        // As without the line: bash sees that its command was interrupted.
+        assert_eq!(
+            (terminal.wait(), daemon.folder().join("second").exists()),
+            if code == 130 { (130, false) } else { (3, true) }
+        );
+        let screen = screen(&daemon);
+        let after = screen.rsplit_once("\x1b[K").unwrap();
+        assert!(after.0.ends_with('\r') && !after.1.contains("waiting"), "{screen:?}");
+        daemon.wait_for_counts("k", 1, 0);
+    }
+}
+
+#[test]
+fn a_waiter_in_the_background_writes_nothing_and_is_not_stopped() {
+    let daemon = Daemon::start();
+    let holder = hold(&daemon);
+    // The one in the foreground shows when the other has had its time.
+    let script = r#"set -m; stty tostop; "$KMUTEX" run --note background --queue k sh -c 'echo > ran' & echo $! > background
+        until "$KMUTEX" status --json | grep -q background; do sleep 0.01; done
+        "$KMUTEX" run --queue other true; exec "$KMUTEX" run --queue k true"#;
+    let other = daemon.hold("other");
+    let mut terminal = terminal(&daemon, "bash", script);
+    wait_until("three lines of the one in the foreground", || {
+        screen(&daemon).matches("waiting for").count() >= 3
+    });
+    let background: i32 =
+        fs::read_to_string(daemon.folder().join("background")).unwrap().trim().parse().unwrap();
+    assert_eq!(state_of(Pid::from_raw(background)), 'S');
+    assert!(!screen(&daemon).contains("waiting for \"k\""), "{:?}", screen(&daemon));
+    other.finish(0);
+    holder.finish(0);
+    assert_eq!(terminal.wait(), 0);
+    assert!(daemon.folder().join("ran").exists());
+}
+
+#[test]
+fn without_control_sequences_a_wait_is_told_once() {
+    for setting in ["NO_COLOR=1", "TERM=dumb"] {
+        let daemon = Daemon::start();
+        let holder = hold(&daemon);
+        let script = format!(r#"exec env {setting} "$KMUTEX" run --queue k echo done"#);
+        let mut plain = terminal(&daemon, "sh", &script);
+        wait_until("the line", || screen(&daemon).contains("waiting for"));
+        // Another terminal shows when there was time for a second line.
+        let clock_daemon = Daemon::start();
+        let clock_holder = hold(&clock_daemon);
+        let mut clock = terminal(&clock_daemon, "sh", r#"exec "$KMUTEX" run --queue k true"#);
+        wait_until("two lines", || screen(&clock_daemon).matches("waiting for").count() >= 2);
+        holder.finish(0);
+        clock_holder.finish(0);
+        assert_eq!((plain.wait(), clock.wait()), (0, 0));
+        let screen = screen(&daemon);
+        assert_eq!(screen.matches("waiting for").count(), 1, "{setting}: {screen:?}");
+        assert!(!screen.contains('\x1b'), "{setting}: {screen:?}");
+    }
+}

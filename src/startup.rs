@@ -1,0 +1,83 @@
+//! What kmutex was told about signals when it was started, and how it dies of one.
+
+use std::ffi::OsStr;
+use std::fs::File;
+use std::io::Read;
+use std::sync::OnceLock;
+
+use nix::libc::SIGPIPE;
+use nix::sys::prctl;
+use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use nix::unistd::Pid;
+use signal_hook::low_level::raise;
+
+/// The signals that this process ignored when it began, as a set of bits: signal 1 is bit 0.
+static IGNORED: OnceLock<u64> = OnceLock::new();
+
+/// Asks before `main`, because Rust itself sets SIGPIPE to "ignore" there. (No other command needs it, and none pays for it.)
+#[ctor::ctor]
+fn ask_before_main() {
+    if std::env::args_os().nth(1).as_deref() == Some(OsStr::new("run")) {
+        IGNORED.get_or_init(ignored_now);
+    }
+}
+
+/// Returns `true` if this process ignored the signal when it began.
+pub(crate) fn ignores(signal: i32) -> bool {
+    // A program that calls this without the word `run` in its arguments: Rust has set SIGPIPE by now.
+    let ignored = IGNORED.get_or_init(|| ignored_now() & !bit(SIGPIPE));
+    ignored & bit(signal) != 0
+}
+
+/// Returns the set with this one signal in it.
+pub(crate) fn bit(signal: i32) -> u64 {
+    1 << (signal - 1)
+}
+
+/// What was blocked when this process began, once that is blocked which ends a wait.
+static MASK: OnceLock<SigSet> = OnceLock::new();
+
+/// Blocks the signals that end a wait, so that kmutex can end it in order. The kernel drops a signal that PID 1 does not block
+/// or handle.
+///
+/// # Errors
+/// As sigprocmask(2).
+pub(crate) fn block_wait_enders() -> nix::Result<SigSet> {
+    let enders = [Signal::SIGHUP, Signal::SIGINT, Signal::SIGQUIT, Signal::SIGTERM];
+    let enders: SigSet = enders.into_iter().filter(|signal| !ignores(*signal as i32)).collect();
+    let before = enders.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+    MASK.get_or_init(|| before);
+    Ok(enders)
+}
+
+/// Returns the mask of blocked signals with which kmutex was started; `now` is the present one.
+pub(crate) fn mask(now: SigSet) -> SigSet {
+    MASK.get().copied().unwrap_or(now)
+}
+
+/// Returns `true` if this process is the first of its PID namespace, as in a container.
+pub(crate) fn is_init() -> bool {
+    Pid::this().as_raw() == 1
+}
+
+/// Ends this process by a signal that its command died of, without a core dump. A shell that is interrupted from the keyboard
+/// looks for exactly that when it decides whether its script goes on. Returns where the signal does not end the process, which
+/// is so for PID 1.
+pub(crate) fn die_of(signal: i32) {
+    // Failures leave the exit status to tell what happened.
+    let _ = prctl::set_dumpable(false);
+    let _ = raise(signal);
+    let _ = SigSet::empty().thread_set_mask();
+    // Rust's own handler of SIGSEGV and SIGBUS has set the default by now.
+    let _ = raise(signal);
+}
+
+/// Reads SigIgn of proc(5), because Rust offers no safe call that asks the kernel itself. Without /proc it is the empty set.
+fn ignored_now() -> u64 {
+    let mut buffer = [0; 4096];
+    // One read: the kernel makes the file up for each, and it is never as long as this.
+    let read = File::open("/proc/self/status").and_then(|mut file| file.read(&mut buffer));
+    let status = String::from_utf8_lossy(&buffer[..read.unwrap_or(0)]);
+    let bits = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    bits.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok()).unwrap_or(0)
+}
