@@ -285,7 +285,7 @@ impl Guard<'_> {
 
 impl Drop for Guard<'_> {
     fn drop(&mut self) {
-        // If the connection is gone, so is the lock, and that is all that dropping asks for.
+        // If the connection is gone, the lock is released already.
         let _ = self.client.release();
     }
 }

@@ -196,7 +196,7 @@ impl Client {
         })
     }
 
-    /// Ends all watches at once, those that are being opened too: whoever reads one gets an error. Watches that are
+    /// Ends all watches at once, also watches that are being opened: their readers get an error. Watches that are
     /// opened afterwards are not touched.
     pub fn hang_up(&self) {
         let old = std::mem::replace(&mut *self.watches(), self.agents.for_watches());
@@ -271,7 +271,7 @@ impl Client {
     }
 
     fn watches(&self) -> MutexGuard<'_, Agent> {
-        // Each change is one assignment: whoever panicked has left it whole.
+        // Each change is one assignment, so a thread that panicked has left it whole.
         self.watches.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

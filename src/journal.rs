@@ -2,8 +2,7 @@
 //! that knows.
 //!
 //! The file is a header and then records of one size, appended: one when a lock is granted, before the grant is sent;
-//! one when the hold ends, before those who wait are told. All that one turn of the daemon's loop has to record goes
-//! out in one write. When the file has grown well beyond what is held, it is written anew beside itself and renamed.
+//! one when the hold ends, before the waiters are notified. One turn of the daemon's loop records its changes with one write. When the file has grown well beyond what is held, it is written anew beside itself and renamed.
 //!
 //! Nothing is ever synced to disk: what the kernel was handed survives the death of a process, and a crash of the
 //! machine ends all holders as well, which the boot id in the header tells.
@@ -148,7 +147,7 @@ impl Journal {
         !self.pending.is_empty()
     }
 
-    /// Hands all that was noted to the kernel. If that fails, none of it counts.
+    /// Writes what was noted to the file. If that fails, none of it counts.
     ///
     /// # Errors
     /// As pwrite(2) gives them; a full disk among them.
@@ -160,7 +159,7 @@ impl Journal {
     }
 
     /// After a [`Journal::write`] that failed: forgets what was noted, so that it does not heap up. The file is stale
-    /// then, until [`Journal::compact`] writes all that is true.
+    /// then, until [`Journal::compact`] writes the whole state.
     pub fn mark_stale(&mut self) {
         self.pending.clear();
         self.stale = true;
@@ -232,7 +231,7 @@ fn complaint(text: String) -> Loaded {
     Loaded { complaint: Some(text), ..Loaded::default() }
 }
 
-/// Whoever can write the journal decides who holds what, so only a file that this user alone can write is read.
+/// A user who can write the journal decides who holds what, so only a file that this user alone can write is read.
 fn read_own(path: &Path) -> io::Result<Vec<u8>> {
     let mut options = OpenOptions::new();
     let mut file =
@@ -269,7 +268,7 @@ pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
         return complaint("not used: its header is damaged, or of another version".into());
     }
     if &head[16..32] != boot {
-        // Nobody who held a lock then lives now. That locks are shared is as true as it was.
+        // No holder of that time lives now. Whether locks are clustered has not changed.
         let leases = body.as_chunks::<RECORD_BYTES>().0.iter().map(decode);
         let is_clustered = leases.flatten().any(|entry| matches!(entry, Decoded::Lease(_)));
         let lease = if is_clustered { ClusterLease::None } else { ClusterLease::Local };
@@ -316,7 +315,7 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<File> {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
-    // `create_new` follows no link that somebody may have put there since.
+    // `create_new` follows no link that another user may have made meanwhile.
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(&new)?;
     let written = file.write_all_at(bytes, 0).and_then(|()| fs::rename(&new, path));
     if let Err(e) = written {
@@ -327,7 +326,7 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<File> {
     Ok(file)
 }
 
-// The layout. All numbers are little endian; the checksum is the CRC-32 of all that follows it.
+// The layout. All numbers are little endian; the checksum is the CRC-32 of everything that follows it.
 //
 //   header  16 magic | 16 boot id | 52 zero | 4 checksum of these
 //   record   4 checksum | 1 kind | 1 protocol | 1 flags | 1 zero | 4 slots | 4 uid | 4 pid | 4 child

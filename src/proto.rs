@@ -1,7 +1,7 @@
 //! Both wire protocols: bytes to messages and back, and the words that they share (key, token, nonce, outcome).
 //!
-//! Pure: nothing here knows of sockets, files, clocks, processes or randomness. Whoever reads from a socket passes in
-//! the bytes; whoever writes to one takes them from here. `docs/protocol.md` is the same for implementers of clients.
+//! Pure: nothing here knows of sockets, files, clocks, processes or randomness. The code that reads from a
+//! socket passes in the bytes; the code that writes to one takes them from here. `docs/protocol.md` is the same for implementers of clients.
 
 pub mod v1;
 pub mod v2;
@@ -138,7 +138,7 @@ impl fmt::Display for KeyError {
 
 impl std::error::Error for KeyError {}
 
-/// The identity of a lock: the MD5 of its key. All that protocol 1 ever sends of a key.
+/// The identity of a lock: the MD5 of its key. Protocol 1 sends no more of a key.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LockId(pub [u8; 16]);
 

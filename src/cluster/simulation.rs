@@ -1,5 +1,5 @@
-//! A seeded world of hosts that share their locks: their tables, their standings, a model of etcd between them, and all
-//! that can go wrong there. What nobody may ever see is checked after each step.
+//! A seeded world of clustered hosts: their tables, their standings, a model of etcd between them, and every fault that can
+//! occur there. The checks after each step fail if a client was told what it must never be told.
 //!
 //! - `store`: etcd as far as it matters: a store with revisions, leases, and a history that is compacted.
 //! - `world`: hosts, clients, time and chance; links that lose questions or answers, or are cut; hosts that freeze.

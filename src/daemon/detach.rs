@@ -82,7 +82,7 @@ fn close_inherited() -> io::Result<()> {
 }
 
 /// Gives all signals their default meanings. What is ignored stays so in a program that is executed, and what is caught
-/// does not (execve(2)): so this process catches all that it ignores, and executes itself.
+/// does not (execve(2)): so this process catches every signal that it ignores, and executes itself.
 fn restore_signals() -> io::Result<()> {
     let ignored = ignored_signals();
     if ignored.is_empty() {
@@ -102,8 +102,8 @@ fn restore_signals() -> io::Result<()> {
 /// The C library keeps these for itself, and its posix_spawn(3) leaves them ignored (nptl(7)).
 const INTERNAL_SIGNALS: [i32; 2] = [32, 33];
 
-/// Returns the signals that this process ignores, but SIGPIPE, which the Rust runtime ignores, and those that no program may
-/// catch. Without /proc there is no telling.
+/// Returns the signals that this process ignores, but SIGPIPE, which the Rust runtime ignores, and the signals that no
+/// program may catch. Without /proc there is no telling.
 fn ignored_signals() -> Vec<i32> {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));

@@ -169,7 +169,7 @@ impl Server {
         }
     }
 
-    /// Begins to share the locks, including those that are held already.
+    /// Begins to share the locks with other hosts, also the locks that are held already.
     fn join_cluster(&mut self) {
         let Some(cluster) = &mut self.cluster else { return };
         let mut cursor = 0;

@@ -56,7 +56,7 @@ impl Tokens {
         }
     }
 
-    /// Nobody is kept waiting for a thread that asks: two may ask at the same time, and both tokens are good.
+    /// No thread waits for another one that asks: two may ask at the same time, and both tokens are good.
     fn get(&self, ask: impl Fn() -> Result<String, Failure>) -> Result<Option<Arc<str>>, Failure> {
         match self.state().clone() {
             State::Given(token) => return Ok(Some(token)),
@@ -78,7 +78,7 @@ impl Tokens {
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
-        // Each change is one assignment: whoever panicked has left it whole.
+        // Each change is one assignment, so a thread that panicked has left it whole.
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

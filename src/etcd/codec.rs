@@ -1,7 +1,7 @@
 //! The JSON of etcd's gateway: requests to text, and answers to what they mean. Nothing here knows of sockets.
 //!
 //! It is proto3's mapping to JSON: 64-bit numbers are strings, bytes are base64, and whatever is zero or empty is left
-//! out. Fields that are not known are passed over; an answer without those that must be there is no answer.
+//! out. Unknown fields are skipped; an answer without the required fields is refused.
 
 #[cfg(test)]
 mod tests;

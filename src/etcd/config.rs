@@ -30,7 +30,7 @@ pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(1);
 pub struct Config {
     /// The members, any of which may answer.
     pub endpoints: Vec<Endpoint>,
-    /// A PEM file with the certificates of those who may have signed the members'. `None`: the public authorities.
+    /// A PEM file with the certificates of the authorities that may have signed the members'. `None`: the public authorities.
     pub ca: Option<PathBuf>,
     /// A PEM file with a certificate to show to etcd, the ones in between behind it.
     pub cert: Option<PathBuf>,

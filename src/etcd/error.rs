@@ -1,5 +1,5 @@
 //! What can go wrong with etcd: at one endpoint ([`Failure`]), and of a whole call ([`Error`]). The one question that
-//! matters to whoever called is whether what was asked for may have been done.
+//! matters to the caller is whether what was asked for may have been done.
 
 use std::fmt;
 

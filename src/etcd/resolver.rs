@@ -82,7 +82,7 @@ impl HostResolver {
 
 impl Shared {
     fn hosts(&self) -> MutexGuard<'_, HashMap<String, Host>> {
-        // Whoever panicked with it has left it whole: each change is one assignment.
+        // Each change is one assignment, so a thread that panicked has left it whole.
         self.hosts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,4 +1,4 @@
-//! The client against a server that does whatever a test wants, all that an etcd never would among it.
+//! The client against a server that does what a test wants, also what no etcd would do.
 
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -138,8 +138,8 @@ fn range_at(fake: &Fake) -> Error {
     range(&client(&[&fake.endpoint()])).unwrap_err()
 }
 
-/// An endpoint where nobody listens, and where nobody else can as long as the stream is open: it is the stream's own.
-fn nobody() -> (TcpStream, String) {
+/// An endpoint where no process listens, nor can listen while the stream is open: it is the stream's own.
+fn unused_endpoint() -> (TcpStream, String) {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let stream = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
     let endpoint = format!("http://{}", stream.local_addr().unwrap());
@@ -147,8 +147,8 @@ fn nobody() -> (TcpStream, String) {
 }
 
 #[test]
-fn where_nobody_listens_nothing_was_done() {
-    let (_stream, endpoint) = nobody();
+fn where_no_process_listens_nothing_was_done() {
+    let (_stream, endpoint) = unused_endpoint();
     let error = range(&client(&[&endpoint])).unwrap_err();
     assert_eq!(error, Error::Unreachable { why: format!("{endpoint}: connection refused") });
     let error = range(&client(&["http://no.such.host.invalid"])).unwrap_err();
@@ -232,8 +232,8 @@ fn an_answer_without_end_is_not_kept() {
 #[test]
 fn the_one_that_answered_is_asked_first_from_then_on() {
     let (bad, good) = (Fake::answering("503 Service Unavailable", ""), Fake::answering("200 OK", RANGE));
-    let (_stream, nobody) = nobody();
-    let client = client(&[&nobody, &bad.endpoint(), &good.endpoint()]);
+    let (_stream, unused) = unused_endpoint();
+    let client = client(&[&unused, &bad.endpoint(), &good.endpoint()]);
     for _ in 0..3 {
         assert_eq!(range(&client).unwrap().revision, 7);
     }
@@ -243,9 +243,9 @@ fn the_one_that_answered_is_asked_first_from_then_on() {
 #[test]
 fn a_refusal_is_final_unless_another_may_have_done_it() {
     let refusing = Fake::answering("400 Bad Request", REFUSAL);
-    let (_stream, nobody) = nobody();
+    let (_stream, unused) = unused_endpoint();
     let refused = Error::Refused { code: 3, message: "m".into() };
-    assert_eq!(range(&client(&[&nobody, &refusing.endpoint()])), Err(refused.clone()));
+    assert_eq!(range(&client(&[&unused, &refusing.endpoint()])), Err(refused.clone()));
     let closing = Fake::new(|connection| drop(connection.request()));
     let client = client(&[&closing.endpoint(), &refusing.endpoint()]);
     let why =

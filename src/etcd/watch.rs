@@ -1,4 +1,4 @@
-//! A watch: the messages that etcd sends for as long as somebody reads them.
+//! A watch: the messages that etcd sends while a caller reads them.
 
 use std::fmt;
 use std::io::{BufRead, BufReader, Read};

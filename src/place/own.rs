@@ -336,7 +336,7 @@ mod tests {
     }
 
     #[test]
-    fn a_maker_that_died_stops_nobody() {
+    fn a_maker_that_died_stops_no_other_process() {
         let tmp = Tmp::new();
         tmp.make(0, UNFINISHED);
         assert_eq!(tmp.own().survey(None).unwrap(), Survey::Unfinished(tmp.path(0)));

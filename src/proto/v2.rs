@@ -39,7 +39,7 @@ pub enum Request {
         /// How it ended.
         outcome: Outcome,
     },
-    /// Take this lock from whoever holds it.
+    /// Take this lock from its holders.
     Break {
         /// The lock.
         key: Key,
@@ -49,7 +49,7 @@ pub enum Request {
         /// The one that is wanted.
         #[serde(skip_serializing_if = "Option::is_none")]
         key: Option<Key>,
-        /// All that all hosts hold which share their locks.
+        /// The locks that all clustered hosts hold.
         #[serde(skip_serializing_if = "std::ops::Not::not")]
         cluster: bool,
     },
@@ -65,7 +65,7 @@ pub struct LockRequest {
     /// Names this request.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub nonce: Option<Nonce>,
-    /// What to wait for when somebody else holds it.
+    /// What to wait for if another client holds it.
     pub mode: Mode,
     /// Others who also said so may hold it beside me.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -76,7 +76,7 @@ pub struct LockRequest {
     /// Do not wait at all.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub nowait: bool,
-    /// The client becomes the command (`kmutex run --no-fork`): nobody is left to release, so the end of the stream is
+    /// The client becomes the command (`kmutex run --no-fork`): no process is left to release, so the end of the stream is
     /// the end of the work, with the outcome `unknown`, and not a holder that vanished.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub exec: bool,
@@ -174,7 +174,7 @@ mod pid_or_zero {
 }
 
 /// A short text for a person: at most [`ShortText::BYTES_MAX`] bytes (what is longer ends in `…`), and no control
-/// characters (each becomes `?`), so that nobody's terminal obeys what somebody else put into a note.
+/// characters (each becomes `?`), so that no terminal obeys what another user put into a note.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
 pub struct ShortText(Box<str>);
@@ -239,9 +239,9 @@ pub enum Answer {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         lease: Option<LeaseTerms>,
     },
-    /// Somebody else holds it; you are waiting.
+    /// Another client holds it; you are waiting.
     Waiting {
-        /// Those who hold it, [`LISTED_MAX`] at the most.
+        /// The holders, [`LISTED_MAX`] at the most.
         holders: Vec<LockUser>,
         /// How many queue waiters come before you.
         ahead: u32,
@@ -255,9 +255,9 @@ pub enum Answer {
         /// The token that it held.
         token: Token,
     },
-    /// Somebody else holds it and you did not want to wait. You hold nothing.
+    /// Another client holds it and you did not want to wait. You hold nothing.
     Busy {
-        /// Those who hold it, [`LISTED_MAX`] at the most.
+        /// The holders, [`LISTED_MAX`] at the most.
         holders: Vec<LockUser>,
     },
     /// You hold the lock no more, whatever you do.
@@ -288,7 +288,7 @@ pub enum Answer {
     },
 }
 
-/// How long a lock may be relied on that this host has won from others. Whoever has no newer word from the daemon stops
+/// How long a clustered lock may be relied on. A client without newer word from the daemon stops
 /// then, as if the lock were lost: the daemon may have been stopped, and other hosts get the lock when its lease ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseTerms {
@@ -339,11 +339,11 @@ pub struct LockStatus {
     pub key: Option<String>,
     /// The MD5 of its key, in hexadecimal digits.
     pub id: String,
-    /// Those who hold it, [`LISTED_MAX`] at the most.
+    /// The holders, [`LISTED_MAX`] at the most.
     pub holders: Vec<LockUser>,
     /// How many hold it.
     pub holding: u32,
-    /// The first of those who wait, [`LISTED_MAX`] at the most.
+    /// The first waiters, [`LISTED_MAX`] at the most.
     pub waiters: Vec<LockUser>,
     /// How many wait.
     pub waiting: u32,

@@ -1,5 +1,5 @@
-//! The signals that kmutex is sent while a command runs. All that can be blocked are blocked, and read from a signalfd(2), so
-//! that no disposition changes, and the command is started with those that kmutex was started with.
+//! The signals that kmutex is sent while a command runs. Every signal that can be blocked is blocked, and read from a
+//! signalfd(2), so that no disposition changes, and the command starts with the dispositions that kmutex was started with.
 
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd};

@@ -51,7 +51,7 @@ pub enum NotificationKind {
 pub enum Loss {
     /// The daemon knows nothing of the hold that is to be resumed: its journal was lost, or the hold has ended since.
     Unknown,
-    /// Somebody broke the lock.
+    /// A user broke the lock.
     Broken,
     /// It is not ours among the hosts any more, or may soon not be.
     LeaseLost,
@@ -83,7 +83,7 @@ pub struct Effects {
 /// What makes it necessary to look at how a lock stands among the hosts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ClusterNotice {
-    /// Somebody asks for it, or has stopped asking: see [`super::Table::wants`].
+    /// A client asks for it, or has stopped asking.
     Needs(LockId),
     /// A hold of it here has ended so.
     Ended(LockId, Token, Outcome),

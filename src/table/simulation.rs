@@ -1,7 +1,7 @@
 //! A seeded world that drives the lock table through a million steps and checks the invariants after each of them.
 //!
 //! - `world`: time, chance, and clients that ask, release, die and overstay.
-//! - `model`: what the clients have been told, and what nobody may ever be told.
+//! - `model`: what the clients have been told, and what no client may ever be told.
 //! - `tally`: how often each situation came up.
 //!
 //! `KMUTEX_SIM_SEED=N` replays one seed, `KMUTEX_SIM_STEPS=N` sets how many steps each seed runs.

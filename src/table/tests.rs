@@ -115,7 +115,7 @@ fn both_protocols_ask_for_the_same_lock() {
 }
 
 #[test]
-fn a_release_tells_whoever_waits_for_it_and_moves_the_queue_on_by_one() {
+fn a_release_tells_its_waiters_and_moves_the_queue_on_by_one() {
     let mut fixture = Fixture::new();
     fixture.ask(1, once());
     fixture.ask(2, once());
@@ -193,7 +193,7 @@ fn a_shared_request_does_not_overtake_a_queued_exclusive_one() {
 }
 
 #[test]
-fn a_queued_exclusive_request_that_is_given_up_holds_back_nobody() {
+fn a_queued_exclusive_request_that_is_given_up_holds_back_no_other() {
     let mut fixture = Fixture::new();
     fixture.ask(1, shared());
     fixture.ask(2, queue());

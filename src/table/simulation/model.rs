@@ -1,4 +1,4 @@
-//! What the clients have been told, and what nobody may ever be told.
+//! What the clients have been told, and what no client may ever be told.
 //!
 //! The model knows only the events that went into the table and the effects that came out. It decides nothing: it
 //! follows what the table decided, and panics when that breaks a rule.
@@ -103,7 +103,7 @@ struct Ended {
 pub(super) struct Model {
     pub(super) clients: Vec<Client>,
     pub(super) locks: Vec<Lock>,
-    /// All that are undecided, in the order in which they came.
+    /// The undecided requests, in the order in which they came.
     pub(super) deferred: VecDeque<u32>,
     pub(super) deadlines: BTreeSet<(Timestamp, u32)>,
     /// Which locks the step under way has to do with.
@@ -206,16 +206,16 @@ impl Model {
             NotificationKind::Busy => self.told_busy(event, client, about),
             NotificationKind::Expired => self.expired(event, client),
             NotificationKind::HeldAbove | NotificationKind::Deadlock(_) => {
-                panic!("nobody asks under another lock here")
+                panic!("no client asks under another lock here")
             }
             NotificationKind::Lost(_) | NotificationKind::Superseded => {
-                panic!("nobody resumes or breaks anything here")
+                panic!("no client resumes or breaks anything here")
             }
             NotificationKind::Unavailable => panic!("there are no other hosts here"),
         }
     }
 
-    /// What must hold when the table has said all that it has to say.
+    /// Checks what must hold when the table has notified everyone that it has to.
     pub(super) fn end(&mut self, event: Event) {
         match event {
             Event::Ask { client, wish, .. } if self.client(client).stage == Stage::Undecided => {
@@ -244,7 +244,7 @@ impl Model {
         for &key in &self.touched {
             let lock = &self.locks[key];
             let waiting = lock.queue.len() + lock.once.len() + lock.v1.len();
-            assert!(waiting == 0 || !lock.holders.is_empty(), "somebody waits for a free lock");
+            assert!(waiting == 0 || !lock.holders.is_empty(), "a client waits for a free lock");
             if let Some(&head) = lock.queue.first() {
                 assert!(!self.fits(head), "the head of the queue could hold the lock, and waits");
             }
@@ -402,7 +402,7 @@ impl Model {
         self.locks[self.client(client).key].queue.is_empty() && self.fits(client)
     }
 
-    /// Do those who hold the lock let it in beside them, and does it put up with them?
+    /// Returns `true` if the holders of the lock permit it beside them, and it permits them.
     fn fits(&self, client: u32) -> bool {
         let Client { key, wish, .. } = *self.client(client);
         let holders = &self.locks[key].holders;

@@ -112,7 +112,7 @@ impl World {
         self.model.seen
     }
 
-    /// Nobody gives up any more, and every holder ends: then every waiter must be answered.
+    /// No client gives up any more, and every holder ends: then every waiter must be answered.
     fn drain(&mut self) {
         self.act(Event::Settle);
         for _ in 0..=self.model.clients.len() {
@@ -125,7 +125,7 @@ impl World {
         }
         assert!(
             self.model.clients.iter().all(|client| client.stage == Stage::Idle),
-            "somebody waits for ever"
+            "a client waits for ever"
         );
         self.check_everything();
         assert!(self.table.is_empty(), "a lock outlives all requests");
@@ -290,7 +290,7 @@ impl World {
             assert!(lock.is_unused(), "a lock that is in use is not found");
             return;
         };
-        assert!(!lock.is_unused(), "a lock is found that nobody uses");
+        assert!(!lock.is_unused(), "a lock is found that no client uses");
         assert_eq!(view.id(), lock.id);
         let waiters: Vec<u32> = [&lock.queue, &lock.once, &lock.v1].into_iter().flatten().copied().collect();
         self.check_views(view.holders(), &lock.holders);
@@ -304,7 +304,7 @@ impl World {
     fn check_views<'a>(&self, shown: impl Iterator<Item = RequestView<'a>>, believed: &[u32]) {
         let mut believed = believed.iter();
         for view in shown {
-            let ClientId(number) = view.client.expect("nobody resumes here");
+            let ClientId(number) = view.client.expect("no client resumes here");
             assert_eq!(Some(&number), believed.next(), "another client is shown");
             let client = self.model.client(number);
             let token = match client.stage {

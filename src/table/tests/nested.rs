@@ -47,7 +47,7 @@ fn a_cycle_of_three_with_a_lock_in_between_is_seen_and_told() {
     fixture.ask(1, of("a"));
     fixture.ask(2, of("b"));
     fixture.ask(3, of("c"));
-    // Under b runs d, and under d somebody waits for c.
+    // Under b runs d, and under d a client waits for c.
     fixture.ask(4, within(101, "d"));
     fixture.ask(5, within(103, "c"));
     fixture.ask(6, within(100, "b"));

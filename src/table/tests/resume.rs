@@ -59,7 +59,7 @@ fn a_restored_hold_whose_process_ends_has_vanished() {
     assert_eq!(
         fixture.orphan_ended(7),
         [granted(1, 100)],
-        "one of those who wait, and not a word to the others"
+        "one of the waiters, and not a word to the others"
     );
     assert_eq!(fixture.ask_as(3, UID, resuming(7)), Ok(vec![(3, NotificationKind::Lost(Loss::Unknown))]));
 }
@@ -137,7 +137,7 @@ fn a_second_connection_takes_over_from_the_first() {
         fixture.ask_as(2, UID, resuming(100)),
         Ok(vec![(1, NotificationKind::Superseded), granted(2, 100)])
     );
-    assert_eq!(fixture.disconnected(1), [], "it is nobody now");
+    assert_eq!(fixture.disconnected(1), [], "it has no request any more");
     fixture.ask(3, queue());
     assert_eq!(fixture.release(2, Outcome::Exit(0)), [granted(3, 101)]);
 }
@@ -154,11 +154,11 @@ fn a_detached_hold_goes_on_without_its_client() {
 }
 
 #[test]
-fn those_who_waited_before_come_before_those_who_come_later() {
+fn clients_that_waited_before_come_before_later_ones() {
     let mut fixture = Fixture::new();
     fixture.restore(held(7));
     fixture.ask(10, queue());
-    // In the order of their places, not in that of their coming, and before whoever is new.
+    // In the order of their places, not of their arrival, and before new clients.
     for (client, place) in [(12, 22), (11, 21)] {
         fixture.ask(client, LockRequest { place: Some(place), nonce: Some(Nonce(place.into())), ..queue() });
     }

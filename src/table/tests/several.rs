@@ -1,6 +1,6 @@
-//! Several locks at once, in a world of many who want some of the same. Taken in an order that is the same for everybody,
-//! as `kmutex run -k` does, or in any order, one under the other, where those who would wait for each other are refused:
-//! nobody waits for ever.
+//! Several locks at once, in a world of many clients that want some of the same locks. They take them in one order, as
+//! `kmutex run -k` does, or in any order, one under the other, where a request that would close a cycle is refused: no client
+//! waits for ever.
 
 use std::collections::BTreeMap;
 
@@ -64,7 +64,7 @@ impl World {
                 }
                 NotificationKind::Waiting { .. } => {}
                 NotificationKind::Deadlock(_) => self.refused.push(number),
-                other => panic!("nobody should be told {other:?}"),
+                other => panic!("no client should be told {other:?}"),
             }
         }
     }
@@ -86,7 +86,7 @@ impl World {
         world
     }
 
-    /// Those who have all that they want.
+    /// Returns the jobs that hold every lock that they want.
     fn ready(&self) -> Vec<u32> {
         let is_ready = |job: &Job| job.holds.len() == job.wants.len();
         self.jobs.iter().filter(|(_, job)| is_ready(job)).map(|(&number, _)| number).collect()
@@ -127,8 +127,8 @@ fn jobs_that_take_their_locks_in_order_all_come_to_their_end() {
             world.finish(number, wants());
             world.ask(number);
         }
-        assert!(world.refused.is_empty(), "nobody would have waited for ever (seed {seed})");
-        // One waits behind those who came before it, of whom each may wait behind those who came before that one.
+        assert!(world.refused.is_empty(), "no client would have waited for ever (seed {seed})");
+        // A client waits behind earlier ones, each of which may wait behind still earlier ones.
         assert!(
             world.longest < CLIENTS * KEYS as u32,
             "one waited for {} others (seed {seed})",
