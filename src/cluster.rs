@@ -264,7 +264,7 @@ impl Cluster {
         }
     }
 
-    /// The store went back, or it is another one: the lease and all that was read are worth nothing.
+    /// The store went back, or it is another one: the lease and everything that was read are worth nothing.
     pub fn store_changed(&mut self, table: &mut Table, now: Timestamp, effects: &mut Effects) {
         self.lost_lease(table, now, effects);
         self.is_watching = false;

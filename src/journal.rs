@@ -2,7 +2,8 @@
 //! that knows.
 //!
 //! The file is a header and then records of one size, appended: one when a lock is granted, before the grant is sent;
-//! one when the hold ends, before the waiters are notified. One turn of the daemon's loop records its changes with one write. When the file has grown well beyond what is held, it is written anew beside itself and renamed.
+//! one when the hold ends, before the waiters are notified. One turn of the daemon's loop records its
+//! changes with one write. When the file has grown well beyond what is held, it is written anew beside itself and renamed.
 //!
 //! Nothing is ever synced to disk: what the kernel was handed survives the death of a process, and a crash of the
 //! machine ends all holders as well, which the boot id in the header tells.

@@ -1,7 +1,8 @@
 //! Both wire protocols: bytes to messages and back, and the words that they share (key, token, nonce, outcome).
 //!
 //! Pure: nothing here knows of sockets, files, clocks, processes or randomness. The code that reads from a
-//! socket passes in the bytes; the code that writes to one takes them from here. `docs/protocol.md` is the same for implementers of clients.
+//! socket passes in the bytes; the code that writes to one takes them from here. `docs/protocol.md` is for
+//! implementers of clients.
 
 pub mod v1;
 pub mod v2;

@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 const LIST: &str = "`whoever`, `nobody`, `somebody`, `those who`, `those that`, `all that`";
 
 /// Where people read.
-const ROOTS: [&str; 12] = [
+const ROOTS: [&str; 13] = [
     "CHANGELOG.md",
     "CONTRIBUTING.md",
     "Makefile",
@@ -19,6 +19,7 @@ const ROOTS: [&str; 12] = [
     "fuzz",
     "man",
     "packaging",
+    "src",
     "tests",
 ];
 

@@ -429,12 +429,12 @@ impl World {
                 self.ended[key] = self.step;
                 Client::Idle
             }
-            other => panic!("nobody is told {other:?} here"),
+            other => panic!("no client is told {other:?} here"),
         };
         self.hosts[host].clients[client] = after;
     }
 
-    /// Nobody else believes, with reason, to hold the lock.
+    /// Checks that no other client can believe, with reason, that it holds the lock.
     fn check_grant(&mut self, host: usize, key: usize, token: Token) {
         for (number, other) in self.hosts.iter().enumerate() {
             let is_good = other.cluster.good_until().is_some_and(|until| until.0 > self.now)
@@ -556,7 +556,7 @@ impl World {
         self.occupied.fill(self.step);
     }
 
-    /// Everything works again, and whoever holds comes to an end: then everybody must be answered.
+    /// Everything works again, and each holder ends: then every client must be answered.
     fn drain(&mut self) {
         self.calm = true;
         for host in &mut self.hosts {
@@ -590,7 +590,7 @@ impl World {
             if idle && self.store.is_empty() && self.hosts.iter().all(|host| host.cluster.queues.is_empty()) {
                 return;
             }
-            assert!(round < 5_000, "somebody waits for ever, or a place is never given up");
+            assert!(round < 5_000, "a client waits for ever, or a place is never given up");
         }
     }
 

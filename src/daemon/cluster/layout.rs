@@ -46,7 +46,7 @@ impl Layout {
         self.of(lock, "/").into()
     }
 
-    /// Returns a key of this host that nobody else writes.
+    /// Returns a key of this host that no other program writes.
     pub(super) fn sign_of_life(&self, lease: LeaseId) -> Vec<u8> {
         format!("{}/hosts/{:x}", self.prefix, lease.0).into()
     }

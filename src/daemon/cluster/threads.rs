@@ -1,5 +1,5 @@
 //! The threads that speak with etcd, so that the daemon's loop never waits for it: one keeps the lease, one watches, one
-//! reads listings, and a few carry out the loop's commands. All that they find goes through one channel to the loop, which
+//! reads listings, and a few carry out the loop's commands. What they find goes through one channel to the loop, which
 //! an eventfd(2) wakes.
 
 use std::io;
