@@ -18,9 +18,11 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use md5::{Digest, Md5};
 use nix::unistd::Uid;
 
 use crate::proto::{LockId, Nonce, Pid, Protocol, Token};
@@ -36,6 +38,9 @@ const GROWTH_MAX: u64 = 4;
 
 /// Identifies a boot of this machine (random(4), boot_id).
 pub type BootId = [u8; 16];
+
+/// Identifies where a journal was written.
+type Place = [u8; 16];
 
 /// A held lock, as the journal keeps it.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -107,7 +112,7 @@ impl Journal {
         lease: ClusterLease,
         records: impl IntoIterator<Item = &'a HoldRecord>,
     ) -> io::Result<Journal> {
-        let mut bytes = header(&boot).to_vec();
+        let mut bytes = header(&boot, &place(path)).to_vec();
         if lease.is_clustered() {
             bytes.extend(encode(Entry::Lease(lease)));
         }
@@ -217,10 +222,36 @@ pub struct Loaded {
 /// Reads a journal, of which nothing is believed that cannot be.
 pub fn load(path: &Path, boot: &BootId) -> Loaded {
     match read_own(path) {
-        Ok(bytes) => parse(&bytes, boot),
+        Ok(bytes) => without_foreign_lease(parse(&bytes, boot), &bytes, &place(path)),
         Err(e) if e.kind() == io::ErrorKind::NotFound => Loaded::default(),
         Err(e) => complaint(format!("not used: {e}")),
     }
+}
+
+/// Names the place of a journal: its machine (machine-id(5)) and its path there.
+fn place(path: &Path) -> Place {
+    let machine = fs::read("/etc/machine-id").unwrap_or_default();
+    let path = std::path::absolute(path).unwrap_or_else(|_| path.into());
+    let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
+    let path = folder.zip(path.file_name()).map_or(path.clone(), |(folder, name)| folder.join(name));
+    Md5::new()
+        .chain_update(&machine)
+        .chain_update([0])
+        .chain_update(path.as_os_str().as_bytes())
+        .finalize()
+        .into()
+}
+
+/// A journal that was written elsewhere is a copy: the daemon that wrote it may live, and keep the lease. A lease serves one
+/// daemon, so nothing that was held under it is this daemon's.
+fn without_foreign_lease(loaded: Loaded, bytes: &[u8], place: &Place) -> Loaded {
+    let written_at = bytes.get(32..48).filter(|written_at| *written_at != [0; 16]);
+    if loaded.lease.number().is_none() || written_at.is_none_or(|written_at| written_at == place) {
+        return loaded;
+    }
+    let why = "it was written on another machine or at another path, so the lease and the locks in it are left to the \
+               daemon that wrote it";
+    Loaded { lease: ClusterLease::None, last_token: loaded.last_token, ..complaint(why.into()) }
 }
 
 /// True when a journal says that locks are shared with other hosts, whichever boot it is of.
@@ -356,10 +387,11 @@ enum Decoded {
     Lease(ClusterLease),
 }
 
-fn header(boot: &BootId) -> [u8; RECORD_BYTES] {
+fn header(boot: &BootId, place: &Place) -> [u8; RECORD_BYTES] {
     let mut bytes = [0; RECORD_BYTES];
     bytes[..16].copy_from_slice(MAGIC);
     bytes[16..32].copy_from_slice(boot);
+    bytes[32..48].copy_from_slice(place);
     let sum = crc32fast::hash(&bytes[..84]);
     bytes[84..].copy_from_slice(&sum.to_le_bytes());
     bytes

@@ -46,7 +46,7 @@ fn record(token: u64) -> HoldRecord {
 
 /// A journal's file of three grants, the second of which has ended.
 fn sample() -> Vec<u8> {
-    let mut bytes = header(&BOOT).to_vec();
+    let mut bytes = header(&BOOT, &[0; 16]).to_vec();
     for token in 1..=3 {
         bytes.extend(encode(Entry::Grant(&record(token))));
     }
@@ -78,7 +78,7 @@ proptest! {
     #[test]
     fn no_bytes_can_panic_it(bytes in proptest::collection::vec(any::<u8>(), 0..1000)) {
         parse(&bytes, &BOOT);
-        let behind_a_header = [header(&BOOT).as_slice(), &bytes].concat();
+        let behind_a_header = [header(&BOOT, &[0; 16]).as_slice(), &bytes].concat();
         prop_assert!(parse(&behind_a_header, &BOOT).records.is_empty());
     }
 }
@@ -257,4 +257,26 @@ fn that_locks_are_clustered_outlives_the_locks_and_the_boot() {
 fn a_journal_of_one_hosts_locks_names_no_lease() {
     assert_eq!(parse(&sample(), &BOOT).lease, ClusterLease::Local);
     assert_eq!(parse(&sample(), b"another boot !!!"), Loaded::default());
+}
+
+#[test]
+fn a_copy_of_a_journal_has_neither_the_lease_nor_what_was_held_under_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let [path, copy] = ["journal", "copy"].map(|name| folder.path().join(name));
+    let held = record(7);
+    drop(Journal::create(&path, BOOT, ClusterLease::Id(5), [&held]).unwrap());
+    fs::copy(&path, &copy).unwrap();
+    let own = load(&path, &BOOT);
+    assert_eq!((own.lease, own.records.len(), own.complaint), (ClusterLease::Id(5), 1, None));
+    let copied = load(&copy, &BOOT);
+    assert_eq!((copied.lease, copied.records.len()), (ClusterLease::None, 0));
+    assert!(copied.complaint.unwrap().contains("another path"));
+    // By another name it is the same file.
+    let link = folder.path().join("link");
+    std::os::unix::fs::symlink(folder.path(), &link).unwrap();
+    assert_eq!(load(&link.join("journal"), &BOOT).lease, ClusterLease::Id(5));
+    // What is this host's alone may be moved.
+    drop(Journal::create(&path, BOOT, ClusterLease::Local, [&held]).unwrap());
+    fs::copy(&path, &copy).unwrap();
+    assert_eq!(load(&copy, &BOOT).records, [held]);
 }

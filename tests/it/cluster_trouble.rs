@@ -426,3 +426,27 @@ fn listings_do_not_hold_up_locks() {
         wait_until("the end of a listing", || wire.answer()["type"] == "end");
     }
 }
+
+#[test]
+#[ignore = "needs etcd"]
+fn a_daemon_with_a_copied_journal_takes_a_lease_of_its_own() {
+    let etcd = Etcd::single();
+    let a = host(&etcd);
+    let holder = a.hold("k");
+    let folder = tempfile::tempdir().unwrap();
+    let copy = folder.path().join("journal");
+    std::fs::copy(a.folder().join("sock.journal"), &copy).unwrap();
+    let url = etcd.endpoints()[0].to_string();
+    let copied = ["--etcd", &url, "--etcd-ttl", "2", "--state", copy.to_str().unwrap()];
+    let b = Daemon::with(&copied);
+    b.wait_for_log("clustering locks under lease");
+    let lease = |daemon: &Daemon| {
+        let log = daemon.log();
+        log.split("under lease ").nth(1).unwrap().split(',').next().unwrap().to_string()
+    };
+    assert_ne!(lease(&a), lease(&b));
+    assert_eq!(b.log().matches("another path").count(), 1, "{}", b.log());
+    assert_eq!(b.status().len(), 0, "what is held is the other daemon's");
+    finish(&mut b.run(&["-n", "k", "true"])).assert_silent(75);
+    assert_eq!(holder.finish(0), 0);
+}
