@@ -94,7 +94,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l trust-uid -d 'Tr
 complete -c kmutex -n "__fish_kmutex_using_subcommand break" -s y -l yes -d 'Break the lock without asking first'
 complete -c kmutex -n "__fish_kmutex_using_subcommand break" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s s -l sock -l socket -d 'Listen on ADDR: a path, a PORT (of 127.0.0.1 and ::1), or HOST:PORT (an IPv6 address in brackets); repeat for more' -r -F
-complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s m -l maxconn -d 'Serve at most N connections at a time; further connections wait' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s m -l maxconn -d 'Serve at most N connections at a time; refuse further ones' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s t -l timeout -d 'Release the lock of a protocol 1 client after SECS seconds and close its connection; 0 means never' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l log-level -d 'Log level for standard error [env: RUST_LOG]' -r -f -a "off\t'Nothing'
 error\t'Errors that end the daemon, or that cost a client its connection through no fault of the client'
@@ -103,7 +103,7 @@ info\t'Start and stop. This is the default'
 debug\t'Every connect, grant, wait, release, expiry and close'"
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l mode -d 'Create Unix sockets with this octal mode' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l group -d 'Create Unix sockets with this group: a name or a number' -r
-complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l max-per-uid -d 'Serve at most N connections per user on Unix sockets; close further ones' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l max-per-uid -d 'Serve at most N connections per user on Unix sockets; refuse further ones' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l state -d 'Keep the journal in FILE instead of beside the first Unix socket' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l grace -d 'Keep the lock of a holder that has not reconnected for SECS seconds after a restart' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd -d 'Cluster the locks with all hosts that use the same etcd; URL is http://HOST:PORT or https://HOST:PORT of a member' -r

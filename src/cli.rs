@@ -349,9 +349,11 @@ pub struct Serve {
     #[arg(short, long)]
     pub force: bool,
 
-    /// Serve at most N connections at a time; further connections wait
+    /// Serve at most N connections at a time; refuse further ones
     ///
-    /// The default is as many as the limit of open files allows.
+    /// The default is as many as the limit of open files allows. The process that a lock of `kmutex lock` belongs to counts
+    /// like a connection. A refused client exits with status 69; root and the daemon's user can still use `kmutex status`
+    /// and `kmutex break`.
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub maxconn: Option<u32>,
 
@@ -375,7 +377,9 @@ pub struct Serve {
     #[arg(long, value_name = "GROUP")]
     pub group: Option<String>,
 
-    /// Serve at most N connections per user on Unix sockets; close further ones
+    /// Serve at most N connections per user on Unix sockets; refuse further ones
+    ///
+    /// The default is a quarter of all connections, and at least 16; then root and the daemon's user have no limit.
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_per_uid: Option<u32>,
 
@@ -488,7 +492,7 @@ pub struct Keyedmutexd {
     #[arg(short, long, value_name = "PATH|PORT", default_value = "/tmp/keyedmutexd.sock")]
     pub socket: OsString,
 
-    /// Serve at most N connections at a time
+    /// Serve at most N connections at a time; further connections wait
     #[arg(short, long, value_name = "N", default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
     pub maxconn: u32,
 

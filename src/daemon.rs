@@ -7,7 +7,8 @@
 //! | `server/v1.rs`, `server/v2.rs` | the protocols: bytes to the table, effects to bytes |
 //! | `batch.rs` | the readiness events that the kernel gives at a time |
 //! | `source.rs` | what a readiness event is about |
-//! | `accept.rs` | accepting connections, up to the limits |
+//! | `accept.rs` | accepting connections |
+//! | `admission.rs` | the limits: how many descriptors clients may take, all together and each user |
 //! | `listener.rs` | the listening sockets |
 //! | `socket_lock.rs` | the lock file that keeps a second daemon away from a socket |
 //! | `connection.rs` | one client's descriptor and buffers |
@@ -24,6 +25,7 @@
 //! | `failpoint.rs` | places where a test can have the daemon killed |
 
 mod accept;
+mod admission;
 mod batch;
 #[cfg_attr(not(feature = "etcd"), path = "daemon/cluster_disabled.rs")]
 mod cluster;
@@ -73,9 +75,12 @@ pub struct Config {
     pub access: Access,
     /// How many connections to serve at a time. `None`: as many as the limit of descriptors allows.
     pub connections_max: Option<u32>,
+    /// What to do with further connections.
+    pub when_full: WhenFull,
     /// How long a protocol 1 client may hold a lock. `None`: no limit.
     pub hold_limit: Option<Duration>,
-    /// How many connections one user may have on the Unix sockets. `None`: no limit.
+    /// How many connections one user may have on the Unix sockets, the processes of `kmutex lock` included. `None`: a quarter
+    /// of all connections, and at least 16; root and the daemon's own user then have no limit.
     pub per_uid_max: Option<u32>,
     /// After a restart, how long the daemon keeps a lock for a holder that has not come back and whose process it cannot
     /// watch.
@@ -93,6 +98,15 @@ pub struct Config {
     pub detach: bool,
 }
 
+/// What happens to connections beyond the limit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum WhenFull {
+    /// They are told so, and closed. Root and the daemon's own user may still do anything but lock.
+    Answer,
+    /// They wait until another connection is closed, as with KeyedMutex's daemon.
+    Wait,
+}
+
 impl Config {
     /// Returns `true` if the locks are to be shared with other hosts.
     fn is_clustered(&self) -> bool {
@@ -108,6 +122,7 @@ impl Config {
             addrs,
             access: Access { mode: 0o600, group: None },
             connections_max: None,
+            when_full: WhenFull::Answer,
             hold_limit: Some(Duration::from_secs(30)),
             per_uid_max: None,
             grace: Duration::from_secs(30),

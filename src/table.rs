@@ -21,7 +21,8 @@
 //! | --- | --- |
 //! | `store.rs` | locks by identity, requests by client, and the list that each request is in |
 //! | `list.rs` | first-in, first-out lists, threaded through the requests |
-//! | `request.rs` | a request, its stages and terms; a lock |
+//! | `request.rs` | a request, its stages and terms |
+//! | `lock.rs` | a lock: its holders, and the lists of its waiters |
 //! | `effect.rs` | what comes out: notifications, journal entries, notices for the clustering |
 //! | `resume.rs` | holds that outlive their connection: restored, resumed, ended, broken |
 //! | `nested.rs` | requests under another lock, and the cycles that they could close |
@@ -33,6 +34,7 @@
 mod audit;
 mod effect;
 mod list;
+mod lock;
 mod nested;
 mod remote;
 mod request;
@@ -54,12 +56,12 @@ use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{LockId, Nonce, Outcome, Token};
 pub use crate::timestamp::Timestamp;
 pub use effect::{ClusterNotice, Effects, JournalEntry, Loss, Notification, NotificationKind};
-use list::Links;
+use lock::Lock;
 use nested::Nested;
 pub use nested::Step;
 pub use remote::ClusterNeeds;
 pub use request::Terms;
-use request::{Details, Lock, LockIndex, Request, RequestId, Stage, WaitList};
+use request::{Details, Links, LockIndex, Request, RequestId, Stage, WaitList};
 pub use resume::{HoldState, NonceMismatch};
 use store::Store;
 pub use view::{LockView, RequestView};

@@ -76,6 +76,7 @@ pub(super) fn keyedmutexd(args: Keyedmutexd) -> Result<u8, Failure> {
     log::init(Some(level), Target::Stdout);
     daemon::serve(&daemon::Config {
         connections_max: Some(args.maxconn),
+        when_full: daemon::WhenFull::Wait,
         hold_limit: (args.timeout > Duration::ZERO).then_some(args.timeout),
         ..daemon::Config::new(vec![Addr::parse(&args.socket)?])
     })?;

@@ -7,7 +7,7 @@ use crate::addr::{self, Addr, Reason};
 use crate::exit::Exit;
 use crate::place;
 use crate::proto::KeyError;
-use crate::proto::v2::Answer;
+use crate::proto::v2::{Answer, ErrorCode};
 
 /// Why a client failed.
 #[derive(Debug, thiserror::Error)]
@@ -63,7 +63,7 @@ pub enum Error {
     /// The daemon grants no locks now, because it cannot write its journal.
     #[error("the daemon cannot record the lock: {0}")]
     Unrecorded(String),
-    /// The daemon cannot tell whether another host holds the lock, because etcd cannot be reached.
+    /// The daemon serves too many clients; or it cannot tell whether another host holds the lock, because etcd cannot be reached.
     #[error("{0}")]
     Unavailable(String),
     /// The daemon's locks are clustered, and it has no clustered locks of this kind.
@@ -93,6 +93,7 @@ impl Error {
 
     pub(crate) fn unexpected(answer: Answer) -> Error {
         match answer {
+            Answer::Error { code: ErrorCode::TooMany, message } => Error::Unavailable(message),
             Answer::Error { message, .. } => Error::Refused(message),
             other => Error::Protocol(format!("unexpected answer {other:?}")),
         }

@@ -9,7 +9,7 @@ use super::lease::Lease;
 use super::retry::{PAUSE_MAX, PAUSE_MIN};
 use super::{Error, Session, Target};
 use crate::clock;
-use crate::proto::v2::{Answer, LockRequest, Request};
+use crate::proto::v2::{Answer, ErrorCode, LockRequest, Request};
 use crate::proto::{Key, Outcome, Token};
 
 /// How long a client tries to reach a daemon in order to release a lock.
@@ -145,6 +145,10 @@ impl HeldLock {
                         self.link = Link::Up(session)
                     }
                     Ok(Some(Answer::Lost { why })) => return Err(Error::Lost(why.as_str().into())),
+                    // A daemon with too many clients has not decided about the lock.
+                    Ok(Some(Answer::Error { code: ErrorCode::TooMany, .. })) => {
+                        self.link = Link::Down { retry_at: Instant::now() + PAUSE_MAX, pause: PAUSE_MAX }
+                    }
                     Ok(Some(other)) => return Err(Error::Lost(Error::unexpected(other).to_string())),
                     Err(_) => {
                         self.link = Link::Down { retry_at: Instant::now() + PAUSE_MIN, pause: PAUSE_MIN }

@@ -1,6 +1,5 @@
 //! Accepting connections, up to the limits of the daemon and of each user.
 
-use std::collections::HashMap;
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
 use std::time::Duration;
@@ -9,15 +8,14 @@ use log::{debug, error, warn};
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
 
+use super::admission::{Access, Admission, Limit, RESERVED};
 use super::connection::Connection;
 use super::listener::{self, Listener};
 use super::source::Source;
-use super::{Config, Error};
-use crate::addr::{self, Peer, Reason};
+use super::{Config, Error, WhenFull};
+use crate::addr::{self, Reason};
 use crate::table::Timestamp;
 
-/// Descriptors that are not used for connections: standard ones, listeners, the journal, name lookups.
-const DESCRIPTORS_RESERVED: u64 = 32;
 /// After the kernel has refused a descriptor and no connection was closed since, how long to wait before the next attempt.
 const RETRY: Duration = Duration::from_secs(1);
 /// How often the log repeats a warning.
@@ -26,9 +24,8 @@ const WARNING_EVERY: Duration = Duration::from_secs(60);
 /// The listeners, and the limits on connections.
 pub(super) struct Acceptor {
     listeners: Vec<Listener>,
-    connections_max: usize,
-    per_uid_max: Option<u32>,
-    per_uid: HashMap<u32, u32>,
+    pub(super) admission: Admission,
+    when_full: WhenFull,
     generation: u32,
     state: Accepting,
     warned_last: Option<Timestamp>,
@@ -37,7 +34,7 @@ pub(super) struct Acceptor {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Accepting {
     Yes,
-    /// The limit of connections is reached: wait until one is closed.
+    /// The limit of connections is reached, and clients are to wait until one is closed.
     Full,
     /// The kernel has no more descriptors: wait until a connection is closed, or until this time.
     Refused(Timestamp),
@@ -53,42 +50,36 @@ pub(super) struct Accepted<'a> {
 impl Acceptor {
     /// An acceptor that accepts nothing until [`Acceptor::resume`].
     pub(super) fn new(config: &Config, listeners: Vec<Listener>) -> io::Result<Acceptor> {
-        let descriptors = raise_descriptor_limit()?.saturating_sub(DESCRIPTORS_RESERVED).max(1);
-        let wanted = config.connections_max.map_or(usize::MAX, |n| n as usize);
         Ok(Acceptor {
             listeners,
-            connections_max: wanted.min(usize::try_from(descriptors).unwrap_or(usize::MAX)),
-            per_uid_max: config.per_uid_max,
-            per_uid: HashMap::new(),
+            admission: Admission::new(config, raise_descriptor_limit()?),
+            when_full: config.when_full,
             generation: 0,
             state: Accepting::Full,
             warned_last: None,
         })
     }
 
-    /// Accepts one connection that is within the limits. `open`: how many connections there are. Returns `None` if there is
-    /// nothing more to accept for now.
+    /// Accepts one connection. One beyond the limits may do less than others, see [`Access`]. Returns `None` if there is nothing
+    /// more to accept for now.
     ///
     /// # Errors
     /// As epoll_ctl(2) gives them.
     pub(super) fn accept(
         &mut self,
         index: usize,
-        open: usize,
         now: Timestamp,
         epoll: &Epoll,
     ) -> io::Result<Option<Accepted<'_>>> {
         while self.state == Accepting::Yes {
-            if open >= self.connections_max {
+            if self.when_full == WhenFull::Wait && self.admission.is_full() {
                 self.pause(Accepting::Full, epoll)?;
                 break;
             }
             match self.listeners[index].accept() {
                 Ok(fd) => {
-                    if let Some(connection) = self.admit(index, fd, now) {
-                        let listener = self.listeners[index].name();
-                        return Ok(Some(Accepted { connection, listener }));
-                    }
+                    let connection = self.admit(index, fd, now);
+                    return Ok(Some(Accepted { connection, listener: self.listeners[index].name() }));
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) if listener::is_per_connection_error(&e) => debug!("accept: {}", Reason(&e)),
@@ -103,18 +94,20 @@ impl Acceptor {
         Ok(None)
     }
 
-    /// Makes a connection, unless its user has too many.
-    fn admit(&mut self, index: usize, fd: OwnedFd, now: Timestamp) -> Option<Connection> {
+    fn admit(&mut self, index: usize, fd: OwnedFd, now: Timestamp) -> Connection {
         let peer = if self.listeners[index].is_unix() { addr::peer(&fd).ok() } else { None };
-        if !self.count(peer) {
-            if self.warns_again(now) {
-                warn!("refused a connection: uid {} has too many", peer.map_or(0, |peer| peer.uid));
+        let access = self.admission.admit(peer);
+        if let Access::NoLock(limit) | Access::None(limit) = access
+            && self.warns_again(now)
+        {
+            match (limit, peer) {
+                (Limit::User, Some(peer)) => warn!("refused a connection: uid {} has too many", peer.uid),
+                _ => warn!("refused a connection: there are too many"),
             }
-            return None;
         }
         // Generation 0 and the top bit are reserved; a number is reused only after 2^31 connections.
         self.generation = self.generation % (u32::MAX / 2) + 1;
-        Some(Connection::new(fd, peer, self.generation))
+        Connection::new(fd, peer, self.generation, access)
     }
 
     /// When to try again after the kernel refused a descriptor.
@@ -146,32 +139,24 @@ impl Acceptor {
         self.listeners.iter().try_for_each(|listener| Ok(epoll.delete(listener.as_fd())?))
     }
 
-    /// A connection of this user was closed: there is room for another.
-    pub(super) fn closed(&mut self, peer: Option<Peer>, epoll: &Epoll) {
-        if let Some(Peer { uid, .. }) = peer
-            && let Some(count) = self.per_uid.get_mut(&uid)
-        {
-            *count -= 1;
-            if *count == 0 {
-                self.per_uid.remove(&uid);
-            }
-        }
+    /// A connection was closed: there may be room for another.
+    pub(super) fn closed(&mut self, connection: &Connection, epoll: &Epoll) {
+        self.admission.leave(connection.access, connection.peer());
+        self.make_room(epoll);
+    }
+
+    /// The process of a holder that was not connected is not watched any more.
+    pub(super) fn forgotten(&mut self, uid: Option<u32>, epoll: &Epoll) {
+        self.admission.release(uid);
+        self.make_room(epoll);
+    }
+
+    fn make_room(&mut self, epoll: &Epoll) {
         if self.state != Accepting::Yes
             && let Err(e) = self.resume(epoll)
         {
             error!("cannot accept any more: {}", Reason(&e));
         }
-    }
-
-    /// Counts a connection of this user. Returns `false` if the user has reached the limit.
-    fn count(&mut self, peer: Option<Peer>) -> bool {
-        let Some(Peer { uid, .. }) = peer else { return true };
-        let count = self.per_uid.entry(uid).or_insert(0);
-        if self.per_uid_max.is_some_and(|max| *count >= max) {
-            return false;
-        }
-        *count += 1;
-        true
     }
 
     fn warns_again(&mut self, now: Timestamp) -> bool {
@@ -186,8 +171,8 @@ impl Acceptor {
 /// Checks that this process may have enough open files to serve at all, before any client relies on it.
 pub(super) fn check_descriptor_limit() -> Result<(), Error> {
     let limit = raise_descriptor_limit().map_err(|e| Error::Os("read the limit of open files", e))?;
-    if limit <= DESCRIPTORS_RESERVED {
-        return Err(Error::Descriptors { limit, needed: DESCRIPTORS_RESERVED + 1 });
+    if limit <= RESERVED {
+        return Err(Error::Descriptors { limit, needed: RESERVED + 1 });
     }
     Ok(())
 }

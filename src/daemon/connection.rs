@@ -10,6 +10,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use nix::sys::socket::{MsgFlags, recv, send};
 use smallvec::SmallVec;
 
+use super::admission::Access;
 use crate::addr::Peer;
 use crate::proto::v2;
 use crate::table::{ClientId, Timestamp};
@@ -30,6 +31,9 @@ pub(super) struct Connection {
     /// Distinguishes this connection's events from those of an earlier connection with the same client number.
     pub(super) generation: u32,
     pub(super) protocol: Protocol,
+    pub(super) access: Access,
+    /// Its lock may be inherited by a command, whose descendants may keep this connection open.
+    pub(super) inherits: bool,
     /// It is in the list of connections that have output.
     pub(super) dirty: bool,
     /// What the loop is woken for.
@@ -84,11 +88,13 @@ pub(super) enum Sent {
 }
 
 impl Connection {
-    pub(super) fn new(fd: OwnedFd, peer: Option<Peer>, generation: u32) -> Connection {
+    pub(super) fn new(fd: OwnedFd, peer: Option<Peer>, generation: u32, access: Access) -> Connection {
         Connection {
             fd,
             generation,
             protocol: Protocol::V1,
+            access,
+            inherits: false,
             dirty: false,
             interest: Interest::Input,
             postponed: false,

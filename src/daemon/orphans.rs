@@ -27,6 +27,8 @@ struct Orphan {
     is_command: bool,
     /// The hold was restored after a restart of the daemon, and its client may yet come back.
     is_restored: bool,
+    /// Its descriptor counts, as a connection of the holder's user does.
+    counts: bool,
 }
 
 impl Orphan {
@@ -47,6 +49,11 @@ pub(super) struct Survivor {
 impl Survivor {
     pub(super) fn granted(&self) -> Timestamp {
         self.orphan.record.granted
+    }
+
+    /// Returns `true` if its process is going to be watched.
+    pub(super) fn is_watched(&self) -> bool {
+        self.process.is_some()
     }
 }
 
@@ -86,24 +93,28 @@ impl Orphans {
         self.0.get(&token).is_some_and(|orphan| orphan.is_handed_over() && orphan.record.child == Some(pid))
     }
 
-    /// The holder has come back, or its hold has ended.
-    pub(super) fn forget(&mut self, token: Token) {
-        self.0.remove(&token);
+    /// The holder has come back, or its hold has ended. Returns whose descriptor counts no more, if one did.
+    pub(super) fn forget(&mut self, token: Token) -> Option<Option<u32>> {
+        let orphan = self.0.remove(&token)?;
+        orphan.counts.then_some(orphan.record.held.uid)
     }
 
     /// Finds out what became of a hold that the previous daemon recorded. Returns `None` if the hold has ended.
-    /// `grace`: when a hold ends whose holder can neither be watched nor come back.
-    ///
-    /// # Errors
-    /// As pidfd_open(2) gives them.
-    pub(super) fn examine(record: HoldRecord, grace: Timestamp) -> io::Result<Option<Survivor>> {
-        let (process, is_command) = match Liveness::of_process(record.pid, record.recorded)? {
-            Liveness::Exited => (Liveness::of_command(&record)?, true),
+    /// `grace`: when a hold ends whose holder can neither be watched nor come back. `may_watch`: there is a descriptor to watch
+    /// its process with.
+    pub(super) fn examine(record: HoldRecord, grace: Timestamp, may_watch: bool) -> Option<Survivor> {
+        // A process that cannot be examined may live.
+        let known = |liveness: io::Result<Liveness>| match liveness.unwrap_or(Liveness::Unknown) {
+            Liveness::Alive(_) if !may_watch => Liveness::Unknown,
+            other => other,
+        };
+        let (process, is_command) = match known(Liveness::of_process(record.pid, record.recorded)) {
+            Liveness::Exited => (known(Liveness::of_command(&record)), true),
             other => (other, false),
         };
         let mut held = record.held;
         match &process {
-            Liveness::Exited => return Ok(None),
+            Liveness::Exited => return None,
             // It will come back, or end.
             Liveness::Alive(_) if held.terms.protocol == Protocol::V2 => held.until = None,
             // It may live without holding the lock any more, and the daemon cannot ask it.
@@ -115,8 +126,9 @@ impl Orphans {
             Liveness::Alive(process) => Some(process),
             Liveness::Exited | Liveness::Unknown => None,
         };
-        let orphan = Orphan { record, process: None, is_command, is_restored: true };
-        Ok(Some(Survivor { orphan, process, held }))
+        let orphan =
+            Orphan { record, process: None, is_command, is_restored: true, counts: process.is_some() };
+        Some(Survivor { orphan, process, held })
     }
 
     /// Watches the holder of a hold that the table has taken over.
@@ -135,17 +147,17 @@ impl Orphans {
     /// Leaves a hold whose client has gone to the process that `record.child` names.
     ///
     /// # Errors
-    /// As epoll_ctl(2) gives them. The hold lasts nevertheless: it is safer to hold a lock for too long than to grant it
-    /// twice.
+    /// If the process cannot be watched. The hold lasts nevertheless.
     pub(super) fn hand_over(
         &mut self,
         record: HoldRecord,
-        process: OwnedFd,
+        process: io::Result<OwnedFd>,
         epoll: &Epoll,
     ) -> io::Result<()> {
         let token = record.held.token;
-        self.0.insert(token, Orphan { record, process: None, is_command: true, is_restored: false });
-        self.watch(token, process, epoll)
+        let orphan = Orphan { record, process: None, is_command: true, is_restored: false, counts: true };
+        self.0.insert(token, orphan);
+        self.watch(token, process?, epoll)
     }
 
     fn watch(&mut self, token: Token, process: OwnedFd, epoll: &Epoll) -> io::Result<()> {

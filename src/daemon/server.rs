@@ -6,8 +6,7 @@
 mod v1;
 mod v2;
 
-use crate::journal::ClusterLease;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
@@ -18,12 +17,14 @@ use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTime
 use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::accept::Acceptor;
+use super::admission::{ANSWERED_MAX, Access};
 use super::batch::Batch;
 use super::cluster::Clustering;
 use super::connection::{ConnectionId, Interest, Protocol, Sent};
 use super::connections::Connections;
 use super::listener::Listener;
 use super::listing::Listing;
+use super::log::Limiter;
 use super::lookup::Lookup;
 use super::orphans::{Orphans, Successor};
 use super::processes::Liveness;
@@ -33,7 +34,7 @@ use super::source::Source;
 use super::{Config, failpoint, log};
 use crate::addr::Reason;
 use crate::clock;
-use crate::journal::HoldRecord;
+use crate::journal::{ClusterLease, HoldRecord};
 use crate::proto::Token;
 use crate::proto::v2::{ErrorCode, error};
 use crate::table::{
@@ -50,6 +51,9 @@ const SENDS_BETWEEN_CLOCKS: usize = 16;
 const REQUESTS_AT_ONCE_MAX: usize = 64;
 /// The same, in bytes of answers: a connection that has so much to read is not answered any more requests until then.
 const ANSWERS_AT_ONCE_BYTES: usize = 8 * 1024;
+/// How many requests of one connection are handled even if the turn takes long, so that most clients are answered with one
+/// write on a busy machine, too.
+const REQUESTS_AT_ONCE_MIN: usize = 8;
 /// How many connections a listener accepts before the other sources get their turn.
 const ACCEPTS_MAX: usize = 64;
 /// How much is read from one connection before the other connections get their turn.
@@ -71,6 +75,10 @@ pub(super) struct Server {
     cluster: Option<Clustering>,
     /// Lists of the locks of all hosts that clients are being sent.
     listings: BTreeMap<ClientId, Listing>,
+    /// Connections that are only told that there are too many, the oldest first.
+    refused: VecDeque<ConnectionId>,
+    /// Keeps clients from filling the log.
+    limiter: Limiter,
     /// What the table is to decide when all events that were ready at some moment are handled: the requests before this mark.
     mark: Option<ArrivalMark>,
     /// The last turn has left something to the next one.
@@ -126,6 +134,8 @@ impl Server {
             effects: Effects::default(),
             cluster,
             listings: BTreeMap::new(),
+            refused: VecDeque::new(),
+            limiter: Limiter::default(),
             mark: None,
             has_work: false,
             now,
@@ -160,8 +170,12 @@ impl Server {
 
     /// Returns `false` if the hold has ended.
     fn restore(&mut self, record: HoldRecord) -> io::Result<bool> {
-        match Orphans::examine(record, self.now.plus(self.grace))? {
+        let may_watch = self.acceptor.admission.may_watch_restored();
+        match Orphans::examine(record, self.now.plus(self.grace), may_watch) {
             Some(survivor) if self.table.restore(survivor.granted(), survivor.held) => {
+                if survivor.is_watched() {
+                    self.acceptor.admission.keep(survivor.held.uid);
+                }
                 self.orphans.restore(survivor, &self.epoll)?;
                 Ok(true)
             }
@@ -280,6 +294,7 @@ impl Server {
             self.acceptor.retry_at(),
             self.cluster.as_ref().and_then(Clustering::deadline),
             self.connections.next_deadline(),
+            self.limiter.next_report(),
         ];
         match deadlines.into_iter().flatten().min() {
             None => EpollTimeout::NONE,
@@ -309,6 +324,7 @@ impl Server {
                 return;
             }
         }
+        self.limiter.report(self.now);
         while let Some(client) = self.connections.pop_overdue(self.now) {
             let why = match self.connections[client].postponed {
                 true => "does not read its answers",
@@ -320,8 +336,7 @@ impl Server {
 
     fn accept(&mut self, index: usize, buffer: &mut [u8]) -> io::Result<()> {
         for _ in 0..ACCEPTS_MAX {
-            let open = self.connections.len();
-            let Some(accepted) = self.acceptor.accept(index, open, self.now, &self.epoll)? else { break };
+            let Some(accepted) = self.acceptor.accept(index, self.now, &self.epoll)? else { break };
             let client = self.connections.insert(accepted.connection);
             self.idle_since = None;
             debug!("connect: {} on {}", self.connections.describe(client), accepted.listener);
@@ -337,11 +352,26 @@ impl Server {
         let event =
             EpollEvent::new(EpollFlags::EPOLLIN, Source::Connection(self.connections.id(client)).pack());
         if let Err(e) = self.epoll.add(&self.connections[client], event) {
-            warn!("cannot watch a connection: {e}");
+            if self.limiter.allows(log::Event::Unwatched, self.peer_uid(client), self.now) {
+                warn!("cannot watch a connection: {e}");
+            }
             return self.close_after_flush(client, "cannot be watched");
+        }
+        if let Access::None(_) = self.connections[client].access {
+            self.refused(client);
         }
         // Most clients have sent their request by now, so that they need not wait for another turn.
         self.read(client, buffer);
+    }
+
+    /// Keeps few of the connections that are only told that there are too many: a further one takes the place of the oldest.
+    fn refused(&mut self, client: ClientId) {
+        self.refused.push_back(self.connections.id(client));
+        if self.refused.len() > ANSWERED_MAX
+            && let Some(oldest) = self.refused.pop_front().and_then(|id| self.connections.find(id))
+        {
+            self.close_after_flush(oldest, "too many connections");
+        }
     }
 
     fn connection_ready(&mut self, id: ConnectionId, events: EpollFlags, buffer: &mut [u8]) {
@@ -435,7 +465,7 @@ impl Server {
     fn must_postpone(&mut self, client: ClientId, handled: usize) -> bool {
         handled >= REQUESTS_AT_ONCE_MAX
             || self.connections[client].output().len() >= ANSWERS_AT_ONCE_BYTES
-            || self.is_over(TURN_MAX)
+            || (handled >= REQUESTS_AT_ONCE_MIN && self.is_over(TURN_MAX))
     }
 
     /// The client's stream has ended, in one way or another: with zero bytes, or with an error like ECONNRESET.
@@ -452,14 +482,18 @@ impl Server {
     fn hand_over_to_child(&mut self, client: ClientId) {
         let Some(child) = self.connections[client].child else { return };
         let Some(record) = self.lookup().record_of_client(client) else { return };
-        let Ok(Liveness::Alive(process)) = Liveness::of_process(Some(child), self.now) else { return };
-        let token = record.held.token;
+        let process = match Liveness::of_process(Some(child), self.now) {
+            Ok(Liveness::Alive(process)) => Ok(process),
+            Ok(Liveness::Exited | Liveness::Unknown) => return,
+            Err(e) => Err(e),
+        };
+        let (token, uid) = (record.held.token, record.held.uid);
         self.table.detach(client);
+        self.acceptor.admission.keep(uid);
         let name = self.connections.describe(client);
         match self.orphans.hand_over(record, process, &self.epoll) {
             Ok(()) => debug!("the command of {name} lives and keeps token {token}"),
-            // It is safer to hold a lock for too long than to grant it twice.
-            Err(e) => warn!("cannot watch the command of token {token}: {}", Reason(&e)),
+            Err(e) => self.unwatched(token, uid, &e),
         }
     }
 
@@ -472,8 +506,27 @@ impl Server {
                 self.apply(|table, now, effects| table.orphan_ended(now, token, effects));
             }
             Ok(Some(Successor::Unknown)) => self.table.limit_orphan(token, self.now.plus(self.grace)),
-            // It is safer to hold a lock for too long than to grant it twice.
-            Err(e) => warn!("cannot watch the command of token {token}: {}", Reason(&e)),
+            Err(e) => self.unwatched(token, None, &e),
+        }
+    }
+
+    /// The process that keeps a lock cannot be watched, so its lock has a time limit from now on. (It is safer to hold a lock
+    /// for too long than to grant it twice.)
+    fn unwatched(&mut self, token: Token, uid: Option<u32>, error: &io::Error) {
+        self.table.limit_orphan(token, self.now.plus(self.grace));
+        if self.limiter.allows(log::Event::Unwatched, uid, self.now) {
+            warn!("cannot watch the command of token {token}: {}", Reason(error));
+        }
+    }
+
+    fn peer_uid(&self, client: ClientId) -> Option<u32> {
+        self.connections[client].peer().map(|peer| peer.uid)
+    }
+
+    /// The holder that was not connected has come back, or its hold has ended.
+    fn forget_orphan(&mut self, token: Token) {
+        if let Some(uid) = self.orphans.forget(token) {
+            self.acceptor.forgotten(uid, &self.epoll);
         }
     }
 
@@ -585,12 +638,13 @@ impl Server {
                 if let Some((_, request)) = self.table.request_of(client)
                     && let Some(held) = &request.held
                 {
-                    self.orphans.forget(held.token);
+                    let token = held.token;
+                    self.forget_orphan(token);
                 }
                 self.record_hold(client);
             }
             JournalEntry::Ended(token) => {
-                self.orphans.forget(token);
+                self.forget_orphan(token);
                 self.recorder.hold_ended(token);
             }
         }
@@ -735,7 +789,9 @@ impl Server {
         let mut event = EpollEvent::new(flags, Source::Connection(id).pack());
         if let Err(e) = self.epoll.modify(&*connection, &mut event) {
             // Its output is sent with its next answer, or never.
-            warn!("cannot watch {} for output: {e}", self.connections.describe(client));
+            if self.limiter.allows(log::Event::Unwatched, self.peer_uid(client), self.now) {
+                warn!("cannot watch {} for output: {e}", self.connections.describe(client));
+            }
         }
     }
 
@@ -751,6 +807,6 @@ impl Server {
         if self.connections.is_empty() {
             self.idle_since = Some(self.now);
         }
-        self.acceptor.closed(connection.peer(), &self.epoll);
+        self.acceptor.closed(&connection, &self.epoll);
     }
 }

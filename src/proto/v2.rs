@@ -327,6 +327,8 @@ pub enum ErrorCode {
     Unavailable,
     /// Hosts that share their locks have exclusive ones only.
     PerHost,
+    /// The daemon, or this user, has too many connections. The connection is closed.
+    TooMany,
     /// What a newer daemon may say.
     #[serde(other)]
     Other,

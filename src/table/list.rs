@@ -3,20 +3,13 @@
 
 use slab::Slab;
 
-use super::request::{Request, RequestId};
+use super::request::{Links, Request, RequestId};
 
 /// The ends of a list. A request is in at most one list.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct List {
     head: Option<RequestId>,
     tail: Option<RequestId>,
-}
-
-/// A request's neighbours in the list that it is in.
-#[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Links {
-    prev: Option<RequestId>,
-    next: Option<RequestId>,
 }
 
 impl List {

@@ -8,7 +8,7 @@
 //!
 //! This file knows neither the other hosts nor etcd: see `cluster.rs`.
 
-use super::list::Links;
+use super::request::Links;
 use super::{
     ArrivalMark, ClusterNotice, Effects, JournalEntry, LockIndex, Loss, NotificationKind, Request, RequestId,
     RequestView, Stage, Table, Terms, Timestamp, WaitList,

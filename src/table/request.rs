@@ -1,11 +1,10 @@
-//! Requests, and the locks that they are for.
+//! Requests, their stages and terms.
 
 use std::num::NonZeroU32;
 
-use super::list::{Links, List};
 use super::{ClientId, Timestamp};
 use crate::proto::v2::LockRequest;
-use crate::proto::{LockId, Nonce, Outcome, Protocol, Token};
+use crate::proto::{Nonce, Outcome, Protocol, Token};
 
 /// The terms of a request that matter while it holds the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -88,6 +87,13 @@ pub(super) enum WaitList {
     Queue,
 }
 
+/// A request's neighbours in the list that it is in.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Links {
+    pub(super) prev: Option<RequestId>,
+    pub(super) next: Option<RequestId>,
+}
+
 /// One client's request for one lock, from the request to the release.
 pub(super) struct Request {
     /// `None`: the holder has not resumed since a restart of the daemon, or it is another host's.
@@ -114,58 +120,6 @@ pub(super) struct Details {
     pub(super) uid: Option<u32>,
     /// The request as it came. `None`: the holder has not resumed since a restart of the daemon.
     pub(super) asked: Option<Box<LockRequest>>,
-}
-
-/// A lock that is held or awaited.
-pub(super) struct Lock {
-    pub(super) id: LockId,
-    pub(super) hash: u64,
-    pub(super) holders: List,
-    /// The requests that wait for an answer of etcd.
-    pub(super) undecided: List,
-    v1_waiters: List,
-    pub(super) once_waiters: List,
-    pub(super) queue: List,
-    pub(super) holding: u32,
-    pub(super) queued: u32,
-    /// The number of requests for this lock, of every stage. The lock goes with the last of them.
-    pub(super) requests: u32,
-    /// The hold of another host, which is among the holders.
-    pub(super) remote_holder: Option<RequestId>,
-}
-
-impl Lock {
-    pub(super) fn new(id: LockId, hash: u64) -> Lock {
-        Lock {
-            id,
-            hash,
-            holders: List::default(),
-            undecided: List::default(),
-            v1_waiters: List::default(),
-            once_waiters: List::default(),
-            queue: List::default(),
-            holding: 0,
-            queued: 0,
-            requests: 0,
-            remote_holder: None,
-        }
-    }
-
-    pub(super) fn waiters(&self, list: WaitList) -> List {
-        match list {
-            WaitList::V1 => self.v1_waiters,
-            WaitList::Once => self.once_waiters,
-            WaitList::Queue => self.queue,
-        }
-    }
-
-    pub(super) fn waiters_mut(&mut self, list: WaitList) -> &mut List {
-        match list {
-            WaitList::V1 => &mut self.v1_waiters,
-            WaitList::Once => &mut self.once_waiters,
-            WaitList::Queue => &mut self.queue,
-        }
-    }
 }
 
 impl Request {

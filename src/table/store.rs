@@ -10,7 +10,8 @@ use hashbrown::HashTable;
 use slab::Slab;
 
 use super::list::List;
-use super::request::{Lock, LockIndex, Request, RequestId, Stage, WaitList};
+use super::lock::Lock;
+use super::request::{LockIndex, Request, RequestId, Stage, WaitList};
 use super::{ClientId, Token};
 use crate::proto::LockId;
 

@@ -3,11 +3,12 @@
 use std::fs;
 use std::io::Write;
 use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 
-use crate::harness::{Daemon, KMUTEX, Process, tool, wait_until};
+use crate::harness::{Daemon, KMUTEX, Process, Wire, tool, wait_until};
 
 const SCRIPT: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/it/keyedmutex.pl");
 
@@ -154,6 +155,23 @@ fn under_the_old_name_it_logs_each_event_to_standard_output() {
         assert_eq!(daemon.wait(), 0, "with a client connected");
         assert!(!sock.exists());
     }
+}
+
+#[test]
+fn under_the_old_name_clients_beyond_the_limit_wait() {
+    let (folder, mut command) = keyedmutexd(&["-s", "old.sock", "-m", "2"]);
+    let mut daemon = Process::spawn(&mut command);
+    assert!(daemon.line().unwrap().contains("serving on"));
+    let sock = folder.path().join("old.sock");
+    let wire = || Wire::new(UnixStream::connect(&sock).unwrap());
+    let mut inside = [wire(), wire()];
+    inside[0].send([7; 16]).expect("O");
+    inside[1].send([7; 16]);
+    let mut outside = wire();
+    outside.send([8; 16]);
+    while !daemon.line().unwrap().contains("not accepting: Full") {}
+    drop(inside);
+    outside.expect("O");
 }
 
 #[test]

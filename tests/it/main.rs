@@ -47,6 +47,7 @@ mod shell;
 mod signals;
 mod status;
 mod terminal;
+mod too_many;
 mod vanished;
 mod words;
 mod world;

@@ -6,7 +6,7 @@ use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 
-use crate::harness::{Daemon, KMUTEX, Process, TIMEOUT, Wire, tool, wait_for, wait_until};
+use crate::harness::{Daemon, KMUTEX, Process, TIMEOUT, Wire, finish, tool, wait_for, wait_until};
 
 const UNITS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/systemd");
 const KEY: &[u8; 16] = b"0123456789abcdef";
@@ -145,13 +145,12 @@ fn one_user_may_have_only_so_many_connections() {
     one.send(KEY).expect("O");
     two.send(KEY);
     daemon.wait_for_log("wait: ");
-    daemon.wire().expect_closed();
-    daemon.wire().expect_closed();
+    for _ in 0..2 {
+        daemon.wire().send(KEY).expect_closed();
+    }
     daemon.wait_for_log("has too many");
     assert_eq!(daemon.log().matches("has too many").count(), 1, "it says so once");
-    let output = daemon.run(&["other", "true"]).output().unwrap();
-    assert_eq!(output.status.code(), Some(69));
-    assert_eq!(String::from_utf8(output.stderr).unwrap(), "kmutex: the daemon closed the connection\n");
+    finish(&mut daemon.run(&["other", "true"])).assert_error(69, &["this user has as many connections"]);
     // One that goes makes room.
     drop(one);
     two.expect("R");

@@ -15,7 +15,7 @@ use std::path::Path;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use harness::{Daemon, PREAMBLE, Wire};
+use harness::{Daemon, PREAMBLE, TIMEOUT, Wire};
 use kmutex::journal::{ClusterLease, HoldRecord, Journal};
 use kmutex::proto::{Key, Protocol, Token};
 use kmutex::table::{HoldState, Terms, Timestamp};
@@ -96,6 +96,21 @@ fn flood(daemon: &Daemon, connections: usize, requests: &str) {
     assert!(answers > connections * 16, "the daemon answers the flood");
 }
 
+/// Counts the lines of a status that is read to its end.
+fn lines_to_the_end(stream: &mut UnixStream) -> u64 {
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
+    let end = b"{\"type\":\"end\"}\n";
+    let (mut buffer, mut last, mut lines) = (vec![0; 256 * 1024], Vec::new(), 0);
+    while !last.ends_with(end) {
+        let bytes = stream.read(&mut buffer).unwrap();
+        assert!(bytes > 0, "the daemon closed");
+        lines += buffer[..bytes].iter().filter(|&&byte| byte == b'\n').count() as u64;
+        last.extend_from_slice(&buffer[..bytes]);
+        last.drain(..last.len().saturating_sub(end.len()));
+    }
+    lines
+}
+
 fn hold(daemon: &Daemon, request: &str) -> Wire<UnixStream> {
     let mut wire = daemon.wire();
     wire.open(request).answer_of("granted");
@@ -103,6 +118,7 @@ fn hold(daemon: &Daemon, request: &str) -> Wire<UnixStream> {
 }
 
 #[test]
+#[ignore = "takes seconds of full load and nearly all descriptors"]
 fn pipelined_status_requests_of_many_clients_do_not_stall_it() {
     let scene = Measured::start(&[]);
     let note = "n".repeat(250);
@@ -116,6 +132,7 @@ fn pipelined_status_requests_of_many_clients_do_not_stall_it() {
 }
 
 #[test]
+#[ignore = "takes seconds of full load and nearly all descriptors"]
 fn a_client_that_reads_nothing_makes_it_keep_little() {
     let scene = Measured::start(&[]);
     let note = "n".repeat(250);
@@ -138,6 +155,7 @@ fn a_client_that_reads_nothing_makes_it_keep_little() {
 }
 
 #[test]
+#[ignore = "takes seconds of full load and nearly all descriptors"]
 fn the_search_for_cycles_among_thousands_is_short() {
     const EACH: usize = 8_000;
     let scene = Measured::start(&[]);
@@ -165,6 +183,7 @@ fn the_search_for_cycles_among_thousands_is_short() {
 }
 
 #[test]
+#[ignore = "takes seconds of full load and nearly all descriptors"]
 fn a_flood_of_connections_does_not_stall_it() {
     let scene = Measured::start(&[]);
     let end = Instant::now() + SCENE;
@@ -187,6 +206,7 @@ fn a_flood_of_connections_does_not_stall_it() {
 }
 
 #[test]
+#[ignore = "takes seconds of full load and nearly all descriptors"]
 fn twenty_thousand_locks_are_listed_to_fifty_readers() {
     const LOCKS: u64 = 20_000;
     let scene = Measured::with_journal(&["--grace", "600"], |folder| {
@@ -211,18 +231,19 @@ fn twenty_thousand_locks_are_listed_to_fifty_readers() {
             .collect();
         Journal::create(&folder.join("sock.journal"), boot, ClusterLease::Local, &records).unwrap();
     });
-    let mut readers: Vec<_> = (0..50).map(|_| scene.daemon.wire()).collect();
+    let mut readers: Vec<_> = (0..50).map(|_| UnixStream::connect(scene.daemon.sock()).unwrap()).collect();
     for reader in &mut readers {
-        reader.open(r#"{"type":"status"}"#);
+        reader.write_all(&[PREAMBLE, &b"{\"type\":\"status\"}\n"[..]].concat()).unwrap();
     }
     for reader in &mut readers {
-        let locks = std::iter::from_fn(|| Some(reader.answer())).take_while(|answer| answer["type"] != "end");
-        assert_eq!(locks.count() as u64, LOCKS);
+        // The greeting, the locks and the end.
+        assert_eq!(lines_to_the_end(reader), LOCKS + 2);
     }
     scene.assert_no_long_turn();
 }
 
 #[test]
+#[ignore = "takes seconds of full load and nearly all descriptors"]
 fn a_flood_of_what_is_logged_does_not_stall_it() {
     let requests = "{\"type\":\"lock\",\"key\":\"k\"}\n{\"type\":\"break\",\"key\":\"k\"}\n".repeat(300);
     let scene = Measured::start(&[]);

@@ -1,6 +1,7 @@
 //! Protocol 1 in the daemon: its bytes to the table, and the table's effects to its bytes.
 
 use super::{Server, v2};
+use crate::daemon::admission::Access;
 use crate::daemon::connection::Protocol;
 use crate::daemon::log;
 use crate::proto::v1::{OWNER, RELEASE, Request, decode};
@@ -15,6 +16,13 @@ impl Server {
             Request::Lock(LockId(PREAMBLE)) => {
                 self.connections[client].protocol = Protocol::V2 { status: None };
                 self.connections.answer(client, &v2::hello());
+                if let Access::None(limit) = self.connections[client].access {
+                    self.too_many(client, limit);
+                }
+            }
+            // Protocol 1 has no word for it.
+            Request::Lock(_) if self.connections[client].access != Access::Full => {
+                self.close_after_flush(client, "too many connections");
             }
             Request::Lock(lock) => {
                 self.apply(|table, now, effects| table.lock_v1(now, client, lock, effects));

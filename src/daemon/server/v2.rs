@@ -7,6 +7,7 @@ use ::log::warn;
 use nix::unistd::Uid;
 
 use super::Server;
+use crate::daemon::admission::{Access, Limit};
 use crate::daemon::cluster::Clustering;
 use crate::daemon::connection::Protocol;
 use crate::daemon::failpoint;
@@ -67,6 +68,12 @@ impl Server {
         true
     }
 
+    /// Tells a client that there are too many, and closes its connection.
+    pub(super) fn too_many(&mut self, client: ClientId, limit: Limit) {
+        self.refuse(client, ErrorCode::TooMany, limit.message());
+        self.close_after_flush(client, "too many connections");
+    }
+
     fn refuse(&mut self, client: ClientId, code: ErrorCode, message: impl Into<String>) {
         self.connections.answer(client, &error(code, message));
     }
@@ -93,6 +100,10 @@ impl Server {
                 }
                 self.apply(|table, now, effects| table.release(now, client, outcome, effects));
                 self.connections.answer(client, &Answer::Released);
+                if self.connections[client].inherits {
+                    // Processes that the command has left behind may keep the connection open for as long as they live.
+                    self.close_after_flush(client, "released");
+                }
             }
             (Request::Release { .. }, _) => {
                 self.refuse(client, ErrorCode::WrongState, "release: this connection holds no lock");
@@ -109,7 +120,11 @@ impl Server {
 
     fn lock(&mut self, client: ClientId, mut asked: Box<LockRequest>) {
         let connection = &mut self.connections[client];
+        if let Access::NoLock(limit) = connection.access {
+            return self.too_many(client, limit);
+        }
         connection.child = asked.child;
+        connection.inherits = asked.inherits;
         let uid = connection.peer().map(|peer| peer.uid);
         if self.cluster.is_some() && (asked.shared || asked.slots > 1) {
             let message = "lock: shared locks and slots work on one host only, and this daemon uses etcd";
@@ -152,7 +167,9 @@ impl Server {
         let is_admin = by.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw());
         if is_admin && self.table.held_here(key.id()).is_none() && self.cluster.is_some() {
             let name = self.connections.describe(client);
-            warn!("{name} breaks the lock {:?}, if another host holds it", key.as_str());
+            if self.limiter.allows(log::Event::Break, by, self.now) {
+                warn!("{name} breaks the lock {:?}, if another host holds it", key.as_str());
+            }
             return self.request_remote(client, RemoteRequest::Break { lock: key.id() });
         }
         let lookup = self.lookup();
@@ -163,7 +180,9 @@ impl Server {
             let message = "break: only root, the daemon's user and the holder's user may do this";
             return self.refuse(client, ErrorCode::NotPermitted, message);
         }
-        warn!("{} breaks the lock {:?}", self.connections.describe(client), key.as_str());
+        if self.limiter.allows(log::Event::Break, by, self.now) {
+            warn!("{} breaks the lock {:?}", self.connections.describe(client), key.as_str());
+        }
         self.apply(|table, now, effects| table.break_lock(now, key.id(), effects));
         self.connections.answer(client, &Answer::Broken);
     }

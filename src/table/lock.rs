@@ -1,0 +1,57 @@
+//! A lock: its holders, and the lists of its waiters.
+
+use super::list::List;
+use super::request::{RequestId, WaitList};
+use crate::proto::LockId;
+
+/// A lock that is held or awaited.
+pub(super) struct Lock {
+    pub(super) id: LockId,
+    pub(super) hash: u64,
+    pub(super) holders: List,
+    /// The requests that wait for an answer of etcd.
+    pub(super) undecided: List,
+    v1_waiters: List,
+    pub(super) once_waiters: List,
+    pub(super) queue: List,
+    pub(super) holding: u32,
+    pub(super) queued: u32,
+    /// The number of requests for this lock, of every stage. The lock goes with the last of them.
+    pub(super) requests: u32,
+    /// The hold of another host, which is among the holders.
+    pub(super) remote_holder: Option<RequestId>,
+}
+
+impl Lock {
+    pub(super) fn new(id: LockId, hash: u64) -> Lock {
+        Lock {
+            id,
+            hash,
+            holders: List::default(),
+            undecided: List::default(),
+            v1_waiters: List::default(),
+            once_waiters: List::default(),
+            queue: List::default(),
+            holding: 0,
+            queued: 0,
+            requests: 0,
+            remote_holder: None,
+        }
+    }
+
+    pub(super) fn waiters(&self, list: WaitList) -> List {
+        match list {
+            WaitList::V1 => self.v1_waiters,
+            WaitList::Once => self.once_waiters,
+            WaitList::Queue => self.queue,
+        }
+    }
+
+    pub(super) fn waiters_mut(&mut self, list: WaitList) -> &mut List {
+        match list {
+            WaitList::V1 => &mut self.v1_waiters,
+            WaitList::Once => &mut self.once_waiters,
+            WaitList::Queue => &mut self.queue,
+        }
+    }
+}
