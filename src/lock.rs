@@ -1,12 +1,13 @@
 //! `kmutex lock` and `kmutex unlock`: a lock that a shell holds, or any other process. The daemon watches that process and
 //! releases the lock when it ends.
 
-use crate::proto::Pid;
+mod caller;
+
 use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 
-use nix::unistd::{Uid, getppid};
+use nix::unistd::Uid;
 
 use crate::acquire::{Acquire, Acquired};
 use crate::addr::{Addr, Reason};
@@ -14,7 +15,8 @@ use crate::client::{self, Session, Target};
 use crate::exit::Exit;
 use crate::lookup;
 use crate::proto::v2::{Answer, ErrorCode, LockRequest, Request};
-use crate::proto::{Key, Outcome, Token};
+use crate::proto::{Key, Outcome, Pid, Token};
+pub use caller::Unsuitable;
 
 /// How `kmutex lock` ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,11 +29,12 @@ pub enum LockResult {
     Busy,
 }
 
-/// Acquires a lock for process `pid`, by default the parent of this one.
+/// Acquires a lock for process `pid`, by default the parent of this one, if that is a shell that goes on.
 ///
 /// # Errors
 /// When there is no such process, it belongs to another user, or the lock cannot be acquired.
 pub fn lock(request: &Acquire, pid: Option<u32>) -> Result<LockResult, Error> {
+    let parent = if pid.is_none() { Some(caller::find()?) } else { None };
     let pid = holder(&request.target, pid)?;
     let wire = LockRequest {
         // No message says how the process ends, so its end is the end of the work.
@@ -40,7 +43,11 @@ pub fn lock(request: &Acquire, pid: Option<u32>) -> Result<LockResult, Error> {
         ..request.request(command_of(pid))
     };
     match request.acquire(&wire, Instant::now())? {
-        Acquired::Granted { session, token, .. } => {
+        Acquired::Granted { mut session, token, .. } => {
+            if parent.is_some_and(|parent| !caller::is_still(parent)) {
+                session.send(&Request::Release { outcome: Outcome::Vanished })?;
+                return Err(Unsuitable::Ended.into());
+            }
             // The daemon knows that the shell holds the lock before the shell can make its next request.
             session.leave()?;
             Ok(LockResult::Held(token))
@@ -75,7 +82,7 @@ fn holder(target: &Target, pid: Option<u32>) -> Result<Pid, Error> {
         return Err(Error::NotHere(target.addr.clone()));
     }
     let given = pid;
-    let pid = given.unwrap_or(getppid().as_raw() as u32);
+    let pid = given.unwrap_or(nix::unistd::getppid().as_raw() as u32);
     let owner = std::fs::metadata(format!("/proc/{pid}")).map_err(|e| match (e.kind(), given) {
         _ if !std::fs::exists("/proc/self").unwrap_or(false) => Error::NoProc,
         (io::ErrorKind::NotFound, Some(_)) => Error::NoProcess(pid),
@@ -106,6 +113,9 @@ pub enum Error {
     /// The daemon may be on another machine, where it cannot watch a process of this one.
     #[error("kmutex lock needs a daemon on a Unix socket, not {0}")]
     NotHere(Addr),
+    /// No process is named, and the parent is not one to hold a lock.
+    #[error("{0}, so the lock would not last; name the process that is to hold it, as in --pid $$")]
+    Unsuitable(#[from] Unsuitable),
     /// There is no such process.
     #[error("--pid {0}: there is no such process")]
     NoProcess(u32),
@@ -131,7 +141,7 @@ impl Error {
     pub fn exit(&self) -> Exit {
         match self {
             Error::Client(error) => error.exit(),
-            Error::NotHere(_) => Exit::Usage,
+            Error::NotHere(_) | Error::Unsuitable(_) => Exit::Usage,
             Error::NoProcess(_) => Exit::BadData,
             Error::NoParent | Error::NoProc => Exit::Os,
             Error::NotYours(..) | Error::NotHeld(..) => Exit::NotPermitted,

@@ -1,10 +1,11 @@
 //! Locks that shells hold: `kmutex lock` and `kmutex unlock`.
 
+use std::fs;
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::Signal;
 
-use crate::harness::{Daemon, Finished, KMUTEX, Process, finish, tool};
+use crate::harness::{Daemon, Finished, KMUTEX, Process, finish, tool, wait_until};
 use crate::other_user::OtherUser;
 
 /// A shell that runs a script, with the daemon's socket and the program in its environment.
@@ -156,4 +157,74 @@ fn a_process_of_another_user_cannot_hold() {
     let mut lock = other.command(other.kmutex());
     lock.args(["lock", "--pid", &std::process::id().to_string(), "k", "--sock"]).arg(&sock);
     finish(&mut lock).assert_error(77, &["--pid", "belongs to uid 0", "uid 0"]);
+}
+
+#[test]
+fn a_lock_for_a_process_that_is_about_to_go_is_refused() {
+    let daemon = Daemon::start();
+    // Each of these stands between the script and kmutex, and ends at once.
+    let between = [
+        "timeout 60 \"$KMUTEX\" lock k",
+        "strace -o /dev/null \"$KMUTEX\" lock k",
+        "echo k | xargs \"$KMUTEX\" lock",
+        "setpriv --no-new-privs \"$KMUTEX\" run other \"$KMUTEX\" lock k",
+        "(\"$KMUTEX\" lock k; exit $?)",
+        "x=$(\"$KMUTEX\" lock k; exit $?)",
+        "{ \"$KMUTEX\" lock k; echo $? >&3; } 3>status | cat; exit $(cat status)",
+    ];
+    for shell in ["bash", "dash", "zsh"] {
+        for command in between {
+            // dash and zsh run some of these without another process, and then the lock is the script's.
+            let script = format!("{command}; status=$?; \"$KMUTEX\" status --keys; exit $status");
+            let mut command_line = tool(shell);
+            command_line.args(["-c", &script]).env("KMUTEX", KMUTEX).env("KMUTEX_SOCK", daemon.sock());
+            let finished = finish(command_line.current_dir(daemon.folder()).stdin(Stdio::null()));
+            match finished.code {
+                // xargs has a status of its own.
+                64 | 123 => {
+                    assert!(
+                        finished.stderr.contains("so the lock would not last; name the process"),
+                        "{finished:?}"
+                    );
+                    assert_eq!(finished.stdout, "", "{shell}: {command}");
+                }
+                code => assert_eq!(
+                    (code, finished.stdout.as_str()),
+                    (0, "k\n"),
+                    "{shell}: {command}: {finished:?}"
+                ),
+            }
+            daemon.wait_for_counts("k", 0, 0);
+        }
+    }
+}
+
+#[test]
+fn the_way_out_of_a_refusal_works() {
+    let daemon = Daemon::start();
+    for shell in ["bash", "dash", "zsh"] {
+        let script = "timeout 60 \"$KMUTEX\" lock --pid $$ k && (\"$KMUTEX\" lock --pid $$ l; exit $?) && \"$KMUTEX\" status --keys";
+        let mut command = tool(shell);
+        command.args(["-c", script]).env("KMUTEX", KMUTEX).env("KMUTEX_SOCK", daemon.sock());
+        let said = finish(command.current_dir(daemon.folder()).stdin(Stdio::null())).assert_silent(0);
+        assert_eq!(said, "k\nl\n", "{shell}");
+        daemon.wait_for_counts("k", 0, 0);
+        daemon.wait_for_counts("l", 0, 0);
+    }
+}
+
+#[test]
+fn a_lock_for_a_parent_that_has_gone_is_refused() {
+    let daemon = Daemon::start();
+    // The parent of this process ends first.
+    let script = r#"(until test -e go; do sleep 0.01; done; exec "$KMUTEX" lock k 2> said; ) & exit 0"#;
+    let mut command = Command::new("setsid");
+    command.args(["-w", "sh", "-c", script]).env("KMUTEX", KMUTEX).env("KMUTEX_SOCK", daemon.sock());
+    finish(command.current_dir(daemon.folder()).stdin(Stdio::null())).assert_silent(0);
+    fs::write(daemon.folder().join("go"), "").unwrap();
+    wait_until("the refusal", || {
+        fs::read_to_string(daemon.folder().join("said"))
+            .is_ok_and(|said| said.contains("has ended, so the lock would not last"))
+    });
+    assert_eq!(daemon.counts("k"), (0, 0));
 }
