@@ -597,7 +597,7 @@ fn with_certificates_and_users() {
     elsewhere.wait_for_log("permission denied");
     finish(&mut elsewhere.run(&["-n", "k", "true"])).assert_error(UNAVAILABLE, &["etcd"]);
     let anonymous = Daemon::with(&options.iter().map(String::as_str).collect::<Vec<_>>());
-    anonymous.wait_for_log("new locks wait until it answers");
+    anonymous.wait_for_log("new locks wait until the user has the permission");
 }
 
 #[test]
