@@ -11,6 +11,9 @@
 //! | `admission.rs` | the limits: how many descriptors clients may take, all together and each user |
 //! | `listener.rs` | the listening sockets |
 //! | `socket_lock.rs` | the lock file that keeps a second daemon away from a socket |
+//! | `claim.rs` | what keeps it away while that file is gone |
+//! | `bind.rs` | making a Unix socket with the right permissions |
+//! | `files.rs`, `file_watch.rs` | putting back the daemon's files, if a clean-up job has removed them |
 //! | `connection.rs` | one client's descriptor and buffers |
 //! | `connections.rs` | all of them: which have output, which have sent only part of a message |
 //! | `lookup.rs` | a read-only view of table, connections and orphans, for status, log and journal |
@@ -27,12 +30,16 @@
 mod accept;
 mod admission;
 mod batch;
+mod bind;
+mod claim;
 #[cfg_attr(not(feature = "etcd"), path = "daemon/cluster_disabled.rs")]
 mod cluster;
 mod connection;
 mod connections;
 mod detach;
 mod failpoint;
+mod file_watch;
+mod files;
 mod listener;
 mod listing;
 mod log;

@@ -197,11 +197,27 @@ impl Journal {
         Ok(())
     }
 
+    /// Returns the path of the file.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Returns `true` if the next daemon finds this file, and not another one or none.
+    pub fn is_in_place(&self) -> bool {
+        match (self.file.metadata(), fs::symlink_metadata(&self.path)) {
+            (Ok(open), Ok(named)) => (open.dev(), open.ino()) == (named.dev(), named.ino()),
+            _ => false,
+        }
+    }
+
     /// Removes the file: nothing is held any more.
     ///
     /// # Errors
     /// As unlink(2) gives them.
     pub fn remove(self) -> io::Result<()> {
+        if !self.is_in_place() {
+            return Ok(());
+        }
         fs::remove_file(self.path)
     }
 }
@@ -279,6 +295,9 @@ fn read_own(path: &Path) -> io::Result<Vec<u8>> {
     }
     if meta.uid() != Uid::effective().as_raw() {
         return Err(io::Error::other(format!("it belongs to uid {}", meta.uid())));
+    }
+    if meta.nlink() > 1 {
+        return Err(io::Error::other("it is another file too (a hard link)"));
     }
     if meta.mode() & 0o077 != 0 {
         return Err(io::Error::other(format!("its mode {:o} lets others in", meta.mode() & 0o777)));

@@ -1,6 +1,7 @@
 //! The lock file beside a socket: its name, and which daemon has it locked.
 
 use std::fs;
+use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
@@ -13,11 +14,17 @@ pub fn path_of(socket: &Path) -> PathBuf {
 
 /// Returns the process id of the daemon that serves this socket according to the lock file, although the socket may be
 /// gone. A daemon that only starts is not in the file yet. `None`, too, when the file cannot be read.
-pub fn serving_pid(socket: &Path) -> Option<u32> {
+fn serving_pid(socket: &Path) -> Option<u32> {
     let path = path_of(socket);
     let inode = fs::symlink_metadata(&path).ok().filter(|meta| meta.is_file())?.ino();
     let pid = fs::read_to_string(path).ok()?.trim().parse().ok()?;
     is_locked(&fs::read_to_string("/proc/locks").ok()?, inode).then_some(pid)
+}
+
+/// Returns the process id of the daemon that serves this socket, if the socket is gone.
+pub fn pid_without_socket(socket: &Path) -> Option<u32> {
+    let is_gone = fs::symlink_metadata(socket).is_err_and(|e| e.kind() == io::ErrorKind::NotFound);
+    if is_gone { serving_pid(socket) } else { None }
 }
 
 /// Returns `true` if one of the locks (proc(5), /proc/locks) is a lock of flock(2) on this file. (Asking flock(2) itself

@@ -43,7 +43,7 @@ pub(super) fn start_and_connect(path: &Path, deadline: Option<Instant>) -> Resul
             return Err(Error::TimedOut);
         }
         if began.elapsed() > SOCKET_WAIT
-            && let Some(pid) = lock_file::serving_pid(path)
+            && let Some(pid) = lock_file::pid_without_socket(path)
         {
             return Err(Error::SocketGone { path: path.into(), pid });
         }

@@ -91,7 +91,7 @@ impl Session {
                 autostart::start_and_connect(path, deadline)?
             }
             (Err(e), Addr::Unix(path)) if e.is_absent() => {
-                return Err(match lock_file::serving_pid(path) {
+                return Err(match lock_file::pid_without_socket(path) {
                     Some(pid) => Error::SocketGone { path: path.clone(), pid },
                     None => e.into(),
                 });

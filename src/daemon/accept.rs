@@ -2,6 +2,7 @@
 
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use log::{debug, error, warn};
@@ -108,6 +109,25 @@ impl Acceptor {
         // Generation 0 and the top bit are reserved; a number is reused only after 2^31 connections.
         self.generation = self.generation % (u32::MAX / 2) + 1;
         Connection::new(fd, peer, self.generation, access)
+    }
+
+    /// Returns the files that the sockets need.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        self.listeners.iter().flat_map(Listener::files).collect()
+    }
+
+    /// Puts back the files that were removed.
+    ///
+    /// # Errors
+    /// When one cannot be put back.
+    pub(super) fn restore_files(&mut self, epoll: &Epoll) -> Result<(), Error> {
+        for (index, listener) in self.listeners.iter_mut().enumerate() {
+            if listener.restore_files()? && self.state == Accepting::Yes {
+                let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Listener(index).pack());
+                epoll.add(listener.as_fd(), event).map_err(|e| Error::Os("watch a socket", e.into()))?;
+            }
+        }
+        Ok(())
     }
 
     /// When to try again after the kernel refused a descriptor.

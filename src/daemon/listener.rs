@@ -9,16 +9,16 @@ use std::fs;
 use std::io;
 use std::net::{SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
 
-use log::info;
+use log::{info, warn};
 use nix::sys::socket::{Backlog, listen};
-use nix::sys::stat::{Mode, umask};
 use nix::unistd::Gid;
 
 use super::Error;
+use super::bind::{self, FileId, Permissions};
 use super::socket_lock::SocketLock;
 use crate::addr::{self, Addr};
 use crate::lookup;
@@ -44,8 +44,10 @@ enum Socket {
         listener: UnixListener,
         path: PathBuf,
         socket_lock: SocketLock,
-        /// The socket was made here, and is removed with this daemon.
-        ours: bool,
+        /// The file that clients find at the path; `None`: it could not be seen.
+        file: Option<FileId>,
+        /// The socket was made here, with these permissions, and is removed with this daemon.
+        ours: Option<Permissions>,
     },
     Tcp(TcpListener),
 }
@@ -59,7 +61,7 @@ impl Listener {
             match addr {
                 Addr::Unix(path) => {
                     let path = std::path::absolute(path).map_err(|e| Error::bind(addr, e))?;
-                    listeners.push(bind_unix(&path, access.mode, gid)?);
+                    listeners.push(bind_unix(&path, Permissions { mode: access.mode, gid })?);
                 }
                 _ => bind_tcp(addr, &mut listeners)?,
             }
@@ -122,6 +124,47 @@ impl Listener {
         }
     }
 
+    /// Returns the files that this socket needs.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        match &self.socket {
+            Socket::Unix { path, socket_lock, .. } => vec![path.clone(), socket_lock.path().into()],
+            Socket::Tcp(_) => Vec::new(),
+        }
+    }
+
+    /// Checks that clients still find this socket at its path, and the next daemon its lock file; puts back what was
+    /// removed. Returns whether the socket is another one now.
+    ///
+    /// # Errors
+    /// When another process has put its own in their place, or they cannot be put back.
+    pub(super) fn restore_files(&mut self) -> Result<bool, Error> {
+        let Socket::Unix { listener, path, socket_lock, file, ours } = &mut self.socket else {
+            return Ok(false);
+        };
+        if socket_lock.restore()? {
+            warn!("{} was removed, and is put back", socket_lock.path().display());
+        }
+        let error = |e| Error::bind(&Addr::Unix(path.clone()), e);
+        let there = FileId::at(path).map_err(error)?;
+        match (there, *ours) {
+            _ if there == *file || file.is_none() => Ok(false),
+            (None, Some(permissions)) => {
+                let (new, id) = bind::bind(path, permissions).map_err(error)?;
+                (*listener, *file) = (new, Some(id));
+                warn!("{} was removed, and is put back", path.display());
+                Ok(true)
+            }
+            (None, None) => {
+                warn!("{} was removed: restart the unit that listens on it", path.display());
+                *file = None;
+                Ok(false)
+            }
+            (Some(_), _) => {
+                Err(error(io::Error::other("another process has put a file in the place of the socket")))
+            }
+        }
+    }
+
     /// Returns the address, for the log.
     pub(super) fn name(&self) -> &str {
         &self.name
@@ -147,9 +190,10 @@ impl AsFd for Listener {
 
 impl Drop for Listener {
     fn drop(&mut self) {
-        if let Socket::Unix { path, ours: true, .. } = &self.socket {
-            // The lock file is still locked, so the path leads to this socket. If it cannot be removed, the next daemon
-            // replaces it, so the error needs no report.
+        if let Socket::Unix { path, file, ours: Some(_), .. } = &self.socket
+            && FileId::at(path).is_ok_and(|there| there == *file)
+        {
+            // If it cannot be removed, the next daemon replaces it, so the error needs no report.
             let _ = fs::remove_file(path);
         }
     }
@@ -177,27 +221,15 @@ pub(super) fn is_per_connection_error(error: &io::Error) -> bool {
     )
 }
 
-fn bind_unix(path: &Path, mode: u32, gid: Option<Gid>) -> Result<Listener, Error> {
-    let error = |e| Error::bind(&Addr::Unix(path.into()), e);
+fn bind_unix(path: &Path, permissions: Permissions) -> Result<Listener, Error> {
     let socket_lock = SocketLock::take(path)?;
     remove_dead_socket(path)?;
-    // The mask matters because clients can connect as soon as the socket has a name.
-    let old = umask(Mode::from_bits_truncate(0o177));
-    let listener = UnixListener::bind(path);
-    umask(old);
-    let listener = listener.map_err(error)?;
-    listener.set_nonblocking(true).map_err(error)?;
-    listen(&listener, Backlog::MAXCONN).map_err(|e| error(e.into()))?;
-    let listener = Listener {
-        socket: Socket::Unix { listener, path: path.into(), socket_lock, ours: true },
-        name: path.display().to_string(),
-    };
-    // The group is set first: a mode that admits the group must not admit the old group.
-    if let Some(gid) = gid {
-        nix::unistd::chown(path, None, Some(gid)).map_err(|e| error(e.into()))?;
-    }
-    fs::set_permissions(path, fs::Permissions::from_mode(mode)).map_err(error)?;
-    Ok(listener)
+    let bound = bind::bind(path, permissions);
+    let (listener, file) = bound.map_err(|e| Error::bind(&Addr::Unix(path.into()), e))?;
+    let path = PathBuf::from(path);
+    let name = path.display().to_string();
+    let socket = Socket::Unix { listener, path, socket_lock, file: Some(file), ours: Some(permissions) };
+    Ok(Listener { socket, name })
 }
 
 fn inherit_unix(listener: UnixListener) -> Result<Listener, Error> {
@@ -207,7 +239,8 @@ fn inherit_unix(listener: UnixListener) -> Result<Listener, Error> {
     let path = addr.as_pathname().ok_or_else(|| error(io::Error::other("it has no path")))?.to_owned();
     let socket_lock = SocketLock::take(&path)?;
     let name = path.display().to_string();
-    Ok(Listener { socket: Socket::Unix { listener, path, socket_lock, ours: false }, name })
+    let file = FileId::at(&path).map_err(error)?;
+    Ok(Listener { socket: Socket::Unix { listener, path, socket_lock, file, ours: None }, name })
 }
 
 /// Removes a dead socket from a path whose lock file this process has locked.

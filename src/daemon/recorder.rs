@@ -2,7 +2,7 @@
 
 use crate::journal::ClusterLease;
 use std::io;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use log::{error, info, warn};
 
@@ -18,7 +18,9 @@ use crate::table::ClientId;
 pub(super) struct Recorder {
     journal: Option<Journal>,
     /// A journal beside a socket needs no lock file of its own: the socket's covers it.
-    _socket_lock: Option<SocketLock>,
+    socket_lock: Option<SocketLock>,
+    /// The daemon's files are gone: another daemon may serve in its place, so this one grants nothing.
+    refuses: bool,
     /// The grants whose records are not written yet.
     grants: Vec<Grant>,
     /// What was held when the previous daemon ended.
@@ -40,7 +42,8 @@ impl Recorder {
     pub(super) fn none() -> Recorder {
         Recorder {
             journal: None,
-            _socket_lock: None,
+            socket_lock: None,
+            refuses: false,
             grants: Vec::new(),
             inherited: Vec::new(),
             last_token: None,
@@ -70,7 +73,7 @@ impl Recorder {
         let journal = Journal::create(path, boot, loaded.lease, &loaded.records).map_err(error)?;
         Ok(Recorder {
             journal: Some(journal),
-            _socket_lock: socket_lock,
+            socket_lock,
             inherited: loaded.records,
             last_token: loaded.last_token,
             lease: loaded.lease,
@@ -133,12 +136,48 @@ impl Recorder {
         }
     }
 
+    /// Returns the files that the journal needs.
+    pub(super) fn files(&self) -> Vec<PathBuf> {
+        let journal = self.journal.as_ref().map(|journal| journal.path().into());
+        journal.into_iter().chain(self.socket_lock.as_ref().map(|lock| lock.path().into())).collect()
+    }
+
+    /// Writes the journal anew if it was removed or replaced.
+    ///
+    /// # Errors
+    /// When that cannot be done.
+    pub(super) fn restore_files(&mut self, held: impl Fn() -> Vec<HoldRecord>) -> Result<(), Error> {
+        if let Some(lock) = &mut self.socket_lock {
+            lock.restore()?;
+        }
+        let Some(journal) = self.journal.as_mut().filter(|journal| !journal.is_in_place()) else {
+            return Ok(());
+        };
+        let path = journal.path().to_path_buf();
+        journal.compact(&held()).map_err(|error| Error::Journal { path: path.clone(), error })?;
+        warn!("{} was removed, and is put back", path.display());
+        Ok(())
+    }
+
+    /// Returns `true` if something was granted in this turn.
+    pub(super) fn has_grants(&self) -> bool {
+        !self.grants.is_empty()
+    }
+
+    /// Grants nothing from now on, or again.
+    pub(super) fn set_refusing(&mut self, refuses: bool) {
+        self.refuses = refuses;
+    }
+
     /// Writes what was noted in this turn. `held` lists everything that is held, in case that the whole journal must be
     /// written anew.
     ///
     /// Returns the grants that cannot be recorded: the caller takes them back, and calls this again until none is returned.
     /// No lock is given until the journal can be written again.
     pub(super) fn commit(&mut self, held: impl Fn() -> Vec<HoldRecord>) -> Vec<Grant> {
+        if self.refuses && !self.grants.is_empty() {
+            return std::mem::take(&mut self.grants);
+        }
         let Some(journal) = &mut self.journal else {
             self.grants.clear();
             return Vec::new();

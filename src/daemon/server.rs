@@ -10,6 +10,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::hash::{BuildHasher, RandomState};
 use std::io::{self, Read};
 use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ::log::{debug, info, warn};
@@ -22,6 +23,7 @@ use super::batch::Batch;
 use super::cluster::Clustering;
 use super::connection::{ConnectionId, Interest, Protocol, Sent};
 use super::connections::Connections;
+use super::files::Files;
 use super::listener::Listener;
 use super::listing::Listing;
 use super::log::Limiter;
@@ -90,6 +92,7 @@ pub(super) struct Server {
     idle_exit: Option<Duration>,
     /// Since when no client is connected.
     idle_since: Option<Timestamp>,
+    files: Files,
 }
 
 impl Server {
@@ -143,7 +146,15 @@ impl Server {
             grace: config.grace,
             idle_exit: config.idle_exit,
             idle_since: Some(now),
+            files: Files::new(),
         };
+        if let Some(descriptor) = server.files.watch.descriptor() {
+            let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Files.pack());
+            server.epoll.add(descriptor, event)?;
+        }
+        server.files.watch.watch(&server.file_paths());
+        // What was removed before the watch began.
+        server.look_at_files();
         server.restore_holds()?;
         server.join_cluster();
         server.acceptor.resume(&server.epoll)?;
@@ -230,6 +241,9 @@ impl Server {
                 self.settle();
             }
             self.expire();
+            if self.files.look_at().is_some_and(|at| at <= self.now) {
+                self.look_at_files();
+            }
             self.flush_turn();
             if self.acceptor.is_due(self.now) {
                 self.acceptor.resume(&self.epoll)?;
@@ -237,6 +251,9 @@ impl Server {
             timer.stop();
             if self.idle_deadline().is_some_and(|deadline| deadline <= self.now) {
                 return Ok("idle");
+            }
+            if self.files.are_lost() && self.table.is_empty() {
+                return Ok("its files are another daemon's, or gone");
             }
         }
     }
@@ -249,6 +266,7 @@ impl Server {
             Source::Listener(index) => self.accept(index, buffer)?,
             Source::Connection(id) => self.connection_ready(id, event.events(), buffer),
             Source::Orphan(token) => self.orphan_ready(token),
+            Source::Files => self.look_at_files(),
             // The clustering is polled in each turn.
             Source::Cluster => {}
         }
@@ -269,6 +287,28 @@ impl Server {
                 return;
             }
         }
+    }
+
+    fn file_paths(&self) -> Vec<PathBuf> {
+        [self.acceptor.files(), self.recorder.files()].concat()
+    }
+
+    /// Puts back the daemon's files, if they were removed. While that fails, no lock is granted.
+    fn look_at_files(&mut self) {
+        self.files.watch.drain();
+        let lookup = Lookup {
+            table: &self.table,
+            connections: &self.connections,
+            orphans: &self.orphans,
+            cluster: self.cluster.as_ref(),
+            now: self.now,
+        };
+        let found = self.acceptor.restore_files(&self.epoll);
+        // If another daemon serves now, the journal is its own.
+        let found = found.and_then(|()| self.recorder.restore_files(|| lookup.records()));
+        let files = self.file_paths();
+        let grants = self.files.looked(found, self.now, &files);
+        self.recorder.set_refusing(!grants);
     }
 
     /// Ends in good order: what is still held stays in the journal, for the next daemon.
@@ -295,6 +335,7 @@ impl Server {
             self.cluster.as_ref().and_then(Clustering::deadline),
             self.connections.next_deadline(),
             self.limiter.next_report(),
+            self.files.look_at(),
         ];
         match deadlines.into_iter().flatten().min() {
             None => EpollTimeout::NONE,
@@ -694,6 +735,9 @@ impl Server {
 
     /// Writes what was noted to the journal. If that fails, the locks of this turn are not granted.
     fn commit(&mut self) {
+        if self.files.are_unwatched() && self.recorder.has_grants() {
+            self.look_at_files();
+        }
         loop {
             let lookup = Lookup {
                 table: &self.table,

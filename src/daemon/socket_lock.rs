@@ -10,12 +10,15 @@ use nix::fcntl::{Flock, FlockArg};
 use nix::unistd::Uid;
 
 use super::Error;
+use super::claim::Claim;
 use crate::lock_file;
 
 /// A locked lock file. Dropping it removes the file.
 pub(super) struct SocketLock {
     file: Flock<File>,
     path: PathBuf,
+    /// What still keeps another daemon away if the file is removed.
+    _claim: Option<Claim>,
 }
 
 impl SocketLock {
@@ -25,14 +28,21 @@ impl SocketLock {
         // If the previous daemon ends between opening and locking, it removes the file. Then the next daemon would look at
         // another file, and this lock would be worth nothing.
         for _ in 0..100 {
-            let file = open_own(&path).map_err(error)?;
+            let file = match open_own(&path) {
+                Err(_) if remove_of_other_user(&path) => continue,
+                other => other.map_err(error)?,
+            };
             let file = match Flock::lock(file, FlockArg::LockExclusiveNonblock) {
                 Ok(file) => file,
-                Err((file, nix::Error::EWOULDBLOCK)) => return Err(served(socket, file)),
+                Err((file, nix::Error::EWOULDBLOCK)) => return Err(served(socket, Some(file))),
                 Err((_, e)) => return Err(error(e.into())),
             };
             if is_named(&file, &path).map_err(error)? {
-                let socket_lock = SocketLock { file, path };
+                let claim = match Claim::take(socket) {
+                    Err(e) if e.kind() == io::ErrorKind::AddrInUse => return Err(served(socket, None)),
+                    other => other.map_err(error)?,
+                };
+                let socket_lock = SocketLock { file, path, _claim: claim };
                 // The previous daemon's id must not be taken for that of this one.
                 socket_lock.file.set_len(0).map_err(|error| socket_lock.error(error))?;
                 return Ok(socket_lock);
@@ -53,6 +63,27 @@ impl SocketLock {
         write(file).map_err(|error| self.error(error))
     }
 
+    /// Returns the path of the lock file.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Makes and locks the file anew if it was removed. Returns whether it was.
+    ///
+    /// # Errors
+    /// When another process has the file that is there now, or none can be made.
+    pub(super) fn restore(&mut self) -> Result<bool, Error> {
+        if is_named(&self.file, &self.path).map_err(|e| self.error(e))? {
+            return Ok(false);
+        }
+        let file = open_own(&self.path).map_err(|e| self.error(e))?;
+        let file =
+            Flock::lock(file, FlockArg::LockExclusiveNonblock).map_err(|(_, e)| self.error(e.into()))?;
+        self.file = file;
+        self.write_pid()?;
+        Ok(true)
+    }
+
     fn error(&self, error: io::Error) -> Error {
         Error::LockFile { path: self.path.clone(), error }
     }
@@ -60,9 +91,10 @@ impl SocketLock {
 
 impl Drop for SocketLock {
     fn drop(&mut self) {
-        // The lock is still held, so the path leads to this file. If it cannot be removed, the next daemon takes it over,
-        // so the error needs no report.
-        let _ = fs::remove_file(&self.path);
+        // If it cannot be removed, the next daemon takes it over, so the error needs no report.
+        if is_named(&self.file, &self.path).unwrap_or(false) {
+            let _ = fs::remove_file(&self.path);
+        }
     }
 }
 
@@ -89,12 +121,34 @@ fn open_own(path: &Path) -> io::Result<File> {
     if meta.uid() != Uid::effective().as_raw() {
         return Err(io::Error::other(format!("it belongs to uid {}", meta.uid())));
     }
+    if meta.nlink() > 1 {
+        return Err(io::Error::other("it is another file too (a hard link)"));
+    }
     Ok(file)
 }
 
-fn served(socket: &Path, mut lock_file: File) -> Error {
+/// Removes what another user has put in the place of a lock file, unless a daemon has it locked. Only root may do that
+/// in a directory like /tmp. Returns whether that was so.
+fn remove_of_other_user(path: &Path) -> bool {
+    let me = Uid::effective();
+    let is_of_other = fs::symlink_metadata(path).is_ok_and(|meta| meta.uid() != me.as_raw());
+    if !me.is_root() || !is_of_other {
+        return false;
+    }
+    let mut options = OpenOptions::new();
+    options.read(true).custom_flags(nix::libc::O_NOFOLLOW | nix::libc::O_NONBLOCK);
+    if let Ok(file) = options.open(path)
+        && Flock::lock(file, FlockArg::LockExclusiveNonblock).is_err()
+    {
+        return false;
+    }
+    fs::remove_file(path).is_ok()
+}
+
+fn served(socket: &Path, lock_file: Option<File>) -> Error {
     let mut text = String::new();
     // The pid is only for the message; what counts is that the file is locked.
-    let pid = lock_file.read_to_string(&mut text).ok().and_then(|_| text.trim().parse().ok());
+    let read = lock_file.and_then(|mut file| file.read_to_string(&mut text).ok());
+    let pid = read.and_then(|_| text.trim().parse().ok());
     Error::Served { path: socket.into(), pid }
 }

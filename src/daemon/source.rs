@@ -13,6 +13,8 @@ pub(super) enum Source {
     Connection(ConnectionId),
     /// The process of a holder that is not connected, by the token of its lock.
     Orphan(Token),
+    /// The watch on the daemon's own files.
+    Files,
     /// The threads that talk to etcd, or the alarm of the lease.
     Cluster,
 }
@@ -20,12 +22,14 @@ pub(super) enum Source {
 impl Source {
     const ORPHAN: u64 = 1 << 63;
     const CLUSTER: u32 = u32::MAX;
+    const FILES: u32 = u32::MAX - 1;
 
     /// Generation 0 marks everything that is not a connection. Generations and tokens never reach the highest bit.
     pub(super) fn pack(self) -> u64 {
         match self {
             Source::Signals => 0,
             Source::Cluster => u64::from(Source::CLUSTER),
+            Source::Files => u64::from(Source::FILES),
             Source::Listener(index) => index as u64 + 1,
             Source::Connection(id) => u64::from(id.generation) << 32 | u64::from(id.client.0),
             Source::Orphan(token) => Source::ORPHAN | token.0,
@@ -38,6 +42,7 @@ impl Source {
             _ if bits & Source::ORPHAN != 0 => Source::Orphan(Token(bits & !Source::ORPHAN)),
             (0, 0) => Source::Signals,
             (0, Source::CLUSTER) => Source::Cluster,
+            (0, Source::FILES) => Source::Files,
             (0, number) => Source::Listener(number as usize - 1),
             _ => Source::Connection(ConnectionId { client: ClientId(low), generation }),
         }
@@ -55,6 +60,7 @@ mod tests {
         for source in [
             Source::Signals,
             Source::Cluster,
+            Source::Files,
             Source::Listener(0),
             Source::Listener(7),
             connection(0, 1),

@@ -39,6 +39,7 @@ mod protocol1;
 mod protocol2;
 mod purity;
 mod readme;
+mod removed;
 mod resume;
 mod run;
 mod service;
