@@ -19,6 +19,9 @@ _kmutex() {
             kmutex,break)
                 cmd="kmutex__subcmd__break"
                 ;;
+            kmutex,forget)
+                cmd="kmutex__subcmd__forget"
+                ;;
             kmutex,lock)
                 cmd="kmutex__subcmd__lock"
                 ;;
@@ -41,7 +44,7 @@ _kmutex() {
 
     case "${cmd}" in
         kmutex)
-            opts="-h -V --help --version run lock unlock status break serve"
+            opts="-h -V --help --version run lock unlock status break forget serve"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 1 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -76,8 +79,30 @@ _kmutex() {
             COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
             return 0
             ;;
+        kmutex__subcmd__forget)
+            opts="-h --sock --trust-uid --help"
+            if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
+                COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+                return 0
+            fi
+            case "${prev}" in
+                --sock)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --trust-uid)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                *)
+                    COMPREPLY=()
+                    ;;
+            esac
+            COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
+            return 0
+            ;;
         kmutex__subcmd__lock)
-            opts="-s -x -n -w -E -h --pid --queue --shared --exclusive --slots --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --on-peer-failure --note --no-autostart --verbose --sock --trust-uid --help"
+            opts="-s -x -n -w -E -h --pid --queue --shared --exclusive --slots --fresh --fresh-failure --coalesce --newest --replace --replace-after --no-replace --weight --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --on-peer-failure --note --no-autostart --verbose --sock --trust-uid --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -88,6 +113,22 @@ _kmutex() {
                     return 0
                     ;;
                 --slots)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --fresh)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --fresh-failure)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --replace-after)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --weight)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -139,7 +180,7 @@ _kmutex() {
             return 0
             ;;
         kmutex__subcmd__run)
-            opts="-c -k -s -x -n -w -E -o -F -h --command --key --queue --shared --exclusive --slots --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --on-peer-failure --note --no-autostart --verbose --sock --trust-uid --tree --reentrant --status-fd --status-file --close --no-fork --on-lost --kill-after --help"
+            opts="-c -k -s -x -n -w -E -o -F -h --command --key --queue --shared --exclusive --slots --fresh --fresh-failure --coalesce --newest --replace --replace-after --no-replace --weight --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --on-peer-failure --note --no-autostart --verbose --sock --trust-uid --tree --reentrant --status-fd --status-file --close --no-fork --on-lost --kill-after --max-hold --warn-after --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -162,6 +203,22 @@ _kmutex() {
                     return 0
                     ;;
                 --slots)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --fresh)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --fresh-failure)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --replace-after)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --weight)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -232,6 +289,14 @@ _kmutex() {
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
+                --max-hold)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --warn-after)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 *)
                     COMPREPLY=()
                     ;;
@@ -240,7 +305,7 @@ _kmutex() {
             return 0
             ;;
         kmutex__subcmd__serve)
-            opts="-s -f -m -t -h --socket --sock --force --maxconn --timeout --no-log --log-level --mode --group --max-per-uid --state --grace --etcd --etcd-ca --etcd-cert --etcd-key --etcd-user --etcd-password-file --etcd-ttl --etcd-timeout --etcd-prefix --ready-fd --idle-exit --detach --help"
+            opts="-s -f -m -t -h --socket --sock --force --maxconn --timeout --no-log --log-level --mode --group --max-per-uid --state --grace --remember-max --etcd --etcd-ca --etcd-cert --etcd-key --etcd-user --etcd-password-file --etcd-ttl --etcd-timeout --etcd-prefix --ready-fd --idle-exit --detach --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -306,6 +371,10 @@ _kmutex() {
                     return 0
                     ;;
                 --grace)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --remember-max)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

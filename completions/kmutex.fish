@@ -31,11 +31,16 @@ complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "lock" -d 'Acquire a l
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "unlock" -d 'Release a lock acquired with kmutex lock'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "status" -d 'Show the locks with their holders and waiters'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "break" -d 'Take a lock away from its holder'
+complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "forget" -d 'Forget when the work of a lock was last done'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "serve" -d 'Run the lock daemon'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s c -l command -d 'Run SHELL_COMMAND with $SHELL -c, or /bin/sh -c if SHELL is not set' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s k -l key -d 'Lock KEY; repeat to hold several locks' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l slots -d 'Let up to N holders hold the lock at a time' -r
-complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s w -l wait -l timeout -d 'Fail after waiting SECS seconds (fractions allowed; 0 means --nonblock)' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l fresh -d 'Skip the command if a run that succeeded began less than DURATION ago' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l fresh-failure -d 'Skip the command if a run that failed began less than DURATION ago' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l replace-after -d 'Like --replace, but let the holder finish by itself for DURATION first' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l weight -d 'Take N of the --slots' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s w -l wait -l timeout -d 'Fail after waiting for DURATION: seconds, or a number with s, m, h or d (0 means --nonblock)' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s E -l conflict-exit-code -d 'Exit status if the lock could not be acquired (--nonblock, or --wait timed out)' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l finished-exit-code -d 'Exit status if another holder finished first' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l on-peer-failure -d 'Choose what to do if the awaited holder failed (exit status other than 0, or death by a signal)' -r -f -a "skip\t'Exit with 79, as after a success'
@@ -48,10 +53,16 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l status-fd -d 'Writ
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l status-file -d 'Write the report of --status-fd to FILE' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l on-lost -d 'Choose what to do if the lock is lost while the command runs' -r -f -a "kill\t'Stop the command and its descendants with SIGTERM, then SIGKILL; exit with 74'
 continue\t'Warn and let the command run; exit with 74 when it has ended'"
-complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l kill-after -d 'Wait SECS seconds between SIGTERM and SIGKILL when stopping a command whose lock is lost' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l kill-after -d 'Wait for DURATION between SIGTERM and SIGKILL when stopping a command' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l max-hold -d 'Stop the command and its descendants after DURATION (SIGTERM, then SIGKILL); exit with 124' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l warn-after -d 'Warn, here and in the daemon\'s log, if the lock is held for longer than DURATION' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l queue -d 'Wait in line and always run, like flock(1)'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s s -l shared -d 'Acquire a shared lock, which other shared holders can hold too'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s x -l exclusive -d 'Acquire an exclusive lock (the default)'
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l coalesce -d 'Wait for the end of a run that begins after this request'
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l newest -d 'Wait in line until a newer request with --newest comes; then exit as after --finished-exit-code'
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l replace -d 'Stop the holder, wait until its command has ended, and run; implies --queue and --newest'
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l no-replace -d 'Do not let requests with --replace stop this command; they wait in line instead'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s n -l nonblock -d 'Fail instead of waiting if another process holds the lock'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l no-autostart -d 'Fail instead of starting a daemon'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l verbose -d 'Report on standard error who holds the lock and how long the wait took'
@@ -62,7 +73,11 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s F -l no-fork -d 'R
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l pid -d 'Acquire the lock for process PID instead of the calling process' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l slots -d 'Let up to N holders hold the lock at a time' -r
-complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s w -l wait -l timeout -d 'Fail after waiting SECS seconds (fractions allowed; 0 means --nonblock)' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l fresh -d 'Skip the command if a run that succeeded began less than DURATION ago' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l fresh-failure -d 'Skip the command if a run that failed began less than DURATION ago' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l replace-after -d 'Like --replace, but let the holder finish by itself for DURATION first' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l weight -d 'Take N of the --slots' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s w -l wait -l timeout -d 'Fail after waiting for DURATION: seconds, or a number with s, m, h or d (0 means --nonblock)' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s E -l conflict-exit-code -d 'Exit status if the lock could not be acquired (--nonblock, or --wait timed out)' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l finished-exit-code -d 'Exit status if another holder finished first' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l on-peer-failure -d 'Choose what to do if the awaited holder failed (exit status other than 0, or death by a signal)' -r -f -a "skip\t'Exit with 79, as after a success'
@@ -74,6 +89,10 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l trust-uid -d 'Tru
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l queue -d 'Wait in line and always run, like flock(1)'
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s s -l shared -d 'Acquire a shared lock, which other shared holders can hold too'
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s x -l exclusive -d 'Acquire an exclusive lock (the default)'
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l coalesce -d 'Wait for the end of a run that begins after this request'
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l newest -d 'Wait in line until a newer request with --newest comes; then exit as after --finished-exit-code'
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l replace -d 'Stop the holder, wait until its command has ended, and run; implies --queue and --newest'
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l no-replace -d 'Do not let requests with --replace stop this command; they wait in line instead'
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s n -l nonblock -d 'Fail instead of waiting if another process holds the lock'
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l no-autostart -d 'Fail instead of starting a daemon'
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l verbose -d 'Report on standard error who holds the lock and how long the wait took'
@@ -93,9 +112,12 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l sock -d 'Connect
 complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l trust-uid -d 'Trust a daemon of this user id too, besides root\'s and the caller\'s' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand break" -s y -l yes -d 'Break the lock without asking first'
 complete -c kmutex -n "__fish_kmutex_using_subcommand break" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c kmutex -n "__fish_kmutex_using_subcommand forget" -l sock -d 'Connect to the daemon at ADDR: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand forget" -l trust-uid -d 'Trust a daemon of this user id too, besides root\'s and the caller\'s' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand forget" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s s -l sock -l socket -d 'Listen on ADDR: a path, a PORT (of 127.0.0.1 and ::1), or HOST:PORT (an IPv6 address in brackets); repeat for more' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s m -l maxconn -d 'Serve at most N connections at a time; refuse further ones' -r
-complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s t -l timeout -d 'Release the lock of a protocol 1 client after SECS seconds and close its connection; 0 means never' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s t -l timeout -d 'Release the lock of a protocol 1 client after DURATION and close its connection; 0 means never' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l log-level -d 'Log level for standard error [env: RUST_LOG]' -r -f -a "off\t'Nothing'
 error\t'Errors that end the daemon, or that cost a client its connection through no fault of the client'
 warn\t'Conditions that an administrator should look at'
@@ -105,7 +127,8 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l mode -d 'Create 
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l group -d 'Create Unix sockets with this group: a name or a number' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l max-per-uid -d 'Serve at most N connections per user on Unix sockets; refuse further ones' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l state -d 'Keep the journal in FILE instead of beside the first Unix socket' -r -F
-complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l grace -d 'Keep the lock of a holder that has not reconnected for SECS seconds after a restart' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l grace -d 'Keep the lock of a holder that has not reconnected for DURATION after a restart' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l remember-max -d 'Remember for N locks when their work was last done (see run --fresh); the oldest are forgotten first' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd -d 'Cluster the locks with all hosts that use the same etcd; URL is http://HOST:PORT or https://HOST:PORT of a member' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-ca -d 'Trust only members of etcd with a certificate signed by an authority in FILE (PEM)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-cert -d 'Client certificate (PEM)' -r -F
@@ -116,7 +139,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-ttl -d 'Tim
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-timeout -d 'Wait SECS seconds for each answer of a member, before kmutex tries the next one' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-prefix -d 'Prefix of all keys in etcd' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l ready-fd -d 'Write a newline to descriptor FD when serving, and close it' -r
-complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l idle-exit -d 'Exit after SECS seconds without locks and connections' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l idle-exit -d 'Exit after DURATION without locks and connections' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s f -l force -d 'Remove an old socket file'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l no-log -d 'Log nothing'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l detach -d 'Detach from the calling process, and write a newline to standard output when serving (used by run)'

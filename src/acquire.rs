@@ -3,15 +3,18 @@
 mod waiting;
 
 use crate::proto::Pid;
+use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
 
 use crate::addr::{self, Addr};
 use crate::client::{self, LockReply, Session, Target};
+use crate::describe;
 use crate::exit;
-use crate::proto::v2::{ClientInfo, LockRequest, Mode};
+use crate::proto::v2::{ClientInfo, LockRequest, Mode, RunStatus};
 use crate::proto::{Key, Outcome, Token};
+use crate::timestamp::millis;
 use waiting::Display;
 
 /// Which lock to acquire, and how.
@@ -31,6 +34,18 @@ pub struct Acquire {
     pub wait: Wait,
     /// What to do when the holder that was waited for has failed.
     pub on_peer_failure: OnPeerFailure,
+    /// A run that succeeded counts if it began less than so long ago.
+    pub fresh: Duration,
+    /// A run that failed counts if it began less than so long ago.
+    pub fresh_failure: Duration,
+    /// A newer request of this kind takes the place of this one while it waits.
+    pub newest: bool,
+    /// The holder is asked to stop after so long.
+    pub replace_after: Option<Duration>,
+    /// No request may have this holder stopped.
+    pub no_replace: bool,
+    /// How many of the slots to take.
+    pub weight: Option<NonZeroU32>,
     /// The text that waiters and `kmutex status` show for this request.
     pub note: String,
     /// Report each step on standard error.
@@ -80,6 +95,15 @@ pub enum Acquired {
         /// The exit status to adopt, with [`OnPeerFailure::Adopt`].
         status: Option<u8>,
     },
+    /// A run that is over did the work recently enough.
+    Fresh {
+        /// That run.
+        run: RunStatus,
+        /// The exit status to adopt, with [`OnPeerFailure::Adopt`].
+        status: Option<u8>,
+    },
+    /// A newer request took the place of this one.
+    Superseded,
     /// The lock is held, and the request did not wait, or timed out.
     Busy,
     /// The lock is held by a process that this one runs under.
@@ -96,6 +120,12 @@ impl Acquire {
             slots: self.slots,
             nowait: self.wait == Wait::Never,
             within: self.within(),
+            fresh_ms: millis(self.fresh),
+            fresh_failure_ms: millis(self.fresh_failure),
+            newest: self.newest,
+            replace_after_ms: self.replace_after.map(millis),
+            no_replace: self.no_replace,
+            weight: self.weight,
             who: ClientInfo {
                 pid: Pid::new(std::process::id()),
                 host: (&*host.to_string_lossy()).into(),
@@ -138,19 +168,20 @@ impl Acquire {
             match reply {
                 LockReply::Busy(_) => return Ok(Acquired::Busy),
                 LockReply::HeldAbove => return Ok(Acquired::HeldAbove),
+                LockReply::Superseded => {
+                    self.report(|| "a newer request takes the place of this one".into());
+                    return Ok(Acquired::Superseded);
+                }
+                LockReply::Fresh(run) => {
+                    self.report(|| describe::run(&run));
+                    let status = self.adopted(run.outcome);
+                    return Ok(Acquired::Fresh { run, status });
+                }
                 LockReply::Finished(outcome, token) => match (self.on_peer_failure, outcome) {
                     (OnPeerFailure::Retry, Outcome::Exit(1..) | Outcome::Signal(_)) => {
                         self.report(|| format!("the holder failed ({outcome}); retrying"));
                     }
-                    (OnPeerFailure::Adopt, outcome) => {
-                        let status = match outcome {
-                            Outcome::Exit(status) => Some(status),
-                            Outcome::Signal(number) => Some(exit::of_signal(number)),
-                            Outcome::Unknown | Outcome::Vanished => None,
-                        };
-                        return Ok(Acquired::Finished { outcome, token, status });
-                    }
-                    _ => return Ok(Acquired::Finished { outcome, token, status: None }),
+                    _ => return Ok(Acquired::Finished { outcome, token, status: self.adopted(outcome) }),
                 },
                 LockReply::Granted(token) => {
                     let waited = asked.elapsed().as_secs_f64();
@@ -158,6 +189,16 @@ impl Acquire {
                     return Ok(Acquired::Granted { request: Box::new(request), session, token });
                 }
             }
+        }
+    }
+
+    /// Returns the exit status that stands for another run's outcome, with [`OnPeerFailure::Adopt`].
+    fn adopted(&self, outcome: Outcome) -> Option<u8> {
+        match outcome {
+            _ if self.on_peer_failure != OnPeerFailure::Adopt => None,
+            Outcome::Exit(status) => Some(status),
+            Outcome::Signal(number) => Some(exit::of_signal(number)),
+            Outcome::Unknown | Outcome::Vanished => None,
         }
     }
 

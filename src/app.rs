@@ -7,10 +7,12 @@
 //! | `app/lock.rs` | `kmutex lock`, `kmutex unlock`, and how every command names a lock |
 //! | `app/status.rs` | `kmutex status` |
 //! | `app/break_lock.rs` | `kmutex break` |
+//! | `app/forget.rs` | `kmutex forget` |
 //! | `app/serve.rs` | `kmutex serve`, and the daemon under its old name |
 //! | `app/log.rs` | where the daemon's log goes, and how much of it |
 
 mod break_lock;
+mod forget;
 mod lock;
 mod log;
 mod run;
@@ -50,6 +52,7 @@ fn run_command_line(args: Vec<OsString>) -> Result<u8, Failure> {
         Command::Lock(args) => lock::lock(args),
         Command::Unlock(args) => lock::unlock(args),
         Command::Status(args) => status::status(args),
+        Command::Forget(args) => forget::forget(args),
         Command::Break(args) => break_lock::break_lock(args),
         Command::Serve(args) => serve::serve(args),
     }

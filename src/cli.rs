@@ -105,6 +105,10 @@ pub enum Command {
     /// The holder of KEY learns that the lock is lost and stops its command (unless it runs with --on-lost continue). The
     /// next waiter gets the lock. Requires root, the daemon's user, or the holder's user.
     Break(Break),
+    /// Forget when the work of a lock was last done
+    ///
+    /// The next request with --fresh runs its command. Requires root, the daemon's user, or the user who ran it.
+    Forget(Forget),
     /// Run the lock daemon
     ///
     /// Serves protocols 1 and 2 of docs/protocol.md on each given socket, in the foreground, until HUP, INT or TERM.
@@ -182,9 +186,19 @@ pub struct Run {
     #[arg(long, value_name = "WHAT", default_value = "kill")]
     pub on_lost: OnLost,
 
-    /// Wait SECS seconds between SIGTERM and SIGKILL when stopping a command whose lock is lost
-    #[arg(long, value_name = "SECS", default_value = "5", allow_negative_numbers = true, value_parser = seconds)]
+    /// Wait for DURATION between SIGTERM and SIGKILL when stopping a command
+    #[arg(long, value_name = "DURATION", default_value = "5", allow_negative_numbers = true, value_parser = duration)]
     pub kill_after: Duration,
+
+    /// Stop the command and its descendants after DURATION (SIGTERM, then SIGKILL); exit with 124
+    ///
+    /// The time begins when the lock is granted. The lock is released when they have all ended, and counts as failed.
+    #[arg(long, value_name = "DURATION", conflicts_with = "no_fork", value_parser = positive_duration)]
+    pub max_hold: Option<Duration>,
+
+    /// Warn, here and in the daemon's log, if the lock is held for longer than DURATION
+    #[arg(long, value_name = "DURATION", conflicts_with = "no_fork", value_parser = positive_duration)]
+    pub warn_after: Option<Duration>,
 }
 
 /// How to acquire a lock: the options that `run` and `lock` have in common.
@@ -207,13 +221,61 @@ pub struct LockArgs {
           value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     pub slots: u32,
 
+    /// Skip the command if a run that succeeded began less than DURATION ago
+    ///
+    /// The exit status is that of --finished-exit-code. Only the end of a run counts, never its beginning: a command that
+    /// crashes is run again. The daemon remembers a run for the longest DURATION that a request named for it. See also
+    /// kmutex status KEY and kmutex forget.
+    #[arg(long, value_name = "DURATION", conflicts_with_all = ["coalesce", "shared", "slots"],
+          value_parser = positive_duration)]
+    pub fresh: Option<Duration>,
+
+    /// Skip the command if a run that failed began less than DURATION ago
+    ///
+    /// With --on-peer-failure adopt, the exit status is that of the failure.
+    #[arg(long, value_name = "DURATION", conflicts_with_all = ["coalesce", "shared", "slots"],
+          value_parser = positive_duration)]
+    pub fresh_failure: Option<Duration>,
+
+    /// Wait for the end of a run that begins after this request
+    ///
+    /// Requests that come during a run form a batch: at its end the newest of them runs its command, and the others wait
+    /// for that run and skip theirs.
+    #[arg(long, conflicts_with_all = ["queue", "shared", "slots", "newest", "replace", "replace_after"])]
+    pub coalesce: bool,
+
+    /// Wait in line until a newer request with --newest comes; then exit as after --finished-exit-code
+    #[arg(long, conflicts_with_all = ["shared", "slots"])]
+    pub newest: bool,
+
+    /// Stop the holder, wait until its command has ended, and run; implies --queue and --newest
+    ///
+    /// The holder must belong to the same user, and kmutex run must be waiting for its command. Root may stop every holder.
+    #[arg(long, conflicts_with_all = ["shared", "slots", "nonblock"])]
+    pub replace: bool,
+
+    /// Like --replace, but let the holder finish by itself for DURATION first
+    #[arg(long, value_name = "DURATION", conflicts_with_all = ["shared", "slots", "nonblock"], value_parser = duration)]
+    pub replace_after: Option<Duration>,
+
+    /// Do not let requests with --replace stop this command; they wait in line instead
+    #[arg(long)]
+    pub no_replace: bool,
+
+    /// Take N of the --slots
+    ///
+    /// The sum of the weights of all holders is at most the number of slots. All callers with --weight must agree about
+    /// that number.
+    #[arg(long, value_name = "N", requires = "slots", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    pub weight: Option<u32>,
+
     /// Fail instead of waiting if another process holds the lock
     #[arg(short, long = "nonblock", aliases = ["nb", "nonblocking"])]
     pub nonblock: bool,
 
-    /// Fail after waiting SECS seconds (fractions allowed; 0 means --nonblock)
-    #[arg(short, long, visible_alias = "timeout", value_name = "SECS", allow_negative_numbers = true,
-          value_parser = seconds)]
+    /// Fail after waiting for DURATION: seconds, or a number with s, m, h or d (0 means --nonblock)
+    #[arg(short, long, visible_alias = "timeout", value_name = "DURATION", allow_negative_numbers = true,
+          value_parser = duration)]
     pub wait: Option<Duration>,
 
     /// Exit status if the lock could not be acquired (--nonblock, or --wait timed out)
@@ -317,6 +379,17 @@ pub struct Break {
     pub daemon: Daemon,
 }
 
+/// The arguments of `kmutex forget`.
+#[derive(Args, Debug)]
+pub struct Forget {
+    /// The lock's name
+    pub key: OsString,
+
+    /// How to reach the daemon
+    #[command(flatten)]
+    pub daemon: Daemon,
+}
+
 /// How a client reaches its daemon, and which users it trusts.
 #[derive(Args, Debug)]
 pub struct Daemon {
@@ -357,8 +430,8 @@ pub struct Serve {
     #[arg(short, long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub maxconn: Option<u32>,
 
-    /// Release the lock of a protocol 1 client after SECS seconds and close its connection; 0 means never
-    #[arg(short, long, value_name = "SECS", default_value = "30", allow_negative_numbers = true, value_parser = seconds)]
+    /// Release the lock of a protocol 1 client after DURATION and close its connection; 0 means never
+    #[arg(short, long, value_name = "DURATION", default_value = "30", allow_negative_numbers = true, value_parser = duration)]
     pub timeout: Duration,
 
     /// Log nothing
@@ -390,11 +463,15 @@ pub struct Serve {
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub state: Option<PathBuf>,
 
-    /// Keep the lock of a holder that has not reconnected for SECS seconds after a restart
+    /// Keep the lock of a holder that has not reconnected for DURATION after a restart
     ///
     /// This applies to holders that the daemon can neither ask nor watch: those of protocol 1 and those over TCP.
-    #[arg(long, value_name = "SECS", default_value = "30", allow_negative_numbers = true, value_parser = seconds)]
+    #[arg(long, value_name = "DURATION", default_value = "30", allow_negative_numbers = true, value_parser = duration)]
     pub grace: Duration,
+
+    /// Remember for N locks when their work was last done (see run --fresh); the oldest are forgotten first
+    #[arg(long, value_name = "N", default_value_t = 100_000)]
+    pub remember_max: u32,
 
     /// How to cluster the locks
     #[cfg(feature = "etcd")]
@@ -405,8 +482,8 @@ pub struct Serve {
     #[arg(long, value_name = "FD")]
     pub ready_fd: Option<u32>,
 
-    /// Exit after SECS seconds without locks and connections
-    #[arg(long, value_name = "SECS", allow_negative_numbers = true, value_parser = seconds)]
+    /// Exit after DURATION without locks and connections
+    #[arg(long, value_name = "DURATION", allow_negative_numbers = true, value_parser = duration)]
     pub idle_exit: Option<Duration>,
 
     /// Detach from the calling process, and write a newline to standard output when serving (used by run)
@@ -497,7 +574,7 @@ pub struct Keyedmutexd {
     pub maxconn: u32,
 
     /// Release the lock of a client after SECS seconds
-    #[arg(short, long, value_name = "SECS", default_value = "30", allow_negative_numbers = true, value_parser = seconds)]
+    #[arg(short, long, value_name = "DURATION", default_value = "30", allow_negative_numbers = true, value_parser = duration)]
     pub timeout: Duration,
 
     /// Log nothing
@@ -514,16 +591,27 @@ pub fn is_keyedmutexd(program: &std::ffi::OsStr) -> bool {
     PathBuf::from(program).file_name().is_some_and(|name| name == "keyedmutexd")
 }
 
-/// Parses a number of seconds, with or without a fraction.
-fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds: f64 = text.parse().map_err(|_| "not a number of seconds")?;
-    Duration::try_from_secs_f64(seconds).map_err(|_| "must be a number of seconds, 0 or more".into())
+/// Parses a duration: a number of seconds, with or without a fraction, or a number with a unit (s, m, h or d).
+fn duration(text: &str) -> Result<Duration, String> {
+    let units = [("s", 1.0), ("m", 60.0), ("h", 3600.0), ("d", 86400.0)];
+    let unit = units.into_iter().find_map(|(unit, seconds)| Some((text.strip_suffix(unit)?, seconds)));
+    let (number, seconds) = unit.unwrap_or((text, 1.0));
+    let number: f64 = number.parse().map_err(|_| "not a number of seconds, nor one with s, m, h or d")?;
+    Duration::try_from_secs_f64(number * seconds).map_err(|_| "must be a duration of 0 or more".into())
+}
+
+/// Parses a duration that is longer than none.
+fn positive_duration(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        Duration::ZERO => Err("must be longer than 0".into()),
+        other => Ok(other),
+    }
 }
 
 /// Parses how long to wait for etcd, in seconds.
 #[cfg(feature = "etcd")]
 fn etcd_timeout(text: &str) -> Result<Duration, String> {
-    let timeout = seconds(text)?;
+    let timeout = duration(text)?;
     match timeout.as_secs_f64() {
         0.05..=60.0 => Ok(timeout),
         _ => Err("not from 0.05 to 60 seconds".into()),

@@ -56,7 +56,7 @@ use std::time::{Duration, Instant};
 
 use crate::addr::Addr;
 use crate::place::{self, Missing};
-use crate::proto::v2::{LockRequest, LockUser, Mode};
+use crate::proto::v2::{LockRequest, LockUser, Mode, RunStatus};
 use crate::proto::{Key, Nonce, Outcome, Token};
 pub use error::Error;
 pub use held_lock::{HeldLock, RELEASE_WAIT};
@@ -105,6 +105,10 @@ pub enum LockReply {
     Finished(Outcome, Token),
     /// The lock is held by these, and the request said not to wait.
     Busy(Vec<LockUser>),
+    /// A run that is over did the work recently enough for this request ([`LockRequest::fresh_ms`]).
+    Fresh(RunStatus),
+    /// A newer request took the place of this one ([`LockRequest::newest`]).
+    Superseded,
     /// The lock is held by a process that this request runs under ([`LockRequest::within`]).
     HeldAbove,
 }

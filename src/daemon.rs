@@ -94,6 +94,8 @@ pub struct Config {
     pub grace: Duration,
     /// Where to keep the journal. `None`: beside the first Unix socket; if there is none, the daemon keeps no journal.
     pub state: Option<PathBuf>,
+    /// Of how many locks the daemon remembers when their work was last done.
+    pub remember_max: usize,
     /// A descriptor to write a newline to as soon as the daemon serves.
     pub ready_fd: Option<u32>,
     /// Exit after so long without connections and locks. `None`: never.
@@ -134,6 +136,7 @@ impl Config {
             per_uid_max: None,
             grace: Duration::from_secs(30),
             state: None,
+            remember_max: 100_000,
             ready_fd: None,
             idle_exit: None,
             #[cfg(feature = "etcd")]

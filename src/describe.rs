@@ -1,7 +1,8 @@
 //! Holders, waiters and spans of time, in words.
 
 use crate::lookup;
-use crate::proto::{Protocol, v2::LockUser};
+use crate::proto::v2::{LockUser, RunStatus};
+use crate::proto::{Outcome, Protocol};
 
 /// Describes a holder or waiter in a few words: `"make", note (pid 123, alice on host) for 1m02s`.
 pub fn party(party: &LockUser) -> String {
@@ -26,6 +27,24 @@ pub fn party(party: &LockUser) -> String {
     }
     told.push_str(&format!(" for {}", span(party.for_ms)));
     told
+}
+
+/// Describes a run that is over: `done 12 s ago by alice@host`.
+pub fn run(run: &RunStatus) -> String {
+    let how = match run.outcome {
+        Outcome::Exit(0) => "done".to_string(),
+        outcome => format!("failed ({outcome})"),
+    };
+    let by = if run.by.is_empty() { String::new() } else { format!(" by {}", run.by.as_str()) };
+    format!("{how} {} ago{by}", span_words(run.age_ms))
+}
+
+/// Describes a span of time by its largest units, for a sentence: `12 s`, `1m02s`.
+fn span_words(millis: u64) -> String {
+    match millis / 1000 {
+        seconds @ 0..60 => format!("{seconds} s"),
+        _ => span(millis),
+    }
 }
 
 /// Returns a user's name, or the uid if the user has no name.

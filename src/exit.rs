@@ -26,6 +26,8 @@ pub enum Exit {
     NotPermitted,
     /// Another holder finished first (`--finished-exit-code` changes the number).
     Finished,
+    /// The command was stopped because it held the lock for too long (`--max-hold`); timeout(1) uses the same number.
+    TimedOut,
     /// The command was found but cannot be executed.
     CannotExecute,
     /// The command was not found.
@@ -48,6 +50,7 @@ impl Exit {
             Exit::NotPermitted => exitcode::NOPERM as u8,
             // One above the highest code of sysexits.h, and below those of the shell.
             Exit::Finished => exitcode::CONFIG as u8 + 1,
+            Exit::TimedOut => 124,
             Exit::CannotExecute => 126,
             Exit::NotFound => 127,
         }

@@ -18,15 +18,18 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
+use std::num::NonZeroU32;
 use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::{FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use md5::{Digest, Md5};
 use nix::unistd::Uid;
 
-use crate::proto::{LockId, Nonce, Pid, Protocol, Token};
-use crate::table::{HoldState, Terms, Timestamp};
+use crate::proto::{LockId, Nonce, Outcome, Pid, Protocol, Token};
+use crate::table::{HoldState, RUN_BY_BYTES_MAX, Run, Terms, Timestamp};
+use crate::timestamp::millis;
 
 /// The length of a record, and of the header.
 const RECORD_BYTES: usize = 88;
@@ -55,6 +58,24 @@ pub struct HoldRecord {
     pub granted: Timestamp,
     /// When this was recorded. Both processes lived then: one that was started later is another.
     pub recorded: Timestamp,
+}
+
+/// A run that is over and still counts, as the journal keeps it.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RunRecord {
+    /// The run itself.
+    pub run: Run,
+    /// When it began, in milliseconds since 1970: the clock of an earlier boot means nothing after a boot.
+    pub began_unix_ms: u64,
+}
+
+/// Everything that a journal records.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Snapshot {
+    /// What is held.
+    pub holds: Vec<HoldRecord>,
+    /// The runs that still count.
+    pub runs: Vec<RunRecord>,
 }
 
 /// Whether the locks are clustered, and under which lease of etcd.
@@ -102,21 +123,20 @@ pub struct Journal {
 }
 
 impl Journal {
-    /// Begins a new journal that holds `records` in the place of whatever is at `path`. `lease`: as in [`Loaded`].
+    /// Begins a new journal of this content in the place of whatever is at `path`. `lease`: as in [`Loaded`].
     ///
     /// # Errors
     /// When the file cannot be written or put into its place.
-    pub fn create<'a>(
-        path: &Path,
-        boot: BootId,
-        lease: ClusterLease,
-        records: impl IntoIterator<Item = &'a HoldRecord>,
-    ) -> io::Result<Journal> {
+    pub fn create(path: &Path, boot: BootId, lease: ClusterLease, content: &Snapshot) -> io::Result<Journal> {
         let mut bytes = header(&boot, &place(path)).to_vec();
         if lease.is_clustered() {
             bytes.extend(encode(Entry::Lease(lease)));
         }
-        bytes.extend(records.into_iter().flat_map(|record| encode(Entry::Grant(record))));
+        bytes.extend(content.holds.iter().flat_map(|hold| encode(Entry::Grant(hold))));
+        for run in &content.runs {
+            bytes.extend(encode(Entry::Run(run)));
+            bytes.extend(encode(Entry::RunBy(run)));
+        }
         let file = replace(path, &bytes)?;
         let length = bytes.len() as u64;
         Ok(Journal {
@@ -139,6 +159,17 @@ impl Journal {
     /// Notes that the hold with this token has ended, for the next [`Journal::write`].
     pub fn end(&mut self, token: Token) {
         self.pending.extend_from_slice(&encode(Entry::End(token)));
+    }
+
+    /// Notes that a run is over and counts for a while, for the next [`Journal::write`].
+    pub fn run(&mut self, run: &RunRecord) {
+        self.pending.extend_from_slice(&encode(Entry::Run(run)));
+        self.pending.extend_from_slice(&encode(Entry::RunBy(run)));
+    }
+
+    /// Notes that the run with this token does not count any more, for the next [`Journal::write`].
+    pub fn forget_run(&mut self, token: Token) {
+        self.pending.extend_from_slice(&encode(Entry::RunForgotten(token)));
     }
 
     /// Notes that the locks are clustered from now on, and under which lease, for the next [`Journal::write`].
@@ -185,8 +216,8 @@ impl Journal {
     ///
     /// # Errors
     /// When the new file cannot be written.
-    pub fn compact<'a>(&mut self, held: impl IntoIterator<Item = &'a HoldRecord>) -> io::Result<()> {
-        match Journal::create(&self.path, self.boot, self.lease, held) {
+    pub fn compact(&mut self, content: &Snapshot) -> io::Result<()> {
+        match Journal::create(&self.path, self.boot, self.lease, content) {
             Ok(new) => *self = new,
             Err(e) => {
                 // Not again with every lock: when it has grown as much once more.
@@ -225,8 +256,10 @@ impl Journal {
 /// What a journal says, and what is wrong with it.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub struct Loaded {
-    /// The holds that had not ended, in the order of their tokens.
-    pub records: Vec<HoldRecord>,
+    /// The holds that had not ended, and the runs that may count, each in the order of their tokens.
+    pub content: Snapshot,
+    /// The journal is of this boot of the machine. The holds of an earlier boot are left out.
+    pub is_of_this_boot: bool,
     /// The highest token in it: new ones must be larger.
     pub last_token: Option<Token>,
     /// Whether the locks are clustered, and under which lease.
@@ -318,43 +351,68 @@ pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
     if &head[..16] != MAGIC || !is_whole(head) {
         return complaint("not used: its header is damaged, or of another version".into());
     }
-    if &head[16..32] != boot {
-        // No holder of that time lives now. Whether locks are clustered has not changed.
-        let leases = body.as_chunks::<RECORD_BYTES>().0.iter().map(decode);
-        let is_clustered = leases.flatten().any(|entry| matches!(entry, Decoded::Lease(_)));
-        let lease = if is_clustered { ClusterLease::None } else { ClusterLease::Local };
-        return Loaded { lease, ..Loaded::default() };
-    }
-    let mut held = BTreeMap::new();
-    let mut last_token = None;
-    let mut lease = ClusterLease::Local;
-    let mut damaged = 0;
+    let is_of_this_boot = &head[16..32] == boot;
+    let mut contents = Contents::default();
     let (records, cut) = body.as_chunks::<RECORD_BYTES>();
-    for bytes in records {
-        let token = match decode(bytes) {
+    records.iter().for_each(|record| contents.add(decode(record)));
+    contents.damaged += usize::from(!cut.is_empty());
+    contents.finish(is_of_this_boot)
+}
+
+/// What the records of a journal say, read from the first to the last.
+#[derive(Default)]
+struct Contents {
+    held: BTreeMap<Token, HoldRecord>,
+    runs: BTreeMap<Token, RunRecord>,
+    last_token: Option<Token>,
+    lease: ClusterLease,
+    damaged: usize,
+}
+
+impl Contents {
+    fn add(&mut self, record: Option<Decoded>) {
+        let token = match record {
             Some(Decoded::Grant(record)) => {
                 let token = record.held.token;
-                held.insert(token, record);
+                self.held.insert(token, record);
                 token
             }
             Some(Decoded::End(token)) => {
-                held.remove(&token);
+                self.held.remove(&token);
                 token
             }
-            Some(Decoded::Lease(number)) => {
-                lease = number;
-                continue;
+            Some(Decoded::Run(record)) => {
+                let token = record.run.token;
+                self.runs.insert(token, record);
+                token
             }
-            None => {
-                damaged += 1;
-                continue;
+            Some(Decoded::RunBy(token, by)) => {
+                if let Some(record) = self.runs.get_mut(&token) {
+                    record.run.by = by.as_str().into();
+                }
+                token
             }
+            Some(Decoded::RunForgotten(token)) => {
+                self.runs.remove(&token);
+                token
+            }
+            Some(Decoded::Lease(lease)) => return self.lease = lease,
+            None => return self.damaged += 1,
         };
-        last_token = last_token.max(Some(token));
+        self.last_token = self.last_token.max(Some(token));
     }
-    damaged += usize::from(!cut.is_empty());
-    let complaint = (damaged > 0).then(|| format!("{damaged} damaged records were passed over"));
-    Loaded { records: held.into_values().collect(), last_token, lease, complaint }
+
+    fn finish(self, is_of_this_boot: bool) -> Loaded {
+        let runs = self.runs.into_values().collect();
+        if !is_of_this_boot {
+            // No holder of an earlier boot lives now. That locks are clustered is as true as it was.
+            let lease = if self.lease.is_clustered() { ClusterLease::None } else { ClusterLease::Local };
+            return Loaded { content: Snapshot { runs, ..Snapshot::default() }, lease, ..Loaded::default() };
+        }
+        let complaint = (self.damaged > 0).then(|| format!("{} damaged records were skipped", self.damaged));
+        let content = Snapshot { holds: self.held.into_values().collect(), runs };
+        Loaded { content, is_of_this_boot, last_token: self.last_token, lease: self.lease, complaint }
+    }
 }
 
 /// Writes a new file beside `path`, and renames it to that: at no moment is there half a file, or none.
@@ -382,28 +440,43 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<File> {
 //   header  16 magic | 16 boot id | 52 zero | 4 checksum of these
 //   record   4 checksum | 1 kind | 1 protocol | 1 flags | 1 zero | 4 slots | 4 uid | 4 pid | 4 child
 //          | 8 token | 16 lock | 16 nonce | 8 granted | 8 until | 8 recorded
+//   run      4 checksum | 1 kind | 1 zero | 1 flags | 1 exit status or signal | 4 zero | 4 uid | 8 counts for | 8 token
+//          | 16 lock | 8 began | 8 began, since 1970 | 24 zero; and after it
+//   run by   4 checksum | 1 kind | 19 zero | 8 token | 56 text
 //   (88 bytes each; of a strike, only kind and token count; of a lease, only kind and, in the token's place, its number)
 
 const GRANT: u8 = 1;
 const END: u8 = 2;
 const LEASE: u8 = 3;
+const RUN: u8 = 4;
+const RUN_BY: u8 = 5;
+const RUN_FORGOTTEN: u8 = 6;
 const SHARED: u8 = 1;
 const EXEC: u8 = 2;
 const INHERITS: u8 = 4;
 const HAS_NONCE: u8 = 8;
 const HAS_UID: u8 = 16;
 const HAS_UNTIL: u8 = 32;
+/// The field `until` is the weight.
+const HAS_WEIGHT: u8 = 64;
+const SIGNAL: u8 = 128;
 
 enum Entry<'a> {
     Grant(&'a HoldRecord),
     End(Token),
     Lease(ClusterLease),
+    Run(&'a RunRecord),
+    RunBy(&'a RunRecord),
+    RunForgotten(Token),
 }
 
 enum Decoded {
     Grant(HoldRecord),
     End(Token),
     Lease(ClusterLease),
+    Run(RunRecord),
+    RunBy(Token, String),
+    RunForgotten(Token),
 }
 
 fn header(boot: &BootId, place: &Place) -> [u8; RECORD_BYTES] {
@@ -432,6 +505,7 @@ fn encode(entry: Entry<'_>) -> [u8; RECORD_BYTES] {
                 (held.nonce.is_some(), HAS_NONCE),
                 (held.uid.is_some(), HAS_UID),
                 (held.until.is_some(), HAS_UNTIL),
+                (held.terms.weight.is_some(), HAS_WEIGHT),
             ];
             let flags = flags.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum::<u8>();
             put(4, &[GRANT, held.terms.protocol.into(), flags]);
@@ -443,11 +517,38 @@ fn encode(entry: Entry<'_>) -> [u8; RECORD_BYTES] {
             put(32, &held.lock.0);
             put(48, &held.nonce.map_or(0, |nonce| nonce.0).to_le_bytes());
             put(64, &granted.0.to_le_bytes());
-            put(72, &held.until.map_or(0, |until| until.0).to_le_bytes());
+            // Only protocol 1 has a limit, and only protocol 2 a weight.
+            let weight = held.terms.weight.map_or(0, |weight| weight.get().into());
+            put(72, &held.until.map_or(weight, |until| until.0).to_le_bytes());
             put(80, &recorded.0.to_le_bytes());
         }
         Entry::End(token) => {
             put(4, &[END]);
+            put(24, &token.0.to_le_bytes());
+        }
+        Entry::Run(RunRecord { run, began_unix_ms }) => {
+            let (mut flags, number) = match run.outcome {
+                Outcome::Exit(number) => (0, number),
+                Outcome::Signal(number) => (SIGNAL, number),
+                Outcome::Unknown | Outcome::Vanished => unreachable!("only what is known to be done counts"),
+            };
+            flags |= if run.uid.is_some() { HAS_UID } else { 0 };
+            put(4, &[RUN, 0, flags, number]);
+            put(12, &run.uid.unwrap_or(0).to_le_bytes());
+            put(16, &millis(run.counts_for).to_le_bytes());
+            put(24, &run.token.0.to_le_bytes());
+            put(32, &run.lock.0);
+            put(48, &run.began_ms.to_le_bytes());
+            put(56, &began_unix_ms.to_le_bytes());
+        }
+        Entry::RunBy(RunRecord { run, .. }) => {
+            let by = run.by.as_str();
+            put(4, &[RUN_BY]);
+            put(24, &run.token.0.to_le_bytes());
+            put(32, &by.as_bytes()[..by.floor_char_boundary(RUN_BY_BYTES_MAX)]);
+        }
+        Entry::RunForgotten(token) => {
+            put(4, &[RUN_FORGOTTEN]);
             put(24, &token.0.to_le_bytes());
         }
         Entry::Lease(lease) => {
@@ -470,6 +571,24 @@ fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
     let flag = |bit: u8| bytes[6] & bit != 0;
     match bytes[4] {
         END => Some(Decoded::End(token)),
+        RUN => {
+            let number = bytes[7];
+            let run = Run {
+                lock: LockId(bytes[32..48].try_into().expect("sixteen bytes")),
+                token,
+                began_ms: u64_at(48) as i64,
+                counts_for: Duration::from_millis(u64_at(16)),
+                outcome: if flag(SIGNAL) { Outcome::Signal(number) } else { Outcome::Exit(number) },
+                uid: flag(HAS_UID).then(|| u32_at(12)),
+                by: "".into(),
+            };
+            Some(Decoded::Run(RunRecord { run, began_unix_ms: u64_at(56) }))
+        }
+        RUN_BY => {
+            let text = String::from_utf8_lossy(&bytes[32..]);
+            Some(Decoded::RunBy(token, text.trim_end_matches('\0').into()))
+        }
+        RUN_FORGOTTEN => Some(Decoded::RunForgotten(token)),
         LEASE if token.0 == 0 => Some(Decoded::Lease(ClusterLease::None)),
         LEASE => Some(Decoded::Lease(ClusterLease::Id(token.0))),
         GRANT => {
@@ -480,6 +599,7 @@ fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
                 exec: flag(EXEC),
                 inherits: flag(INHERITS),
                 slots: u32_at(8).max(1),
+                weight: NonZeroU32::new(u64_at(72) as u32).filter(|_| flag(HAS_WEIGHT)),
             };
             let held = HoldState {
                 lock: LockId(bytes[32..48].try_into().expect("sixteen bytes")),

@@ -25,6 +25,8 @@ pub enum LockResult {
     Held(Token),
     /// Another holder finished first; this is the exit status to adopt, with `--on-peer-failure adopt`.
     Finished(Option<u8>),
+    /// A newer request took the place of this one (`--newest`).
+    Superseded,
     /// The lock is held, and the request did not wait, or timed out.
     Busy,
 }
@@ -53,6 +55,8 @@ pub fn lock(request: &Acquire, pid: Option<u32>) -> Result<LockResult, Error> {
             Ok(LockResult::Held(token))
         }
         Acquired::Finished { status, .. } => Ok(LockResult::Finished(status)),
+        Acquired::Fresh { status, .. } => Ok(LockResult::Finished(status)),
+        Acquired::Superseded => Ok(LockResult::Superseded),
         Acquired::Busy => Ok(LockResult::Busy),
         Acquired::HeldAbove => Err(client::Error::Deadlock(format!(
             "the lock {:?} is held by process {pid} already, or by a process that it runs under",

@@ -41,6 +41,10 @@ pub struct Job {
     pub reentrant: bool,
     /// Holds the lock until the command and all its descendants have exited.
     pub tree: bool,
+    /// The command and its descendants are stopped after holding the lock for so long.
+    pub max_hold: Option<Duration>,
+    /// After holding the lock for so long, kmutex and the daemon warn.
+    pub warn_after: Option<Duration>,
 }
 
 /// How the command is started.
@@ -74,6 +78,16 @@ pub enum Ended {
     Finished(Outcome),
     /// Another holder finished first, with this status; the command did not run.
     Adopted(u8),
+    /// The work was done recently enough; the command did not run.
+    Fresh(Outcome),
+    /// The work failed recently enough, with this status; the command did not run.
+    FreshAdopted(u8),
+    /// A newer request took the place of this one; the command did not run.
+    Superseded,
+    /// The command was stopped because it held the lock for too long.
+    TimedOut,
+    /// The command was stopped because a newer request replaced it; this is its status.
+    Replaced(u8),
     /// Another holder has the lock, and the request does not wait, or its time ran out.
     Busy,
     /// The lock was lost while the command ran.
@@ -131,6 +145,11 @@ impl Job {
                     (report.outcome, report.token) = (Some(outcome), Some(token));
                     return Ok(Some(status.map_or(Ended::Finished(outcome), Ended::Adopted)));
                 }
+                Acquired::Fresh { run, status } => {
+                    (report.outcome, report.token) = (Some(run.outcome), Some(run.token));
+                    return Ok(Some(status.map_or(Ended::Fresh(run.outcome), Ended::FreshAdopted)));
+                }
+                Acquired::Superseded => return Ok(Some(Ended::Superseded)),
                 Acquired::Granted { request, session, token } => {
                     report.token = Some(token);
                     if self.spawn != Spawn::CloseLock {
@@ -155,6 +174,9 @@ impl Job {
             inherits: self.spawn == Spawn::InheritLock,
             kill_after: (self.on_lost == OnLost::Kill).then_some(self.kill_after),
             tree: self.tree,
+            stop_within: self.kill_after,
+            max_hold: self.max_hold,
+            warn_after: self.warn_after,
         };
         let exit = match child::run(&command, &mut holds, options) {
             Err(child::Error::Spawn(error)) => return Err(self.not_started(holds, error)),
@@ -163,8 +185,17 @@ impl Job {
         };
         report.outcome = Some(exit.outcome);
         let mut lost = exit.lost;
+        // A command that exits with 0 when it is stopped has not done its work.
+        let outcome = match exit.stopped {
+            Some(child::StopReason::MaxHold) => Outcome::Exit(Exit::TimedOut.code()),
+            Some(child::StopReason::Replaced) | None => exit.outcome,
+        };
         for hold in &mut holds {
-            match hold.release(exit.outcome, RELEASE_WAIT) {
+            let released = match hold.is_remembered() {
+                true => hold.release_recorded(outcome, RELEASE_WAIT),
+                false => hold.release(outcome, RELEASE_WAIT).map(drop),
+            };
+            match released {
                 // No daemon came back in time. The lock ends with this process, and the next daemon notices that.
                 Ok(_) | Err(client::Error::Closed) => {}
                 // Reported when it happened.
@@ -181,7 +212,12 @@ impl Job {
         if lost {
             return Ok(Ended::Lost);
         }
+        if exit.stopped == Some(child::StopReason::MaxHold) {
+            return Ok(Ended::TimedOut);
+        }
         Ok(match exit.outcome {
+            Outcome::Signal(number) if exit.stopped.is_some() => Ended::Replaced(exit::of_signal(number)),
+            Outcome::Exit(status) if exit.stopped.is_some() => Ended::Replaced(status),
             Outcome::Signal(number) if exit.died_with_kmutex => Ended::Died(number),
             Outcome::Signal(number) => Ended::Ran(exit::of_signal(number)),
             Outcome::Exit(status) => Ended::Ran(status),

@@ -58,6 +58,7 @@ pub fn print(question: &Question<'_>, format: Format, out: &mut impl Write) -> R
     let mut session = Session::connect_within(question.target, limit)?;
     session.send(&Request::Status { key, cluster })?;
     let mut table = Table::default();
+    let mut notes = Vec::new();
     loop {
         match (session.answer()?, format) {
             (Answer::Lock(status), Format::Json) => {
@@ -69,7 +70,13 @@ pub fn print(question: &Question<'_>, format: Format, out: &mut impl Write) -> R
                     writeln!(out, "{key}")?;
                 }
             }
-            (Answer::Lock(status), Format::People) => table.add(&status),
+            (Answer::Lock(status), Format::People) => {
+                table.add(&status);
+                let runs = [("last success", &status.last_success), ("last failure", &status.last_failure)];
+                for (name, run) in runs {
+                    notes.extend(run.as_ref().map(|run| format!("{name}: {}", describe::run(run))));
+                }
+            }
             (Answer::End, _) => break,
             (Answer::Error { code: ErrorCode::Unavailable, message }, _) => {
                 return Err(client::Error::Unavailable(message).into());
@@ -85,6 +92,7 @@ pub fn print(question: &Question<'_>, format: Format, out: &mut impl Write) -> R
             writeln!(out, "{heading}")?;
         }
         table.print(out)?;
+        notes.iter().try_for_each(|note| writeln!(out, "{note}"))?;
     }
     Ok(out.flush()?)
 }

@@ -5,9 +5,11 @@
 //! no random numbers, so that `table/simulation.rs` can drive it through millions of steps.
 //!
 //! The rules (`docs/protocol.md` has them for users):
-//! - A lock has holders and three waiting lines: protocol 1 waiters, *once* waiters, and the *queue*.
+//! - A lock has holders and four waiting lines: protocol 1 waiters, *once* waiters, the *queue*, and *coalescing* waiters.
 //! - A release tells every protocol 1 waiter and every once waiter that the holder finished, then moves the queue on.
 //! - A holder that vanished has finished nothing: the oldest protocol 2 waiter, once or queue, takes its place.
+//! - A *coalescing* waiter waits for the end of a run that began after it came. When a run ends, the newest waiter that it
+//!   does not satisfy runs, and the others wait for that run.
 //! - The table answers "busy", and lets a once waiter wait, only when every event that came before is in the table: such
 //!   requests are *deferred* until the caller calls [`Table::settle`]. Otherwise the second of two commands run one after
 //!   the other could be read before the release of the first, and would lose a race that never was.
@@ -24,6 +26,8 @@
 //! | `request.rs` | a request, its stages and terms |
 //! | `lock.rs` | a lock: its holders, and the lists of its waiters |
 //! | `effect.rs` | what comes out: notifications, journal entries, notices for the clustering |
+//! | `runs.rs` | runs that are over and still count, for requests that name how fresh the work must be |
+//! | `newest.rs` | requests of which the newest wins, and holders that are asked to stop |
 //! | `resume.rs` | holds that outlive their connection: restored, resumed, ended, broken |
 //! | `nested.rs` | requests under another lock, and the cycles that they could close |
 //! | `remote.rs` | clustered locks: what other hosts hold, and what this host may grant |
@@ -36,11 +40,13 @@ mod effect;
 mod list;
 mod lock;
 mod nested;
+mod newest;
 mod remote;
 mod request;
 mod resume;
 #[cfg(test)]
 pub(crate) mod rng;
+mod runs;
 #[cfg(test)]
 mod simulation;
 mod store;
@@ -52,7 +58,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
 use crate::proto::v1::State;
-use crate::proto::v2::{LockRequest, Mode};
+use crate::proto::v2::LockRequest;
 use crate::proto::{LockId, Nonce, Outcome, Token};
 pub use crate::timestamp::Timestamp;
 pub use effect::{ClusterNotice, Effects, JournalEntry, Loss, Notification, NotificationKind};
@@ -63,6 +69,8 @@ pub use remote::ClusterNeeds;
 pub use request::Terms;
 use request::{Details, Links, LockIndex, Request, RequestId, Stage, WaitList};
 pub use resume::{HoldState, NonceMismatch};
+use runs::Runs;
+pub use runs::{RUN_BY_BYTES_MAX, Run};
 use store::Store;
 pub use view::{LockView, RequestView};
 
@@ -90,6 +98,8 @@ pub struct Table {
     /// Holds that have not resumed.
     orphans: BTreeMap<Token, RequestId>,
     nested: Nested,
+    /// Runs that are over and still count.
+    runs: Runs,
     /// The locks are clustered: etcd says which host may grant one.
     is_clustered: bool,
     hold_limit: Option<Duration>,
@@ -109,6 +119,8 @@ pub struct Config {
     pub hold_limit: Option<Duration>,
     /// The locks are clustered: the table grants one only after [`Table::cluster_granted`].
     pub is_clustered: bool,
+    /// Of how many locks the table remembers when their work was last done.
+    pub remember_max: usize,
 }
 
 impl Table {
@@ -120,6 +132,7 @@ impl Table {
             nonces: BTreeMap::new(),
             orphans: BTreeMap::new(),
             nested: Nested::default(),
+            runs: Runs::new(config.remember_max),
             is_clustered: config.is_clustered,
             hold_limit: config.hold_limit,
             next_token: config.first_token.0,
@@ -144,7 +157,7 @@ impl Table {
         if self.admits(id) {
             self.grant(now, id, effects);
         } else {
-            self.wait_or_query(id, effects);
+            self.wait_or_query(now, id, effects);
         }
     }
 
@@ -170,7 +183,12 @@ impl Table {
             effects.notifications.push(Notification { client, lock, kind });
             return Ok(());
         }
-        let wait_list = if asked.mode == Mode::Once { WaitList::Once } else { WaitList::Queue };
+        if let Some(run) = self.fresh_run(now, lock, &asked) {
+            let kind = NotificationKind::Fresh(run.token);
+            effects.notifications.push(Notification { client, lock, kind });
+            return Ok(());
+        }
+        let wait_list = WaitList::from(asked.mode);
         // A client that had a place before the daemon was restarted keeps it.
         let place = asked.place.filter(|&place| place < self.first_arrival);
         let is_deferred = place.is_none() && (asked.nowait || wait_list == WaitList::Once);
@@ -181,14 +199,19 @@ impl Table {
             self.nonces.insert(nonce, id);
         }
         self.nested_asked(id);
-        if self.admits(id) {
+        self.note_fresh(id);
+        if self.refuse_if_slots_differ(id, effects) {
+            let lock = self.store[id].lock;
+            self.remove_request(id);
+            self.request_left(lock, effects);
+        } else if self.admits(id) {
             self.grant(now, id, effects);
         } else if self.refuse_if_held_above(id, effects) {
             let lock = self.store[id].lock;
             self.remove_request(id);
             self.request_left(lock, effects);
         } else if !is_deferred {
-            self.wait_or_query(id, effects);
+            self.wait_or_query(now, id, effects);
         }
         Ok(())
     }
@@ -229,23 +252,26 @@ impl Table {
     pub fn settle_next(&mut self, now: Timestamp, mark: ArrivalMark, effects: &mut Effects) -> bool {
         let first = self.store.first_deferred().filter(|&id| self.store[id].place < mark.0);
         let Some(id) = first else { return false };
-        if self.admits(id) {
+        let lock = self.store[id].lock;
+        if self.finish_if_fresh(now, id, effects) {
+            self.request_left(lock, effects);
+        } else if self.admits(id) {
             self.grant(now, id, effects);
         } else if self.needs_cluster(id) {
             self.query_cluster(id, effects);
         } else {
-            self.wait_or_refuse(id, effects);
+            self.wait_or_refuse(now, id, effects);
         }
         true
     }
 
     /// Lets a request wait, or refuses it if it came with `nowait`.
-    fn wait_or_refuse(&mut self, id: RequestId, effects: &mut Effects) {
+    fn wait_or_refuse(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
         if self.store[id].asked().is_some_and(|asked| asked.nowait) {
             self.notify(id, NotificationKind::Busy, effects);
             self.remove_request(id);
         } else {
-            self.wait(id, effects);
+            self.wait(now, id, effects);
         }
     }
 
@@ -254,7 +280,7 @@ impl Table {
         self.store.first_deferred().map(|_| self.mark())
     }
 
-    /// Ends the holds whose time limit has passed.
+    /// Ends the holds whose time limit has passed, and asks holders to stop whose time is over.
     pub fn expire(&mut self, now: Timestamp, effects: &mut Effects) {
         while self.expire_next(now, effects) {}
     }
@@ -264,6 +290,10 @@ impl Table {
         let Some(&(deadline, id)) = self.deadlines.first() else { return false };
         if deadline > now {
             return false;
+        }
+        if self.store.token_of(id).is_none() {
+            self.replace_now(id, effects);
+            return true;
         }
         self.notify(id, NotificationKind::Expired, effects);
         self.end_hold(now, id, Outcome::Vanished, effects);
@@ -297,7 +327,10 @@ impl Table {
         }
         let request = &self.store[id];
         let lock = &self.store[request.lock];
-        (lock.queue.is_empty() || lock.queue.head() == Some(id)) && self.holders_admit(lock, request)
+        // Coalescing requests never overtake each other: a newcomer waits with them for the next run.
+        (lock.queue.is_empty() || lock.queue.head() == Some(id))
+            && (lock.coalescing.is_empty() || lock.coalescing.tail() == Some(id))
+            && self.holders_admit(lock, request)
     }
 
     fn holders_admit(&self, lock: &Lock, request: &Request) -> bool {
@@ -307,7 +340,29 @@ impl Table {
         if holder.shared || request.terms.shared {
             return holder.shared && request.terms.shared;
         }
-        holder.slots > 1 && lock.holding < request.terms.slots
+        holder.slots > 1
+            && lock.weight_held.saturating_add(request.terms.weight_or_one()) <= request.terms.slots
+    }
+
+    /// Refuses a request with a weight if another request with a weight for the same lock says another number of slots: the
+    /// two would not mean the same thing. Returns `false` if this is no such request.
+    fn refuse_if_slots_differ(&mut self, id: RequestId, effects: &mut Effects) -> bool {
+        let request = &self.store[id];
+        let Terms { slots, weight: Some(_), .. } = request.terms else { return false };
+        let lock = &self.store[request.lock];
+        let lists = [lock.holders, lock.queue, lock.once_waiters, lock.undecided];
+        let mut requests = lists.into_iter().flat_map(|list| self.store.members(list));
+        let other = requests.find(|&other| other != id && self.store[other].terms.weight.is_some());
+        let differs = other.is_some_and(|other| self.store[other].terms.slots != slots);
+        if let Some(other) = other.filter(|_| differs) {
+            let slots = self.store[other].terms.slots;
+            self.notify(
+                id,
+                NotificationKind::SlotsDiffer { slots, other: self.store[other].client },
+                effects,
+            );
+        }
+        differs
     }
 
     /// Grants a lock under the next token.
@@ -320,9 +375,11 @@ impl Table {
     /// The one place where a lock is granted.
     fn grant_as(&mut self, now: Timestamp, id: RequestId, token: Token, effects: &mut Effects) {
         debug_assert!(self.may_join_holders(id), "a lock is granted beside holders that exclude the request");
+        self.clear_deadline(id);
         self.store.move_to(id, Stage::Holding(token));
+        let began = self.mark();
         let request = &mut self.store[id];
-        request.since = now;
+        (request.since, request.began) = (now, began);
         if let (WaitList::V1, Some(limit)) = (request.wait_list, self.hold_limit) {
             request.deadline = now.plus(limit);
             self.deadlines.insert((request.deadline, id));
@@ -339,7 +396,7 @@ impl Table {
         request.token().is_none() && self.holders_admit(&self.store[request.lock], request)
     }
 
-    fn wait(&mut self, id: RequestId, effects: &mut Effects) {
+    fn wait(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
         if self.refuse_if_cyclic(id, effects) {
             self.remove_request(id);
             return;
@@ -349,13 +406,15 @@ impl Table {
             "a request waits for a lock that its holders would let it have"
         );
         self.store.move_to(id, Stage::Waiting);
+        self.supersede(id, effects);
         self.notify_waiting(id, effects);
+        self.begin_replacing(now, id, effects);
     }
 
     /// Before a wait: there is a holder, or a queued request comes first.
     fn must_wait(&self, id: RequestId) -> bool {
         let lock = &self.store[self.store[id].lock];
-        !lock.holders.is_empty() || !lock.queue.is_empty()
+        !lock.holders.is_empty() || !lock.queue.is_empty() || !lock.coalescing.is_empty()
     }
 
     fn notify_waiting(&self, id: RequestId, effects: &mut Effects) {
@@ -365,7 +424,7 @@ impl Table {
             // It is the last one, unless it kept a place from before a restart.
             WaitList::Queue if lock.queue.tail() == Some(id) => lock.queued - 1,
             WaitList::Queue => self.store.members(lock.queue).take_while(|&other| other != id).count() as u32,
-            WaitList::V1 | WaitList::Once => 0,
+            WaitList::V1 | WaitList::Once | WaitList::Coalesce => 0,
         };
         self.notify(id, NotificationKind::Waiting { ahead, place: request.place }, effects);
     }
@@ -389,11 +448,11 @@ impl Table {
     ) {
         let request = &self.store[id];
         let token = request.token().expect("only a holder's hold ends");
-        let lock = request.lock;
-        if request.deadline != Timestamp::NEVER {
-            self.deadlines.remove(&(request.deadline, id));
+        let (lock, began) = (request.lock, request.began);
+        if self.store[lock].remote_holder != Some(id) {
+            self.remember(now, id, outcome, effects);
         }
-        if request.client.is_none() {
+        if self.store[id].client.is_none() {
             self.orphans.remove(&token);
         }
         self.remove_request(id);
@@ -404,6 +463,8 @@ impl Table {
             self.promote_oldest_waiter(now, lock, effects);
         } else {
             self.finish_waiters(lock, WaitList::Once, outcome, token, effects);
+            self.finish_batch(lock, began, outcome, token, effects);
+            self.finish_fresh_waiters(now, lock, effects);
         }
         self.admit_queue(now, lock, effects);
         debug_assert!(!self.has_idle_queue(lock), "the head of a queue waits for a free lock");
@@ -413,7 +474,9 @@ impl Table {
     /// After the end of a hold: the head of the queue waits although the lock is free.
     fn has_idle_queue(&self, lock: LockIndex) -> bool {
         let lock = &self.store[lock];
-        !self.is_clustered && lock.holders.is_empty() && !lock.queue.is_empty()
+        !self.is_clustered
+            && lock.holders.is_empty()
+            && !(lock.queue.is_empty() && lock.coalescing.is_empty())
     }
 
     /// Tells every waiter of a line that the holder finished, and removes it.
@@ -431,24 +494,64 @@ impl Table {
         }
     }
 
-    /// A holder vanished: the oldest protocol 2 waiter, once or queue, takes its place.
-    fn promote_oldest_waiter(&mut self, now: Timestamp, lock: LockIndex, effects: &mut Effects) {
-        let Lock { once_waiters, queue, .. } = &self.store[lock];
-        let arrival = |id: &RequestId| self.store[*id].place;
-        // The head of the queue needs no help: `admit_queue` comes next.
-        let oldest = [once_waiters.head(), queue.head()].into_iter().flatten().min_by_key(arrival);
-        let Some(oldest) = oldest else { return };
-        if !self.is_clustered && self.holders_admit(&self.store[lock], &self.store[oldest]) {
-            self.grant(now, oldest, effects);
+    /// A run is over: tells the coalescing waiters that came before it began.
+    fn finish_batch(
+        &mut self,
+        lock: LockIndex,
+        began: ArrivalMark,
+        outcome: Outcome,
+        token: Token,
+        effects: &mut Effects,
+    ) {
+        while let Some(id) = self.store[lock].coalescing.head()
+            && self.store[id].place < began.0
+        {
+            self.notify(id, NotificationKind::Finished(outcome, token), effects);
+            self.remove_request(id);
         }
     }
 
-    /// Grants the lock to as many requests from the head of the queue as the holders admit.
-    fn admit_queue(&mut self, now: Timestamp, lock: LockIndex, effects: &mut Effects) {
-        while let Some(id) = self.store[lock].queue.head()
-            && self.admits(id)
+    /// A holder vanished: the oldest protocol 2 waiter takes its place; of coalescing waiters the newest.
+    fn promote_oldest_waiter(&mut self, now: Timestamp, lock: LockIndex, effects: &mut Effects) {
+        while !self.is_clustered
+            && let Some(next) = self.next_of(lock, &[WaitList::Once, WaitList::Queue, WaitList::Coalesce])
+            && self.holders_admit(&self.store[lock], &self.store[next])
         {
-            self.grant(now, id, effects);
+            if !self.finish_if_fresh(now, next, effects) {
+                return self.grant(now, next, effects);
+            }
+        }
+    }
+
+    /// Returns the request that is next among some lines of a lock: the oldest, or, where that coalesces, the newest of the
+    /// coalescing requests, whose arguments are current.
+    fn next_of(&self, lock: LockIndex, lists: &[WaitList]) -> Option<RequestId> {
+        let lock = &self.store[lock];
+        let heads = lists.iter().filter_map(|&list| lock.waiters(list).head());
+        let oldest = heads.min_by_key(|&id| self.store[id].place)?;
+        match self.store[oldest].wait_list {
+            WaitList::Coalesce => lock.coalescing.tail(),
+            _ => Some(oldest),
+        }
+    }
+
+    /// Grants the lock to as many waiting requests as the holders admit: from the head of the queue, and the newest of the
+    /// coalescing ones.
+    fn admit_queue(&mut self, now: Timestamp, lock: LockIndex, effects: &mut Effects) {
+        while !self.is_clustered
+            && let Some(id) = self.next_of(lock, &[WaitList::Queue, WaitList::Coalesce])
+            && self.holders_admit(&self.store[lock], &self.store[id])
+        {
+            if !self.finish_if_fresh(now, id, effects) {
+                self.grant(now, id, effects);
+            }
+        }
+    }
+
+    fn clear_deadline(&mut self, id: RequestId) {
+        let deadline = std::mem::replace(&mut self.store[id].deadline, Timestamp::NEVER);
+        if deadline != Timestamp::NEVER {
+            self.deadlines.remove(&(deadline, id));
         }
     }
 
@@ -476,6 +579,7 @@ impl Table {
             terms,
             place: place.unwrap_or(arrival),
             since: now,
+            began: ArrivalMark::NONE,
             deadline: Timestamp::NEVER,
             details,
         });
@@ -486,6 +590,7 @@ impl Table {
     /// Forgets a request, wherever it stands.
     fn remove_request(&mut self, id: RequestId) {
         self.nested_gone(id);
+        self.clear_deadline(id);
         let request = self.store.remove(id);
         if let Some(nonce) = request.details.and_then(|details| details.nonce) {
             self.nonces.remove(&nonce);

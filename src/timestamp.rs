@@ -26,7 +26,8 @@ impl Timestamp {
     }
 }
 
-fn millis(span: Duration) -> u64 {
+/// Returns a span of time in whole milliseconds, or the longest that can be said.
+pub fn millis(span: Duration) -> u64 {
     u64::try_from(span.as_millis()).unwrap_or(u64::MAX)
 }
 

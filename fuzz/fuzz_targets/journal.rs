@@ -15,11 +15,11 @@ const RECORD_BYTES: usize = 88;
 fn restore(bytes: &[u8]) {
     let loaded = parse(bytes, &BOOT);
     let mut checked = Checked::new();
-    for record in &loaded.records {
+    for record in &loaded.content.holds {
         assert!(loaded.last_token >= Some(record.held.token));
         checked.table.restore(record.granted, record.held);
     }
-    for record in &loaded.records {
+    for record in &loaded.content.holds {
         checked.feed(|table, now, effects| {
             table.limit_orphan(record.held.token, now.plus(Duration::from_millis(1)));
             table.orphan_ended(now, record.held.token, effects);

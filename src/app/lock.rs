@@ -2,9 +2,10 @@
 //! to ask for it.
 
 use std::ffi::OsStr;
+use std::num::NonZeroU32;
 use std::time::Duration;
 
-use super::{Failure, failure};
+use super::{Failure, failure, usage};
 use crate::acquire::{Acquire, Wait};
 use crate::cli;
 use crate::client::Target;
@@ -17,6 +18,7 @@ pub(super) fn lock(args: cli::Lock) -> Result<u8, Failure> {
     Ok(match lock::lock(&request, args.pid)? {
         LockResult::Held(_) => 0,
         LockResult::Finished(status) => status.unwrap_or(args.lock.finished_exit_code),
+        LockResult::Superseded => args.lock.finished_exit_code,
         LockResult::Busy => args.lock.conflict_exit_code,
     })
 }
@@ -28,10 +30,18 @@ pub(super) fn unlock(args: cli::Unlock) -> Result<u8, Failure> {
 
 /// Which lock the arguments ask for, and how.
 pub(super) fn acquire(args: &cli::LockArgs, key: Key) -> Result<Acquire, Failure> {
+    let replaces = args.replace || args.replace_after.is_some();
+    if args.weight.is_some_and(|weight| weight > args.slots) {
+        return Err(usage("--weight is more than --slots: the lock would never be granted"));
+    }
     Ok(Acquire {
         target: target(&args.daemon, !args.no_autostart)?,
         key,
-        mode: if args.queue { Mode::Queue } else { Mode::Once },
+        mode: match args {
+            _ if args.coalesce => Mode::Coalesce,
+            _ if args.queue || args.newest || replaces => Mode::Queue,
+            _ => Mode::Once,
+        },
         shared: args.shared,
         slots: args.slots,
         wait: match args.wait {
@@ -41,6 +51,12 @@ pub(super) fn acquire(args: &cli::LockArgs, key: Key) -> Result<Acquire, Failure
             Some(limit) => Wait::For(limit),
         },
         on_peer_failure: args.on_peer_failure,
+        fresh: args.fresh.unwrap_or_default(),
+        fresh_failure: args.fresh_failure.unwrap_or_default(),
+        newest: args.newest || replaces,
+        replace_after: replaces.then(|| args.replace_after.unwrap_or_default()),
+        no_replace: args.no_replace,
+        weight: args.weight.and_then(NonZeroU32::new),
         note: args.note.to_string_lossy().into_owned(),
         verbose: args.verbose,
     })

@@ -19,12 +19,16 @@ pub(super) fn run(args: cli::Run) -> Result<u8, Failure> {
         sink.write(&report.line(&result))?;
     }
     Ok(match result? {
-        Ended::Ran(status) | Ended::Adopted(status) => status,
+        Ended::Ran(status)
+        | Ended::Adopted(status)
+        | Ended::FreshAdopted(status)
+        | Ended::Replaced(status) => status,
+        Ended::TimedOut => Exit::TimedOut.code(),
         Ended::Died(signal) => {
             startup::die_of(signal.into());
             exit::of_signal(signal)
         }
-        Ended::Finished(_) => finished,
+        Ended::Finished(_) | Ended::Fresh(_) | Ended::Superseded => finished,
         Ended::Busy => conflict,
         Ended::Lost => Exit::Lost.code(),
     })
@@ -38,6 +42,7 @@ impl TryFrom<cli::Run> for Job {
         let keys = keys.into_iter().map(lock::key).collect::<Result<Vec<Key>, Failure>>()?;
         let keys =
             run::in_order(keys).map_err(|key| usage(&format!("-k {:?} is given twice", key.as_str())))?;
+        refuse_with_several_keys(&args, keys.len())?;
         Ok(Job {
             locks: keys.into_iter().map(|key| lock::acquire(&args.lock, key)).collect::<Result<_, _>>()?,
             argv,
@@ -50,7 +55,27 @@ impl TryFrom<cli::Run> for Job {
             kill_after: args.kill_after,
             reentrant: args.reentrant,
             tree: args.tree,
+            max_hold: args.max_hold,
+            warn_after: args.warn_after,
         })
+    }
+}
+
+/// Some options speak of one lock and its one run, which several locks do not have.
+fn refuse_with_several_keys(args: &cli::Run, keys: usize) -> Result<(), Failure> {
+    let options = [
+        ("--fresh", args.lock.fresh.is_some()),
+        ("--fresh-failure", args.lock.fresh_failure.is_some()),
+        ("--coalesce", args.lock.coalesce),
+        ("--newest", args.lock.newest),
+        ("--replace", args.lock.replace),
+        ("--replace-after", args.lock.replace_after.is_some()),
+    ];
+    match options.iter().find(|(_, is_given)| *is_given) {
+        Some((name, _)) if keys > 1 => {
+            Err(usage(&format!("{name} works with one lock, and there are several -k")))
+        }
+        _ => Ok(()),
     }
 }
 

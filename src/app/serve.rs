@@ -37,6 +37,7 @@ impl TryFrom<cli::Serve> for daemon::Config {
             per_uid_max: args.max_per_uid,
             grace: args.grace,
             state: args.state,
+            remember_max: args.remember_max as usize,
             ready_fd: args.ready_fd,
             idle_exit: args.idle_exit,
             #[cfg(feature = "etcd")]

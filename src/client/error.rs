@@ -69,6 +69,12 @@ pub enum Error {
     /// The daemon's locks are clustered, and it has no clustered locks of this kind.
     #[error("{0}")]
     PerHost(String),
+    /// Another client that names a weight says another number of slots.
+    #[error("{0}")]
+    SlotsDiffer(String),
+    /// The user of this client may not do that.
+    #[error("not permitted: {0}")]
+    NotPermitted(String),
     /// Waiting for this lock would never end. The message lists the clients that wait for each other.
     #[error("deadlock: {0}")]
     Deadlock(String),
@@ -105,9 +111,9 @@ impl Error {
             Error::Addr(error) => error.exit(),
             Error::Place(error) => error.exit(),
             Error::Autostart { .. } | Error::SocketGone { .. } => Exit::Unavailable,
-            Error::Untrusted { .. } => Exit::NotPermitted,
+            Error::Untrusted { .. } | Error::NotPermitted(_) => Exit::NotPermitted,
             Error::Closed | Error::Silent | Error::Unrecorded(_) | Error::Unavailable(_) => Exit::Unavailable,
-            Error::PerHost(_) => Exit::Usage,
+            Error::PerHost(_) | Error::SlotsDiffer(_) => Exit::Usage,
             Error::Lost(_) => Exit::Lost,
             Error::TimedOut | Error::Deadlock(_) => Exit::Busy,
             Error::Protocol(_) | Error::Refused(_) => Exit::Protocol,

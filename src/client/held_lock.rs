@@ -11,6 +11,7 @@ use super::{Error, Session, Target};
 use crate::clock;
 use crate::proto::v2::{Answer, ErrorCode, LockRequest, Request};
 use crate::proto::{Key, Outcome, Token};
+use crate::timestamp::millis;
 
 /// How long a client tries to reach a daemon in order to release a lock.
 pub const RELEASE_WAIT: Duration = Duration::from_secs(2);
@@ -31,6 +32,8 @@ pub struct HeldLock {
     name_child_at: Option<Instant>,
     /// How long the lock is safe without news from the daemon. `None`: as long as the connection lasts.
     lease: Option<Lease>,
+    /// The daemon has asked the holder to stop, and why.
+    stop: Option<String>,
 }
 
 /// The state of the connection.
@@ -51,7 +54,7 @@ impl HeldLock {
     pub fn new(target: Target, request: LockRequest, mut session: Session, token: Token) -> HeldLock {
         let request = LockRequest { holds: Some(token), ..request };
         let lease = session.lease.take();
-        HeldLock { target, request, token, link: Link::Up(session), name_child_at: None, lease }
+        HeldLock { target, request, token, link: Link::Up(session), name_child_at: None, lease, stop: None }
     }
 
     /// Returns the key of the lock.
@@ -62,6 +65,21 @@ impl HeldLock {
     /// Returns the fencing token.
     pub fn token(&self) -> Token {
         self.token
+    }
+
+    /// Returns why the holder is to stop and release, if the daemon has asked for that since the last call. The lock is held
+    /// until it is released.
+    pub fn take_stop(&mut self) -> Option<String> {
+        self.stop.take()
+    }
+
+    /// Tells the daemon, for its log, that the lock is held for longer than its holder meant to.
+    pub fn overdue(&mut self, held: Duration) {
+        if let Link::Up(session) = &mut self.link
+            && session.send(&Request::Overdue { held_ms: millis(held) }).is_err()
+        {
+            self.link = Link::down();
+        }
     }
 
     /// Returns the descriptor that becomes readable when [`HeldLock::poll`] has something to do, or `None` while there is no
@@ -127,6 +145,10 @@ impl HeldLock {
                         if let Some(mine) = &mut self.lease {
                             mine.answered(lease);
                         }
+                        self.link = Link::Up(session);
+                    }
+                    Ok(Some(Answer::Stop { why })) => {
+                        self.stop = Some(why.as_str().into());
                         self.link = Link::Up(session);
                     }
                     // At worst an error from an older daemon, which does not know the request that names the child.
@@ -197,6 +219,34 @@ impl HeldLock {
             self.poll()?;
             self.wait(give_up)?;
         }
+    }
+
+    /// Releases the lock as [`HeldLock::release`] does, and waits until a daemon has recorded that, if one comes back in time:
+    /// for a run that later requests count on.
+    ///
+    /// # Errors
+    /// As [`HeldLock::release`].
+    pub fn release_recorded(&mut self, outcome: Outcome, wait: Duration) -> Result<(), Error> {
+        let give_up = Instant::now() + wait;
+        let mut is_told = false;
+        loop {
+            let left = give_up.saturating_duration_since(Instant::now());
+            let released = self.release(outcome, left);
+            let was_told = is_told;
+            is_told |= released.is_ok();
+            match released.and_then(|mut session| session.confirm_release()) {
+                Ok(()) => return Ok(()),
+                // The daemon read the release before it died.
+                Err(Error::Lost(_)) if was_told => return Ok(()),
+                Err(Error::Closed) if Instant::now() < give_up => {}
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    /// Returns `true` if later requests may count on the run under this lock.
+    pub fn is_remembered(&self) -> bool {
+        self.request.fresh_ms > 0 || self.request.fresh_failure_ms > 0
     }
 
     /// Waits until there is something to poll to, or until `deadline`.

@@ -155,6 +155,8 @@ impl Session {
                 }
                 Ok(Answer::Finished { outcome, token }) => LockReply::Finished(outcome, token),
                 Ok(Answer::Busy { holders }) => LockReply::Busy(holders),
+                Ok(Answer::Fresh { run }) => LockReply::Fresh(run),
+                Ok(Answer::Superseded) => LockReply::Superseded,
                 Ok(Answer::Waiting { place, holders, ahead: before }) => {
                     self.place = Some(place);
                     ahead = before;
@@ -179,6 +181,12 @@ impl Session {
                 }
                 Ok(Answer::Error { code: ErrorCode::PerHost, message }) => {
                     return Err(Error::PerHost(message));
+                }
+                Ok(Answer::Error { code: ErrorCode::SlotsDiffer, message }) => {
+                    return Err(Error::SlotsDiffer(message));
+                }
+                Ok(Answer::Error { code: ErrorCode::NotPermitted, message }) => {
+                    return Err(Error::NotPermitted(message));
                 }
                 Ok(Answer::Error { code: ErrorCode::HeldAbove, .. }) => LockReply::HeldAbove,
                 Ok(other) => return Err(Error::unexpected(other)),
@@ -290,7 +298,8 @@ impl Session {
         loop {
             return match self.answer()? {
                 Answer::Released => Ok(()),
-                Answer::Pong { .. } => continue,
+                // Sent before the daemon read the release.
+                Answer::Pong { .. } | Answer::Stop { .. } => continue,
                 Answer::Lost { why } => Err(Error::Lost(why.as_str().into())),
                 other => Err(Error::unexpected(other)),
             };

@@ -19,6 +19,12 @@ pub(super) fn notification(lookup: Lookup<'_>, notification: Notification) {
         NotificationKind::Finished(outcome, token) => {
             debug!("finished: {lock}, token {token}: {outcome}, told {client}")
         }
+        NotificationKind::Fresh(token) => debug!("fresh: {lock}, token {token}, told {client}"),
+        NotificationKind::NewerRequest => debug!("superseded: {lock}, told {client}"),
+        NotificationKind::Stop => debug!("stop: {lock}, told {client}"),
+        NotificationKind::SlotsDiffer { slots, .. } => {
+            debug!("refused: {client} for {lock}, of {slots} slots")
+        }
         NotificationKind::Busy => debug!("busy: {lock}, told {client}"),
         NotificationKind::Unavailable => debug!("unavailable: {lock}, told {client}"),
         NotificationKind::HeldAbove => {

@@ -3,11 +3,13 @@
 use super::cluster::Clustering;
 use super::connections::Connections;
 use super::orphans::Orphans;
-use crate::journal::HoldRecord;
+use crate::clock;
+use crate::journal::{HoldRecord, RunRecord, Snapshot};
 use crate::proto::Pid;
-use crate::proto::v2::{LISTED_MAX, LeaseTerms, LockStatus, LockUser, Mode};
-use crate::proto::{LockId, Token};
-use crate::table::{ClientId, HoldState, LockView, RequestView, Table, Timestamp};
+use crate::proto::v2::{LISTED_MAX, LeaseTerms, LockStatus, LockUser, Mode, RunStatus};
+use crate::proto::{Key, LockId, Token};
+use crate::table::{ClientId, HoldState, LockView, RequestView, Run, Table, Timestamp};
+use crate::timestamp::millis;
 
 #[derive(Clone, Copy)]
 pub(super) struct Lookup<'a> {
@@ -63,7 +65,42 @@ impl<'a> Lookup<'a> {
             holding: lock.holding(),
             waiters,
             waiting: lock.waiting(),
+            last_success: None,
+            last_failure: None,
         }
+    }
+
+    /// Returns the status of one lock, which may be only remembered. `None`: nothing is known of it.
+    pub(super) fn status_of(&self, key: &Key) -> Option<LockStatus> {
+        let id = key.id();
+        let [last_success, last_failure] =
+            self.table.last_runs(self.now, id).map(|run| run.map(|run| Box::new(self.run_status(run))));
+        let status = match self.table.find(id) {
+            Some(lock) => self.lock_status(&lock, Some(key.as_str())),
+            None if last_success.is_none() && last_failure.is_none() => return None,
+            None => {
+                LockStatus { key: Some(key.as_str().into()), id: id.to_string(), ..LockStatus::default() }
+            }
+        };
+        Some(LockStatus { last_success, last_failure, ..status })
+    }
+
+    /// Returns the run with this token, if it is remembered.
+    pub(super) fn run(&self, lock: LockId, token: Token) -> Option<RunStatus> {
+        let runs = self.table.last_runs(self.now, lock);
+        let run = runs.into_iter().flatten().find(|run| run.token == token)?;
+        Some(self.run_status(run))
+    }
+
+    fn run_status(&self, run: &Run) -> RunStatus {
+        let age_ms = millis(run.age(self.now));
+        RunStatus { outcome: run.outcome, token: run.token, age_ms, by: run.by.clone() }
+    }
+
+    /// Returns what to record of a run.
+    pub(super) fn run_record(&self, run: &Run) -> RunRecord {
+        let began_unix_ms = clock::unix_ms().saturating_sub(millis(run.age(self.now)));
+        RunRecord { run: run.clone(), began_unix_ms }
     }
 
     /// Returns the first [`LISTED_MAX`] holders of a lock; none if the table does not have it.
@@ -133,8 +170,13 @@ impl<'a> Lookup<'a> {
         Some(HoldRecord { held, pid, child, granted: request.since, recorded: self.now })
     }
 
-    /// Returns what to record of all holds.
-    pub(super) fn records(&self) -> Vec<HoldRecord> {
+    /// Returns everything that is to be recorded.
+    pub(super) fn records(&self) -> Snapshot {
+        let runs = self.table.runs(self.now).map(|run| self.run_record(run)).collect();
+        Snapshot { holds: self.holds(), runs }
+    }
+
+    fn holds(&self) -> Vec<HoldRecord> {
         let mut records = Vec::new();
         let mut cursor = 0;
         while let Some((lock, next)) = self.table.next_lock(cursor) {

@@ -10,9 +10,10 @@ use super::failpoint;
 use super::socket_lock::SocketLock;
 use super::{Config, Error};
 use crate::addr::Reason;
-use crate::journal::{self, BootId, HoldRecord, Journal};
+use crate::clock;
+use crate::journal::{self, BootId, HoldRecord, Journal, RunRecord, Snapshot};
 use crate::proto::Token;
-use crate::table::ClientId;
+use crate::table::{ClientId, Timestamp};
 
 /// The journal, if there is one, and what it contained at the start.
 pub(super) struct Recorder {
@@ -24,7 +25,7 @@ pub(super) struct Recorder {
     /// The grants whose records are not written yet.
     grants: Vec<Grant>,
     /// What was held when the previous daemon ended.
-    inherited: Vec<HoldRecord>,
+    inherited: Snapshot,
     last_token: Option<Token>,
     lease: ClusterLease,
 }
@@ -45,7 +46,7 @@ impl Recorder {
             socket_lock: None,
             refuses: false,
             grants: Vec::new(),
-            inherited: Vec::new(),
+            inherited: Snapshot::default(),
             last_token: None,
             lease: ClusterLease::Local,
         }
@@ -70,11 +71,15 @@ impl Recorder {
         if !config.is_clustered() && !config.detach && std::mem::take(&mut loaded.lease).is_clustered() {
             warn!("the previous daemon shared its locks with other hosts; without --etcd, this one does not");
         }
-        let journal = Journal::create(path, boot, loaded.lease, &loaded.records).map_err(error)?;
+        if !loaded.is_of_this_boot {
+            let (now, unix_now) = (clock::now(), clock::unix_ms());
+            loaded.content.runs.retain_mut(|run| carry_over(run, now, unix_now));
+        }
+        let journal = Journal::create(path, boot, loaded.lease, &loaded.content).map_err(error)?;
         Ok(Recorder {
             journal: Some(journal),
             socket_lock,
-            inherited: loaded.records,
+            inherited: loaded.content,
             last_token: loaded.last_token,
             lease: loaded.lease,
             ..Recorder::none()
@@ -100,7 +105,7 @@ impl Recorder {
     }
 
     /// Returns what was held when the previous daemon ended; once.
-    pub(super) fn take_inherited(&mut self) -> Vec<HoldRecord> {
+    pub(super) fn take_inherited(&mut self) -> Snapshot {
         std::mem::take(&mut self.inherited)
     }
 
@@ -146,7 +151,7 @@ impl Recorder {
     ///
     /// # Errors
     /// When that cannot be done.
-    pub(super) fn restore_files(&mut self, held: impl Fn() -> Vec<HoldRecord>) -> Result<(), Error> {
+    pub(super) fn restore_files(&mut self, held: impl Fn() -> Snapshot) -> Result<(), Error> {
         if let Some(lock) = &mut self.socket_lock {
             lock.restore()?;
         }
@@ -169,12 +174,26 @@ impl Recorder {
         self.refuses = refuses;
     }
 
+    /// Notes that a run is over and counts for a while.
+    pub(super) fn run(&mut self, run: &RunRecord) {
+        if let Some(journal) = &mut self.journal {
+            journal.run(run);
+        }
+    }
+
+    /// Notes that the run with this token does not count any more.
+    pub(super) fn forget_run(&mut self, token: Token) {
+        if let Some(journal) = &mut self.journal {
+            journal.forget_run(token);
+        }
+    }
+
     /// Writes what was noted in this turn. `held` lists everything that is held, in case that the whole journal must be
     /// written anew.
     ///
     /// Returns the grants that cannot be recorded: the caller takes them back, and calls this again until none is returned.
     /// No lock is given until the journal can be written again.
-    pub(super) fn commit(&mut self, held: impl Fn() -> Vec<HoldRecord>) -> Vec<Grant> {
+    pub(super) fn commit(&mut self, held: impl Fn() -> Snapshot) -> Vec<Grant> {
         if self.refuses && !self.grants.is_empty() {
             return std::mem::take(&mut self.grants);
         }
@@ -214,6 +233,15 @@ impl Recorder {
         }
         Vec::new()
     }
+}
+
+/// Takes a run of an earlier boot over to the clock of this one. Returns `false` if the time of day has gone back since: it
+/// does not tell how old the run is.
+fn carry_over(record: &mut RunRecord, now: Timestamp, unix_now_ms: u64) -> bool {
+    let Some(age) = unix_now_ms.checked_sub(record.began_unix_ms) else { return false };
+    let (now, age) = (i64::try_from(now.0).unwrap_or(i64::MAX), i64::try_from(age).unwrap_or(i64::MAX));
+    record.run.began_ms = now.saturating_sub(age);
+    true
 }
 
 /// Where the kernel tells the id of this boot.

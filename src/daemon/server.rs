@@ -36,7 +36,7 @@ use super::source::Source;
 use super::{Config, failpoint, log};
 use crate::addr::Reason;
 use crate::clock;
-use crate::journal::{ClusterLease, HoldRecord};
+use crate::journal::{ClusterLease, HoldRecord, Snapshot};
 use crate::proto::Token;
 use crate::proto::v2::{ErrorCode, error};
 use crate::table::{
@@ -44,6 +44,8 @@ use crate::table::{
 };
 
 /// How long a turn may take events and requests before it goes on to record and to send.
+/// How often the log says that runs are forgotten.
+const WARN_EVERY: Duration = Duration::from_secs(60);
 const TURN_MAX: Duration = Duration::from_millis(5);
 /// How long it may take until it stops sending.
 const FLUSH_MAX: Duration = Duration::from_millis(10);
@@ -85,6 +87,8 @@ pub(super) struct Server {
     mark: Option<ArrivalMark>,
     /// The last turn has left something to the next one.
     has_work: bool,
+    /// When the last warning about forgotten runs was.
+    warned_of_runs: Option<Timestamp>,
     /// When this turn began, by the clock that counts from boot.
     now: Timestamp,
     started: Timestamp,
@@ -131,6 +135,7 @@ impl Server {
                 first_token: Token(micros.max(last + 1)),
                 hold_limit: config.hold_limit,
                 is_clustered: cluster.is_some(),
+                remember_max: config.remember_max,
             }),
             recorder,
             orphans: Orphans::default(),
@@ -141,6 +146,7 @@ impl Server {
             limiter: Limiter::default(),
             mark: None,
             has_work: false,
+            warned_of_runs: None,
             now,
             started: now,
             grace: config.grace,
@@ -163,7 +169,8 @@ impl Server {
 
     /// Gives the table what the previous daemon recorded, except for holds that have ended since.
     fn restore_holds(&mut self) -> io::Result<()> {
-        let mut inherited = self.recorder.take_inherited();
+        let Snapshot { holds: mut inherited, runs } = self.recorder.take_inherited();
+        runs.into_iter().for_each(|record| self.table.restore_run(self.now, record.run));
         // The latest first: if the end of a hold could not be recorded, a later hold of the same lock proves that it ended.
         inherited.sort_by_key(|record| std::cmp::Reverse(record.held.token));
         for record in inherited {
@@ -318,7 +325,7 @@ impl Server {
             self.recorder.set_lease(ClusterLease::None);
         }
         self.commit();
-        if self.table.is_empty() {
+        if self.table.is_empty() && self.table.runs(self.now).next().is_none() {
             self.recorder.remove();
         }
     }
@@ -664,6 +671,16 @@ impl Server {
             }
         }
         (self.effects.record, self.effects.notifications) = (record, notifications);
+        self.warn_of_dropped_runs();
+    }
+
+    /// Warns that the table forgot runs that still counted: once in a while, since that goes on.
+    fn warn_of_dropped_runs(&mut self) {
+        let dropped = std::mem::take(&mut self.effects.runs_dropped);
+        if dropped > 0 && self.warned_of_runs.is_none_or(|last| self.now >= last.plus(WARN_EVERY)) {
+            warn!("more locks than --remember-max have runs that count: the oldest are forgotten");
+            self.warned_of_runs = Some(self.now);
+        }
     }
 
     /// Notes a change, to be written to the journal with the others of this turn.
@@ -688,6 +705,13 @@ impl Server {
                 self.forget_orphan(token);
                 self.recorder.hold_ended(token);
             }
+            JournalEntry::Ran(lock, token) => {
+                let runs = self.table.last_runs(self.now, lock);
+                if let Some(run) = runs.into_iter().flatten().find(|run| run.token == token) {
+                    self.recorder.run(&self.lookup().run_record(run));
+                }
+            }
+            JournalEntry::RunForgotten(_, token) => self.recorder.forget_run(token),
         }
     }
 

@@ -9,7 +9,14 @@ const BOOT: BootId = *b"this very boot!!";
 fn any_record() -> impl Strategy<Value = HoldRecord> {
     let protocol = prop_oneof![Just(Protocol::V1), Just(Protocol::V2)];
     let terms = (protocol, any::<[bool; 3]>(), 1..=u32::MAX).prop_map(
-        |(protocol, [shared, exec, inherits], slots)| Terms { protocol, shared, exec, inherits, slots },
+        |(protocol, [shared, exec, inherits], slots)| Terms {
+            protocol,
+            shared,
+            exec,
+            inherits,
+            slots,
+            weight: None,
+        },
     );
     let ends = (
         proptest::option::of(any::<u128>().prop_map(Nonce)),
@@ -44,6 +51,49 @@ fn record(token: u64) -> HoldRecord {
     }
 }
 
+fn holds(records: &[HoldRecord]) -> Snapshot {
+    Snapshot { holds: records.to_vec(), runs: Vec::new() }
+}
+
+fn run(token: u64, by: &str) -> RunRecord {
+    let run = Run {
+        lock: LockId([token as u8; 16]),
+        token: Token(token),
+        began_ms: -5,
+        counts_for: Duration::from_secs(60),
+        outcome: if token.is_multiple_of(2) { Outcome::Exit(0) } else { Outcome::Signal(9) },
+        uid: Some(1000),
+        by: by.into(),
+    };
+    RunRecord { run, began_unix_ms: 7_000 }
+}
+
+#[test]
+fn a_run_is_read_as_it_was_written_unless_it_was_forgotten() {
+    let (_folder, path, mut journal) = journal();
+    let runs = [run(2, "alice@host"), run(3, ""), run(4, &"é".repeat(28))];
+    runs.iter().for_each(|run| journal.run(run));
+    journal.forget_run(Token(3));
+    journal.write().unwrap();
+    let kept = vec![runs[0].clone(), runs[2].clone()];
+    assert_eq!(load(&path, &BOOT).content.runs, kept);
+    journal.compact(&Snapshot { holds: vec![record(9)], runs: kept.clone() }).unwrap();
+    assert_eq!(load(&path, &BOOT).content, Snapshot { holds: vec![record(9)], runs: kept.clone() });
+    let other = load(&path, b"some other boot!");
+    assert_eq!((other.content, other.is_of_this_boot), (Snapshot { holds: vec![], runs: kept }, false));
+}
+
+#[test]
+fn a_weight_is_read_as_it_was_written() {
+    let (_folder, path, mut journal) = journal();
+    let mut heavy = record(1);
+    heavy.held.until = None;
+    heavy.held.terms = Terms { protocol: Protocol::V2, slots: 16, weight: NonZeroU32::new(3), ..Terms::V1 };
+    journal.grant(&heavy);
+    journal.write().unwrap();
+    assert_eq!(load(&path, &BOOT).content.holds, [heavy]);
+}
+
 /// A journal's file of three grants, the second of which has ended.
 fn sample() -> Vec<u8> {
     let mut bytes = header(&BOOT, &[0; 16]).to_vec();
@@ -58,7 +108,7 @@ fn sample() -> Vec<u8> {
 fn journal() -> (tempfile::TempDir, PathBuf, Journal) {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("journal");
-    let journal = Journal::create(&path, BOOT, ClusterLease::Local, []).unwrap();
+    let journal = Journal::create(&path, BOOT, ClusterLease::Local, &Snapshot::default()).unwrap();
     (folder, path, journal)
 }
 
@@ -72,21 +122,21 @@ proptest! {
         let loaded = load(&path, &BOOT);
         prop_assert_eq!(loaded.complaint, None);
         prop_assert_eq!(loaded.last_token, last.keys().next_back().copied());
-        prop_assert_eq!(loaded.records, last.into_values().collect::<Vec<_>>());
+        prop_assert_eq!(loaded.content.holds, last.into_values().collect::<Vec<_>>());
     }
 
     #[test]
     fn no_bytes_can_panic_it(bytes in proptest::collection::vec(any::<u8>(), 0..1000)) {
         parse(&bytes, &BOOT);
         let behind_a_header = [header(&BOOT, &[0; 16]).as_slice(), &bytes].concat();
-        prop_assert!(parse(&behind_a_header, &BOOT).records.is_empty());
+        prop_assert!(parse(&behind_a_header, &BOOT).content.holds.is_empty());
     }
 }
 
 #[test]
 fn a_hold_that_has_ended_is_not_held() {
     let loaded = parse(&sample(), &BOOT);
-    assert_eq!(loaded.records, [record(1), record(3)]);
+    assert_eq!(loaded.content.holds, [record(1), record(3)]);
     assert_eq!(loaded.last_token, Some(Token(3)));
     assert_eq!(loaded.complaint, None);
 }
@@ -98,7 +148,7 @@ fn a_journal_that_is_cut_anywhere_is_used_as_far_as_it_goes() {
         let loaded = parse(&whole[..length], &BOOT);
         let entries = (length / RECORD_BYTES).saturating_sub(1);
         let expected: Vec<HoldRecord> = (1..=entries.min(3) as u64).map(record).collect();
-        assert_eq!(loaded.records, expected, "cut at {length}");
+        assert_eq!(loaded.content.holds, expected, "cut at {length}");
         assert_eq!(loaded.complaint.is_some(), length % RECORD_BYTES != 0, "cut at {length}");
     }
 }
@@ -119,7 +169,7 @@ fn a_bit_that_flips_anywhere_costs_its_record_and_no_other() {
             // Its end is damaged, so it is held still: too long rather than twice.
             _ => vec![record(1), record(2), record(3)],
         };
-        assert_eq!(loaded.records, expected, "bit {bit}");
+        assert_eq!(loaded.content.holds, expected, "bit {bit}");
         assert!(loaded.complaint.is_some(), "bit {bit}");
     }
 }
@@ -136,7 +186,7 @@ fn another_versions_journal_is_not_used() {
     let sum = crc32fast::hash(&other[..84]);
     other[84..88].copy_from_slice(&sum.to_le_bytes());
     let loaded = parse(&other, &BOOT);
-    assert!(loaded.records.is_empty());
+    assert!(loaded.content.holds.is_empty());
     assert!(loaded.complaint.unwrap().contains("version"));
 }
 
@@ -147,11 +197,11 @@ fn only_a_file_of_ours_alone_is_read() {
     journal.write().unwrap();
     let refused = |path: &Path, why: &str| {
         let loaded = load(path, &BOOT);
-        assert!(loaded.records.is_empty(), "{why}");
+        assert!(loaded.content.holds.is_empty(), "{why}");
         let complaint = loaded.complaint.unwrap();
         assert!(complaint.contains(why), "{complaint}");
     };
-    assert_eq!(load(&path, &BOOT).records.len(), 1);
+    assert_eq!(load(&path, &BOOT).content.holds.len(), 1);
     assert_eq!(load(&folder.path().join("nothing"), &BOOT), Loaded::default());
 
     let link = folder.path().join("link");
@@ -174,7 +224,7 @@ fn a_journal_of_another_user_is_refused() {
     journal.write().unwrap();
     std::os::unix::fs::chown(&path, Some(12345), None).unwrap();
     let loaded = load(&path, &BOOT);
-    assert!(loaded.records.is_empty());
+    assert!(loaded.content.holds.is_empty());
     let complaint = loaded.complaint.unwrap();
     assert!(complaint.contains("belongs to uid 12345"), "{complaint}");
 }
@@ -191,10 +241,10 @@ fn a_write_that_fails_leaves_all_as_it_was() {
     journal.mark_stale();
     assert!(journal.is_stale() && !journal.is_dirty());
     journal.file = good;
-    journal.compact(&[record(8)]).unwrap();
+    journal.compact(&holds(&[record(8)])).unwrap();
     assert!(!journal.is_stale());
     let loaded = load(&path, &BOOT);
-    assert_eq!(loaded.records, [record(8)], "only what is true");
+    assert_eq!(loaded.content.holds, [record(8)], "only what is true");
     assert_eq!(loaded.complaint, None, "nothing half is left behind");
 }
 
@@ -211,12 +261,12 @@ fn a_journal_that_is_written_anew_forgets_the_past() {
         journal.write().unwrap();
     }
     assert!(fs::metadata(&path).unwrap().len() > SIZE_MIN);
-    journal.compact(&[record(1001)]).unwrap();
+    journal.compact(&holds(&[record(1001)])).unwrap();
     assert!(!journal.needs_compaction());
     assert_eq!(fs::metadata(&path).unwrap().len(), 2 * RECORD_BYTES as u64);
     journal.grant(&record(1002));
     journal.write().unwrap();
-    assert_eq!(load(&path, &BOOT).records, [record(1001), record(1002)]);
+    assert_eq!(load(&path, &BOOT).content.holds, [record(1001), record(1002)]);
     assert!(!folder.path().join("journal.new").exists());
     journal.remove().unwrap();
     assert!(!path.exists());
@@ -229,10 +279,10 @@ fn where_a_journal_cannot_be_written_anew_the_old_one_goes_on() {
     journal.write().unwrap();
     // In the way of the new file, and not to be removed like one.
     fs::create_dir(folder.path().join("journal.new")).unwrap();
-    assert!(journal.compact(&[]).is_err());
+    assert!(journal.compact(&holds(&[])).is_err());
     journal.grant(&record(2));
     journal.write().unwrap();
-    assert_eq!(load(&path, &BOOT).records, [record(1), record(2)]);
+    assert_eq!(load(&path, &BOOT).content.holds, [record(1), record(2)]);
 }
 
 #[test]
@@ -242,12 +292,12 @@ fn that_locks_are_clustered_outlives_the_locks_and_the_boot() {
     journal.grant(&record(1));
     journal.write().unwrap();
     let loaded = load(&path, &BOOT);
-    assert_eq!((loaded.lease, loaded.records), (ClusterLease::Id(7), vec![record(1)]));
-    journal.compact(&[]).unwrap();
+    assert_eq!((loaded.lease, loaded.content.holds), (ClusterLease::Id(7), vec![record(1)]));
+    journal.compact(&holds(&[])).unwrap();
     assert_eq!(load(&path, &BOOT).lease, ClusterLease::Id(7));
     // The lease is of that boot, that there was one is not.
     let loaded = load(&path, b"another boot !!!");
-    assert_eq!((loaded.lease, loaded.records, loaded.complaint), (ClusterLease::None, vec![], None));
+    assert_eq!((loaded.lease, loaded.content.holds, loaded.complaint), (ClusterLease::None, vec![], None));
     journal.set_lease(ClusterLease::None);
     journal.write().unwrap();
     assert_eq!(load(&path, &BOOT).lease, ClusterLease::None);
@@ -264,19 +314,19 @@ fn a_copy_of_a_journal_has_neither_the_lease_nor_what_was_held_under_it() {
     let folder = tempfile::tempdir().unwrap();
     let [path, copy] = ["journal", "copy"].map(|name| folder.path().join(name));
     let held = record(7);
-    drop(Journal::create(&path, BOOT, ClusterLease::Id(5), [&held]).unwrap());
+    drop(Journal::create(&path, BOOT, ClusterLease::Id(5), &holds(std::slice::from_ref(&held))).unwrap());
     fs::copy(&path, &copy).unwrap();
     let own = load(&path, &BOOT);
-    assert_eq!((own.lease, own.records.len(), own.complaint), (ClusterLease::Id(5), 1, None));
+    assert_eq!((own.lease, own.content.holds.len(), own.complaint), (ClusterLease::Id(5), 1, None));
     let copied = load(&copy, &BOOT);
-    assert_eq!((copied.lease, copied.records.len()), (ClusterLease::None, 0));
+    assert_eq!((copied.lease, copied.content.holds.len()), (ClusterLease::None, 0));
     assert!(copied.complaint.unwrap().contains("another path"));
     // By another name it is the same file.
     let link = folder.path().join("link");
     std::os::unix::fs::symlink(folder.path(), &link).unwrap();
     assert_eq!(load(&link.join("journal"), &BOOT).lease, ClusterLease::Id(5));
     // What is this host's alone may be moved.
-    drop(Journal::create(&path, BOOT, ClusterLease::Local, [&held]).unwrap());
+    drop(Journal::create(&path, BOOT, ClusterLease::Local, &holds(std::slice::from_ref(&held))).unwrap());
     fs::copy(&path, &copy).unwrap();
-    assert_eq!(load(&copy, &BOOT).records, [held]);
+    assert_eq!(load(&copy, &BOOT).content.holds, [held]);
 }

@@ -1,5 +1,7 @@
 //! Protocol 2: one JSON object a line, after a preamble that stands where protocol 1 has a key.
 
+use std::num::NonZeroU32;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Key, Nonce, Outcome, Pid, Protocol, Token};
@@ -39,6 +41,11 @@ pub enum Request {
         /// How it ended.
         outcome: Outcome,
     },
+    /// Forget when this lock's work was last done: the next request runs.
+    Forget {
+        /// The lock.
+        key: Key,
+    },
     /// Take this lock from its holders.
     Break {
         /// The lock.
@@ -52,6 +59,11 @@ pub enum Request {
         /// The locks that all clustered hosts hold.
         #[serde(skip_serializing_if = "std::ops::Not::not")]
         cluster: bool,
+    },
+    /// The lock that I hold is held for longer than I meant to. Not answered; the daemon logs it.
+    Overdue {
+        /// For how long it has been held, in milliseconds.
+        held_ms: u64,
     },
     /// Are you there?
     Ping,
@@ -96,6 +108,24 @@ pub struct LockRequest {
     /// When waiting is resumed: the place that the daemon before gave.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub place: Option<u64>,
+    /// A run that succeeded counts for this request if it began less than so many milliseconds ago; 0: none does.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub fresh_ms: u64,
+    /// A run that failed counts for this request if it began less than so many milliseconds ago; 0: none does.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub fresh_failure_ms: u64,
+    /// Of the requests with this flag that wait, only the newest goes on waiting.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub newest: bool,
+    /// The holder is asked to stop if it still holds the lock after so many milliseconds.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub replace_after_ms: Option<u64>,
+    /// As a holder, the client is never asked to stop.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub no_replace: bool,
+    /// How many of the slots the client takes. All clients that say so must agree about `slots`. `None`: one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub weight: Option<NonZeroU32>,
     /// Who asks, for other people to read.
     pub who: ClientInfo,
 }
@@ -116,12 +146,22 @@ impl LockRequest {
             holds: None,
             child: None,
             place: None,
+            fresh_ms: 0,
+            fresh_failure_ms: 0,
+            newest: false,
+            replace_after_ms: None,
+            no_replace: false,
+            weight: None,
             who: ClientInfo::default(),
         }
     }
 }
 
-// By reference, because serde calls it so.
+// By reference, because serde calls them so.
+fn is_zero(millis: &u64) -> bool {
+    *millis == 0
+}
+
 fn is_one(slots: &u32) -> bool {
     *slots == 1
 }
@@ -135,6 +175,8 @@ pub enum Mode {
     Once,
     /// For its turn.
     Queue,
+    /// To hear that a run is done that began after the request came. Of all requests that wait so, the newest runs.
+    Coalesce,
 }
 
 /// Who asks for a lock, as the client tells it. For people to read: nothing is decided by it.
@@ -265,6 +307,20 @@ pub enum Answer {
         /// Why, for people.
         why: ShortText,
     },
+    /// The work was done recently enough for the request. You hold nothing.
+    Fresh {
+        /// The run that did it.
+        run: RunStatus,
+    },
+    /// A newer request wants the lock instead of this one. You hold nothing.
+    Superseded,
+    /// You hold the lock, and another client wants it: stop, then release.
+    Stop {
+        /// Why, for people.
+        why: ShortText,
+    },
+    /// What was remembered of the lock's runs is forgotten.
+    Forgotten,
     /// You have released.
     Released,
     /// The lock that you wanted broken is, if anybody held it.
@@ -323,6 +379,8 @@ pub enum ErrorCode {
     Deadlock,
     /// The daemon cannot record the lock, so it does not give it. The connection is closed.
     CannotRecord,
+    /// Another client that names a weight says another number of slots.
+    SlotsDiffer,
     /// The other hosts cannot be asked whether the lock is free, and the request was not to wait.
     Unavailable,
     /// Hosts that share their locks have exclusive ones only.
@@ -334,8 +392,21 @@ pub enum ErrorCode {
     Other,
 }
 
-/// One lock, for a status.
+/// A run that is over, as far as it is remembered.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct RunStatus {
+    /// How it ended.
+    pub outcome: Outcome,
+    /// The token of its lock.
+    pub token: Token,
+    /// How long ago it began, in milliseconds.
+    pub age_ms: u64,
+    /// Who ran it: `USER@HOST`.
+    pub by: ShortText,
+}
+
+/// One lock, for a status.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct LockStatus {
     /// Its key, when a protocol 2 client has named it. Protocol 1 sends only the hash.
     pub key: Option<String>,
@@ -349,6 +420,12 @@ pub struct LockStatus {
     pub waiters: Vec<LockUser>,
     /// How many wait.
     pub waiting: u32,
+    /// The last run that succeeded and is remembered; only in the status of one lock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_success: Option<Box<RunStatus>>,
+    /// The last run that failed and is remembered; only in the status of one lock.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_failure: Option<Box<RunStatus>>,
 }
 
 /// A holder or a waiter, for other people to read.
@@ -402,6 +479,17 @@ struct Frame<'a> {
     holds: Option<Token>,
     child: Option<u32>,
     place: Option<u64>,
+    #[serde(default)]
+    fresh_ms: u64,
+    #[serde(default)]
+    fresh_failure_ms: u64,
+    #[serde(default)]
+    newest: bool,
+    replace_after_ms: Option<u64>,
+    #[serde(default)]
+    no_replace: bool,
+    weight: Option<u32>,
+    held_ms: Option<u64>,
     outcome: Option<Outcome>,
     pid: Option<u32>,
     #[serde(default)]
@@ -436,6 +524,14 @@ pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
             }),
             _ => Err(error(ErrorCode::BadRequest, "unlock: key or pid is missing")),
         },
+        "forget" => match frame.key {
+            Some(text) => Ok(Request::Forget { key: key(text)? }),
+            None => Err(error(ErrorCode::BadRequest, "forget: key is missing")),
+        },
+        "overdue" => match frame.held_ms {
+            Some(held_ms) => Ok(Request::Overdue { held_ms }),
+            None => Err(error(ErrorCode::BadRequest, "overdue: held_ms is missing")),
+        },
         "break" => match frame.key {
             Some(text) => Ok(Request::Break { key: key(text)? }),
             None => Err(error(ErrorCode::BadRequest, "break: key is missing")),
@@ -461,6 +557,26 @@ impl Frame<'_> {
         if self.shared && slots > 1 {
             return Err(error(ErrorCode::BadRequest, "lock: shared and slots exclude each other"));
         }
+        let is_plural = self.shared || slots > 1;
+        if is_plural && (self.fresh_ms > 0 || self.fresh_failure_ms > 0 || self.mode == Mode::Coalesce) {
+            let message = "lock: fresh and coalesce need a lock with one holder, not shared or slots";
+            return Err(error(ErrorCode::BadRequest, message));
+        }
+        if is_plural && (self.newest || self.replace_after_ms.is_some()) {
+            let message = "lock: newest and replace need a lock with one holder, not shared or slots";
+            return Err(error(ErrorCode::BadRequest, message));
+        }
+        if self.newest && self.mode != Mode::Queue {
+            return Err(error(ErrorCode::BadRequest, "lock: newest needs the mode queue"));
+        }
+        if self.replace_after_ms.is_some() && !self.newest {
+            return Err(error(ErrorCode::BadRequest, "lock: replace_after_ms needs newest"));
+        }
+        let weight = match self.weight {
+            None => None,
+            Some(weight) if (1..=slots).contains(&weight) => NonZeroU32::new(weight),
+            Some(_) => return Err(error(ErrorCode::BadRequest, "lock: weight is not from 1 to slots")),
+        };
         Ok(LockRequest {
             key: key(text)?,
             nonce: self.nonce,
@@ -474,6 +590,12 @@ impl Frame<'_> {
             holds: self.holds,
             child: self.child.and_then(Pid::new),
             place: self.place,
+            fresh_ms: self.fresh_ms,
+            fresh_failure_ms: self.fresh_failure_ms,
+            newest: self.newest,
+            replace_after_ms: self.replace_after_ms,
+            no_replace: self.no_replace,
+            weight,
             who: self.who,
         })
     }

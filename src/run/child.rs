@@ -12,8 +12,10 @@ use super::command::Command;
 use super::forward::{Forwarding, JobControl};
 use super::signals::Signals;
 use crate::client::{self, HeldLock};
+use crate::describe;
 use crate::proto::{self, Outcome};
 use crate::startup;
+use crate::timestamp::millis;
 
 /// Why a command did not run to its end.
 pub(super) enum Error {
@@ -29,8 +31,19 @@ pub(super) struct ChildExit {
     pub(super) outcome: Outcome,
     /// The lock was lost before that.
     pub(super) lost: bool,
+    /// kmutex stopped it, while it held the lock.
+    pub(super) stopped: Option<StopReason>,
     /// It died of a signal that kmutex was sent too.
     pub(super) died_with_kmutex: bool,
+}
+
+/// Why kmutex stops a command that holds the lock.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum StopReason {
+    /// It held the lock for too long.
+    MaxHold,
+    /// A newer request replaces it.
+    Replaced,
 }
 
 /// What kmutex does while the command runs.
@@ -42,6 +55,12 @@ pub(super) struct Options {
     pub(super) kill_after: Option<Duration>,
     /// The command ends when all its descendants have.
     pub(super) tree: bool,
+    /// When the command is stopped while it holds the lock: SIGTERM, and SIGKILL after so long.
+    pub(super) stop_within: Duration,
+    /// How long it may hold the lock.
+    pub(super) max_hold: Option<Duration>,
+    /// After how long kmutex and the daemon warn.
+    pub(super) warn_after: Option<Duration>,
 }
 
 /// Runs a command to its end, and keeps up the locks meanwhile.
@@ -50,7 +69,8 @@ pub(super) fn run(
     holds: &mut [HeldLock],
     options: Options,
 ) -> Result<ChildExit, Error> {
-    if options.tree {
+    let granted = Instant::now();
+    if options.tree || options.max_hold.is_some() {
         adopt_orphans().map_err(|e| Error::Os("keep track of the command's descendants", e))?;
     }
     // Before the child is there, so that no signal is lost between the two.
@@ -68,6 +88,7 @@ pub(super) fn run(
         stopped_by: None,
     };
     let mut lock = LockState::Held;
+    let mut limits = Limits::new(granted, options);
     loop {
         child.wait().map_err(|e| Error::Os("wait for the command", e.into()))?;
         if let Some(signal) = child.stopped_by.take() {
@@ -80,9 +101,15 @@ pub(super) fn run(
                 _ => Ok(false),
             };
             let died_with_kmutex = died_with_kmutex.map_err(|e| Error::Os("read a signal", e.into()))?;
-            return Ok(ChildExit { outcome, lost: lock != LockState::Held, died_with_kmutex });
+            return Ok(ChildExit {
+                outcome,
+                lost: lock != LockState::Held,
+                died_with_kmutex,
+                stopped: limits.stopped,
+            });
         }
-        let ready = wait_for_event(&signals, holds, lock).map_err(|e| Error::Os("wait", e.into()))?;
+        let ready =
+            wait_for_event(&signals, holds, lock, limits.due()).map_err(|e| Error::Os("wait", e.into()))?;
         signals.forget_late_stop().map_err(|e| Error::Os("read a signal", e.into()))?;
         if ready.stop {
             child.forward_stop(&mut signals).map_err(|e| Error::Os("pass on a signal", e.into()))?;
@@ -96,6 +123,9 @@ pub(super) fn run(
         {
             let limit = holds.iter().filter_map(HeldLock::stop_within).min();
             lock = child.on_lost(&error, options.kill_after, limit);
+        }
+        if lock == LockState::Held {
+            limits.check(holds, &mut child.forwarding).map_err(|e| Error::Os("stop the command", e))?;
         }
         if let LockState::KillAt(time) = lock
             && time <= Instant::now()
@@ -127,10 +157,15 @@ struct Ready {
 }
 
 /// Waits for a signal, for the daemon, or for the time of what is due.
-fn wait_for_event(signals: &Signals, holds: &[HeldLock], lock: LockState) -> nix::Result<Ready> {
+fn wait_for_event(
+    signals: &Signals,
+    holds: &[HeldLock],
+    lock: LockState,
+    limit: Option<Instant>,
+) -> nix::Result<Ready> {
     let holds = if lock == LockState::Held { holds } else { &[] };
     let time = match lock {
-        LockState::Held => holds.iter().filter_map(HeldLock::poll_at).min(),
+        LockState::Held => holds.iter().filter_map(HeldLock::poll_at).chain(limit).min(),
         LockState::KillAt(time) => Some(time),
         LockState::Lost => None,
     };
@@ -152,6 +187,81 @@ fn wait_for_event(signals: &Signals, holds: &[HeldLock], lock: LockState) -> nix
     let is_time = time.is_some_and(|time| time <= Instant::now());
     Ok(Ready { signal: ready(&fds[0]), stop: ready(&fds[1]), due: is_time || fds[2..].iter().any(ready) })
 }
+
+/// How long the command may hold the lock, and how it is stopped while it does.
+struct Limits {
+    granted: Instant,
+    warn_at: Option<Instant>,
+    stop_at: Option<Instant>,
+    max_hold: Duration,
+    stop_within: Duration,
+    /// When SIGKILL goes to the processes that are left.
+    kill_at: Option<Instant>,
+    stopped: Option<StopReason>,
+}
+
+impl Limits {
+    fn new(granted: Instant, options: Options) -> Limits {
+        Limits {
+            granted,
+            warn_at: options.warn_after.and_then(|after| granted.checked_add(after)),
+            stop_at: options.max_hold.and_then(|limit| granted.checked_add(limit)),
+            max_hold: options.max_hold.unwrap_or_default(),
+            stop_within: options.stop_within,
+            kill_at: None,
+            stopped: None,
+        }
+    }
+
+    /// Returns when [`Limits::check`] has something to do.
+    fn due(&self) -> Option<Instant> {
+        [self.warn_at, self.stop_at, self.kill_at].into_iter().flatten().min()
+    }
+
+    /// Warns and stops the command when that is due, or when the daemon asks for it.
+    fn check(&mut self, holds: &mut [HeldLock], forwarding: &mut Forwarding) -> io::Result<()> {
+        let now = Instant::now();
+        let is_due = |time: &mut Instant| *time <= now;
+        if self.warn_at.take_if(is_due).is_some() {
+            for hold in &mut *holds {
+                hold.overdue(now - self.granted);
+                let held = describe::span(millis(now - self.granted));
+                crate::message::print(format_args!("holding the lock {:?} for {held}", hold.key().as_str()));
+            }
+        }
+        if self.stop_at.take_if(is_due).is_some() {
+            let limit = describe::span(millis(self.max_hold));
+            self.stop(StopReason::MaxHold, &format!("the lock was held for --max-hold {limit}"), forwarding)?;
+        }
+        if let Some(why) = holds.iter_mut().find_map(HeldLock::take_stop) {
+            self.stop(StopReason::Replaced, &why, forwarding)?;
+        }
+        if self.kill_at.is_some_and(|time| time <= now) {
+            forwarding.signal_all(Signal::SIGKILL);
+            // A process may have been started meanwhile.
+            self.kill_at = now.checked_add(KILL_AGAIN);
+        }
+        Ok(())
+    }
+
+    /// Stops the command with its descendants. The lock is held until they have all ended.
+    fn stop(&mut self, reason: StopReason, why: &str, forwarding: &mut Forwarding) -> io::Result<()> {
+        if self.stopped.is_some() {
+            return Ok(());
+        }
+        crate::message::print(format_args!("{why}; stopping the command"));
+        adopt_orphans()?;
+        forwarding.make_tree();
+        forwarding.signal_all(Signal::SIGTERM);
+        self.stopped = Some(reason);
+        self.stop_at = None;
+        self.kill_at = Instant::now().checked_add(self.stop_within);
+        Ok(())
+    }
+}
+
+/// How often SIGKILL is sent to the processes that are left.
+const KILL_AGAIN: Duration = Duration::from_millis(100);
 
 struct Child {
     forwarding: Forwarding,

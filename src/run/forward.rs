@@ -60,6 +60,11 @@ impl Forwarding {
         self.tree
     }
 
+    /// From now on the job is the command with its descendants.
+    pub(super) fn make_tree(&mut self) {
+        self.tree = true;
+    }
+
     pub(super) fn command_has_ended(&mut self) {
         self.ended = true;
     }

@@ -18,7 +18,7 @@ pub struct Report {
     /// All keys, if there are several.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub keys: Vec<String>,
-    /// `ran`, `finished`, `busy`, `lost` or `error`.
+    /// `ran`, `finished`, `fresh`, `superseded`, `busy`, `timeout`, `replaced`, `lost` or `error`.
     verdict: &'static str,
     /// How the command ended, or the command of the holder that finished first.
     pub outcome: Option<Outcome>,
@@ -48,6 +48,10 @@ impl Report {
         self.verdict = match result {
             Ok(Ended::Ran(_) | Ended::Died(_)) => "ran",
             Ok(Ended::Finished(_) | Ended::Adopted(_)) => "finished",
+            Ok(Ended::Fresh(_) | Ended::FreshAdopted(_)) => "fresh",
+            Ok(Ended::Superseded) => "superseded",
+            Ok(Ended::TimedOut) => "timeout",
+            Ok(Ended::Replaced(_)) => "replaced",
             Ok(Ended::Busy) => "busy",
             Ok(Ended::Lost) => "lost",
             Err(error) => {

@@ -20,7 +20,11 @@ impl Table {
         let mut limited = 0;
         for (id, request) in requests {
             let is_limited = request.deadline != Timestamp::NEVER;
-            assert!(!is_limited || request.token().is_some(), "a request that does not hold has a deadline");
+            let replaces = request.asked().is_some_and(|asked| asked.replace_after_ms.is_some());
+            assert!(
+                !is_limited || request.token().is_some() || replaces,
+                "a request that does not hold has a deadline"
+            );
             assert!(
                 !is_limited || self.deadlines.contains(&(request.deadline, id)),
                 "a hold has no deadline"

@@ -28,6 +28,20 @@ pub enum NotificationKind {
     },
     /// The holder that it waited for is done. The client is idle again.
     Finished(Outcome, Token),
+    /// The run with this token did the work recently enough for it: [`super::Table::last_runs`] has it. The client is idle
+    /// again.
+    Fresh(Token),
+    /// A newer request waits in its place. The client is idle again.
+    NewerRequest,
+    /// It holds the lock, and a newer request asks it to stop and to release.
+    Stop,
+    /// Its request names a weight, and so does another client's, which says this number of slots. The client is idle again.
+    SlotsDiffer {
+        /// What the other client says.
+        slots: u32,
+        /// That client, if it is connected.
+        other: Option<ClientId>,
+    },
     /// The lock is held and it did not want to wait. The client is idle again.
     Busy,
     /// The lock is held by one under whose lock it asked, which waits for it in turn. The client is idle again.
@@ -66,6 +80,10 @@ pub enum JournalEntry {
     Resumed(ClientId),
     /// The hold with this token has ended.
     Ended(Token),
+    /// The run of this lock with this token is over, and counts for a while.
+    Ran(LockId, Token),
+    /// It does not count any more.
+    RunForgotten(LockId, Token),
 }
 
 /// What the table answers to an event: what is to be recorded first, and what is to be told then. Kept by the caller,
@@ -78,6 +96,8 @@ pub struct Effects {
     pub record: Vec<JournalEntry>,
     /// What the other hosts may have to be asked or told; only where there are some.
     pub notices: Vec<ClusterNotice>,
+    /// How many runs were forgotten, for lack of room, while they still counted.
+    pub runs_dropped: usize,
 }
 
 /// What makes it necessary to look at how a lock stands among the hosts.

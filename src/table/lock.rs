@@ -14,7 +14,15 @@ pub(super) struct Lock {
     v1_waiters: List,
     pub(super) once_waiters: List,
     pub(super) queue: List,
+    pub(super) coalescing: List,
+    /// The request that waits of those of which only the newest does.
+    pub(super) newest: Option<RequestId>,
+    /// The longest times for which requests for this lock want a success and a failure to count.
+    pub(super) fresh_ms: u64,
+    pub(super) fresh_failure_ms: u64,
     pub(super) holding: u32,
+    /// The sum of the holders' weights.
+    pub(super) weight_held: u32,
     pub(super) queued: u32,
     /// The number of requests for this lock, of every stage. The lock goes with the last of them.
     pub(super) requests: u32,
@@ -32,7 +40,12 @@ impl Lock {
             v1_waiters: List::default(),
             once_waiters: List::default(),
             queue: List::default(),
+            coalescing: List::default(),
+            newest: None,
+            fresh_ms: 0,
+            fresh_failure_ms: 0,
             holding: 0,
+            weight_held: 0,
             queued: 0,
             requests: 0,
             remote_holder: None,
@@ -44,6 +57,7 @@ impl Lock {
             WaitList::V1 => self.v1_waiters,
             WaitList::Once => self.once_waiters,
             WaitList::Queue => self.queue,
+            WaitList::Coalesce => self.coalescing,
         }
     }
 
@@ -52,6 +66,7 @@ impl Lock {
             WaitList::V1 => &mut self.v1_waiters,
             WaitList::Once => &mut self.once_waiters,
             WaitList::Queue => &mut self.queue,
+            WaitList::Coalesce => &mut self.coalescing,
         }
     }
 }

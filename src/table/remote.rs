@@ -43,10 +43,11 @@ impl Table {
             return ClusterNeeds::default();
         }
         let is_queued = |id: RequestId| {
-            self.store[id].asked().is_some_and(|asked| asked.mode == Mode::Queue && !asked.nowait)
+            self.store[id].asked().is_some_and(|asked| asked.mode != Mode::Once && !asked.nowait)
         };
         ClusterNeeds {
-            queue_place: !lock.queue.is_empty() || self.store.members(lock.undecided).any(is_queued),
+            queue_place: !(lock.queue.is_empty() && lock.coalescing.is_empty())
+                || self.store.members(lock.undecided).any(is_queued),
             free_or_busy: !lock.undecided.is_empty(),
             takeover: lock.remote_holder.is_none() && !lock.once_waiters.is_empty(),
         }
@@ -81,10 +82,19 @@ impl Table {
     ) -> bool {
         let Some(index) = self.store.find(lock) else { return false };
         debug_assert!(self.store[index].holders.is_empty(), "etcd grants a lock that is free");
-        let Some(oldest) = self.oldest_request(index) else { return false };
+        let mut oldest = self.oldest_request(index);
+        while let Some(id) = oldest
+            && self.finish_if_fresh(now, id, effects)
+        {
+            oldest = self.oldest_request(index);
+        }
+        let Some(oldest) = oldest else {
+            self.store.remove_if_unused(index);
+            return false;
+        };
         self.grant_as(now, oldest, token, effects);
         // The remaining requests lose to this grant, regardless of arrival order.
-        self.decide(index, ArrivalMark(u64::MAX), effects);
+        self.decide(now, index, ArrivalMark(u64::MAX), effects);
         true
     }
 
@@ -111,12 +121,14 @@ impl Table {
                 terms: Terms { protocol: Protocol::V2, ..Terms::V1 },
                 place: 0,
                 since: now,
+                // It may have begun before any request of this host.
+                began: ArrivalMark::NONE,
                 deadline: Timestamp::NEVER,
                 details: None,
             });
             self.store[index].remote_holder = Some(id);
         }
-        self.decide(index, mark, effects);
+        self.decide(now, index, mark, effects);
         self.remove_if_deserted(index);
     }
 
@@ -174,11 +186,11 @@ impl Table {
         effects.notices.push(ClusterNotice::Needs(self.store[self.store[id].lock].id));
     }
 
-    pub(super) fn wait_or_query(&mut self, id: RequestId, effects: &mut Effects) {
+    pub(super) fn wait_or_query(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
         if self.needs_cluster(id) {
             self.query_cluster(id, effects);
         } else {
-            self.wait(id, effects);
+            self.wait(now, id, effects);
         }
     }
 
@@ -201,9 +213,9 @@ impl Table {
     }
 
     /// The lock is held: the undecided requests that came before `mark` wait for its end, or are refused.
-    fn decide(&mut self, index: LockIndex, mark: ArrivalMark, effects: &mut Effects) {
+    fn decide(&mut self, now: Timestamp, index: LockIndex, mark: ArrivalMark, effects: &mut Effects) {
         for id in self.undecided_before(index, mark) {
-            self.wait_or_refuse(id, effects);
+            self.wait_or_refuse(now, id, effects);
         }
     }
 
@@ -214,7 +226,11 @@ impl Table {
 
     fn oldest_request(&self, index: LockIndex) -> Option<RequestId> {
         let lock = &self.store[index];
-        let heads = [lock.undecided.head(), lock.queue.head(), lock.once_waiters.head()];
-        heads.into_iter().flatten().min_by_key(|&id| self.store[id].place)
+        let lists = [lock.undecided, lock.queue, lock.once_waiters, lock.coalescing];
+        let heads = lists.iter().filter_map(|list| list.head());
+        let oldest = heads.min_by_key(|&id| self.store[id].place)?;
+        let is_coalescing =
+            self.store[oldest].wait_list == WaitList::Coalesce && self.store[oldest].stage == Stage::Waiting;
+        if is_coalescing { lock.coalescing.tail() } else { Some(oldest) }
     }
 }

@@ -2,8 +2,8 @@
 
 use std::num::NonZeroU32;
 
-use super::{ClientId, Timestamp};
-use crate::proto::v2::LockRequest;
+use super::{ArrivalMark, ClientId, Timestamp};
+use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{Nonce, Outcome, Protocol, Token};
 
 /// The terms of a request that matter while it holds the lock.
@@ -19,18 +19,27 @@ pub struct Terms {
     pub inherits: bool,
     /// The request is admitted while fewer than so many hold the lock.
     pub slots: u32,
+    /// How many of the slots it takes, if it says so.
+    pub weight: Option<NonZeroU32>,
 }
 
 impl Terms {
     /// The terms of protocol 1, which knows one kind of lock.
     pub const V1: Terms =
-        Terms { protocol: Protocol::V1, shared: false, exec: false, inherits: false, slots: 1 };
+        Terms { protocol: Protocol::V1, shared: false, exec: false, inherits: false, slots: 1, weight: None };
 }
 
 impl From<&LockRequest> for Terms {
     fn from(asked: &LockRequest) -> Terms {
-        let LockRequest { shared, exec, inherits, slots, .. } = *asked;
-        Terms { protocol: Protocol::V2, shared, exec, inherits, slots }
+        let LockRequest { shared, exec, inherits, slots, weight, .. } = *asked;
+        Terms { protocol: Protocol::V2, shared, exec, inherits, slots, weight }
+    }
+}
+
+impl Terms {
+    /// Returns how many slots it takes.
+    pub fn weight_or_one(&self) -> u32 {
+        self.weight.map_or(1, NonZeroU32::get)
     }
 }
 
@@ -85,6 +94,17 @@ pub(super) enum WaitList {
     V1,
     Once,
     Queue,
+    Coalesce,
+}
+
+impl From<Mode> for WaitList {
+    fn from(mode: Mode) -> WaitList {
+        match mode {
+            Mode::Once => WaitList::Once,
+            Mode::Queue => WaitList::Queue,
+            Mode::Coalesce => WaitList::Coalesce,
+        }
+    }
 }
 
 /// A request's neighbours in the list that it is in.
@@ -107,7 +127,10 @@ pub(super) struct Request {
     pub(super) place: u64,
     /// When the lock was granted or, before that, requested.
     pub(super) since: Timestamp,
-    /// When the hold ends at the latest; [`Timestamp::NEVER`] unless there is a limit.
+    /// Of a holder: behind all requests that came before its grant.
+    pub(super) began: ArrivalMark,
+    /// When the hold ends at the latest, or when a waiter that replaces the holder has it stopped; [`Timestamp::NEVER`]
+    /// unless there is a limit.
     pub(super) deadline: Timestamp,
     /// What only requests of protocol 2 have.
     pub(super) details: Option<Box<Details>>,

@@ -1,8 +1,8 @@
 //! Holds that outlive their connection: restored from the journal, resumed by the holder, ended without it, or broken.
 
 use super::{
-    ClientId, Details, Effects, JournalEntry, Links, Loss, NotificationKind, Request, RequestId, Stage,
-    Table, Terms, Timestamp, WaitList,
+    ArrivalMark, ClientId, Details, Effects, JournalEntry, Links, Loss, NotificationKind, Request, RequestId,
+    Stage, Table, Terms, Timestamp, WaitList,
 };
 use crate::proto::v2::LockRequest;
 use crate::proto::{LockId, Nonce, Outcome, Protocol, Token};
@@ -58,6 +58,8 @@ impl Table {
             terms: held.terms,
             place: 0,
             since,
+            // Which waiters came before it is not known any more: none counts as that.
+            began: ArrivalMark::NONE,
             deadline: held.until.unwrap_or(Timestamp::NEVER),
             details,
         });
@@ -161,6 +163,8 @@ impl Table {
                 self.nested_granted(id);
                 effects.record.push(JournalEntry::Resumed(client));
                 self.notify(id, NotificationKind::Granted(token), effects);
+                self.note_fresh(id);
+                self.stop_if_due(self.store[id].lock, effects);
             }
             Stage::Waiting => self.notify_waiting(id, effects),
             Stage::Deferred | Stage::Undecided => {}

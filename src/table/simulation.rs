@@ -2,11 +2,13 @@
 //!
 //! - `world`: time, chance, and clients that ask, release, die and overstay.
 //! - `model`: what the clients have been told, and what no client may ever be told.
+//! - `single_flight`: runs that count, batches, the newest, weights; the world above has none of them.
 //! - `tally`: how often each situation came up.
 //!
 //! `KMUTEX_SIM_SEED=N` replays one seed, `KMUTEX_SIM_STEPS=N` sets how many steps each seed runs.
 
 mod model;
+mod single_flight;
 mod tally;
 mod world;
 

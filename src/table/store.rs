@@ -137,7 +137,8 @@ impl Store {
 
     /// Waiting requests stand in the order of arrival, holders in the order of their grants.
     fn link(&mut self, id: RequestId) {
-        let Request { lock, stage, wait_list, .. } = self.requests[id.index()];
+        let Request { lock, stage, wait_list, terms, .. } = self.requests[id.index()];
+        let weight = terms.weight_or_one();
         let lock = &mut self.locks[lock.get()];
         match stage {
             Stage::Deferred => self.deferred.insert_by_place(&mut self.requests, id),
@@ -148,14 +149,17 @@ impl Store {
             }
             Stage::Holding(_) => {
                 lock.holding += 1;
+                lock.weight_held = lock.weight_held.saturating_add(weight);
                 lock.holders.push_back(&mut self.requests, id);
             }
         }
     }
 
     fn unlink(&mut self, id: RequestId) {
-        let Request { lock, stage, wait_list, .. } = self.requests[id.index()];
+        let Request { lock, stage, wait_list, terms, .. } = self.requests[id.index()];
+        let weight = terms.weight_or_one();
         let lock = &mut self.locks[lock.get()];
+        lock.newest.take_if(|newest| *newest == id);
         let list = match stage {
             Stage::Deferred => &mut self.deferred,
             Stage::Undecided => &mut lock.undecided,
@@ -165,6 +169,7 @@ impl Store {
             }
             Stage::Holding(_) => {
                 lock.holding -= 1;
+                lock.weight_held = lock.weight_held.saturating_sub(weight);
                 &mut lock.holders
             }
         };
@@ -239,7 +244,9 @@ impl Store {
         assert!(found.is_some(), "a lock is not found by its identity");
         let mut listed = self.audit_list(lock.holders, |request| matches!(request.stage, Stage::Holding(_)));
         assert_eq!(lock.holding as usize, listed.len(), "the count of holders is wrong");
-        for list in [WaitList::V1, WaitList::Once, WaitList::Queue] {
+        let weights = listed.iter().map(|id| self[*id].terms.weight_or_one());
+        assert_eq!(lock.weight_held, weights.fold(0, u32::saturating_add), "the sum of weights is wrong");
+        for list in [WaitList::V1, WaitList::Once, WaitList::Queue, WaitList::Coalesce] {
             let is_its = |request: &Request| request.stage == Stage::Waiting && request.wait_list == list;
             let waiters = self.audit_list(lock.waiters(list), is_its);
             if list == WaitList::Queue {

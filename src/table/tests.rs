@@ -3,9 +3,11 @@
 mod nested;
 mod resume;
 mod several;
+mod single_flight;
 
 use super::*;
 use crate::proto::Key;
+use crate::proto::v2::Mode;
 use std::time::Duration;
 
 const KEY: &str = "nightly";
@@ -25,6 +27,7 @@ impl Fixture {
                 first_token: Token(100),
                 hold_limit: Some(LIMIT),
                 is_clustered: false,
+                remember_max: 3,
             }),
             now: Timestamp(5_000),
         }

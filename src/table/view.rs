@@ -63,7 +63,13 @@ impl<'a> LockView<'a> {
     /// Returns the lock's key, if one of its holders or waiters stated it. (Protocol 1 sends only a hash of it.)
     pub fn key(&self) -> Option<&'a str> {
         // The first of a list knows the key, unless it speaks protocol 1 (then its whole list does) or has not resumed yet.
-        let lists = [self.lock.holders, self.lock.once_waiters, self.lock.queue, self.lock.undecided];
+        let lists = [
+            self.lock.holders,
+            self.lock.once_waiters,
+            self.lock.queue,
+            self.lock.coalescing,
+            self.lock.undecided,
+        ];
         let first = lists.into_iter().flat_map(|list| self.store.members(list).take(LISTED_MAX));
         first.filter_map(|id| self.store[id].asked()).map(|asked| asked.key.as_str()).next()
     }
@@ -84,11 +90,12 @@ impl<'a> LockView<'a> {
         self.store.members(self.lock.holders).map(move |id| this.request(id))
     }
 
-    /// Returns the waiters: the queue, then the once waiters, then the protocol 1 waiters, then the requests that wait for an
+    /// Returns the waiters: the queue, then the coalescing waiters, then the once waiters, then the protocol 1 waiters, then the requests that wait for an
     /// answer of etcd; in each the oldest first.
     pub fn waiters(&self) -> impl Iterator<Item = RequestView<'a>> {
         let (store, this) = (self.store, *self);
-        let waiters = [WaitList::Queue, WaitList::Once, WaitList::V1].map(|list| self.lock.waiters(list));
+        let waiters = [WaitList::Queue, WaitList::Coalesce, WaitList::Once, WaitList::V1]
+            .map(|list| self.lock.waiters(list));
         let lists = waiters.into_iter().chain([self.lock.undecided]);
         lists.flat_map(move |list| store.members(list)).map(move |id| this.request(id))
     }

@@ -13,11 +13,12 @@ use clap_mangen::Man;
 use kmutex::cli::Cli;
 
 /// The hand-written sections, and the pages that they go to.
-const SECTIONS: [(&str, &str); 7] = [
+const SECTIONS: [(&str, &str); 8] = [
     ("kmutex", include_str!("../../man/sections/kmutex.roff")),
     ("kmutex-run", include_str!("../../man/sections/kmutex-run.roff")),
     ("kmutex-lock", include_str!("../../man/sections/kmutex-lock.roff")),
     ("kmutex-unlock", include_str!("../../man/sections/kmutex-unlock.roff")),
+    ("kmutex-forget", include_str!("../../man/sections/kmutex-forget.roff")),
     ("kmutex-status", include_str!("../../man/sections/kmutex-status.roff")),
     ("kmutex-break", include_str!("../../man/sections/kmutex-break.roff")),
     ("kmutex-serve", include_str!("../../man/sections/kmutex-serve.roff")),

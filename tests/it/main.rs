@@ -46,6 +46,7 @@ mod service;
 mod several;
 mod shell;
 mod signals;
+mod single_flight;
 mod status;
 mod terminal;
 mod too_many;

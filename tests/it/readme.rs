@@ -40,7 +40,7 @@ fn the_sessions_of_the_readme_work_as_printed() {
     }
     fs::create_dir(folder.path().join("documents")).unwrap();
     fs::write(folder.path().join("documents/one"), "").unwrap();
-    assert_eq!(play(README, folder.path()), 9, "sessions");
+    assert_eq!(play(README, folder.path()), 12, "sessions");
     let reported = fs::read_to_string(folder.path().join("report.log")).unwrap();
     assert_eq!(reported, "reported\n", "by the line of the crontab");
 }

@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use harness::{Daemon, PREAMBLE, TIMEOUT, Wire};
-use kmutex::journal::{ClusterLease, HoldRecord, Journal};
+use kmutex::journal::{ClusterLease, HoldRecord, Journal, Snapshot};
 use kmutex::proto::{Key, Protocol, Token};
 use kmutex::table::{HoldState, Terms, Timestamp};
 use nix::sys::resource::{Resource, getrlimit, setrlimit};
@@ -229,7 +229,13 @@ fn twenty_thousand_locks_are_listed_to_fifty_readers() {
                 recorded: Timestamp(1),
             })
             .collect();
-        Journal::create(&folder.join("sock.journal"), boot, ClusterLease::Local, &records).unwrap();
+        Journal::create(
+            &folder.join("sock.journal"),
+            boot,
+            ClusterLease::Local,
+            &Snapshot { holds: records, runs: Vec::new() },
+        )
+        .unwrap();
     });
     let mut readers: Vec<_> = (0..50).map(|_| UnixStream::connect(scene.daemon.sock()).unwrap()).collect();
     for reader in &mut readers {

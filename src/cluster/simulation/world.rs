@@ -94,6 +94,7 @@ impl World {
     pub(super) fn new(seed: u64) -> World {
         let host = |number: u64| Host {
             table: Table::new(table::Config {
+                remember_max: 100,
                 hash_key: seed,
                 first_token: Token(1_000_000),
                 hold_limit: None,

@@ -71,6 +71,8 @@ impl Incomplete {
             waiters: waiters.collect(),
             waiting: self.count - 1,
             key,
+            last_success: None,
+            last_failure: None,
         }
     }
 }

@@ -49,6 +49,10 @@ impl Server {
             | NotificationKind::HeldAbove
             | NotificationKind::Deadlock(_)
             | NotificationKind::Expired
+            | NotificationKind::Fresh(_)
+            | NotificationKind::NewerRequest
+            | NotificationKind::Stop
+            | NotificationKind::SlotsDiffer { .. }
             | NotificationKind::Superseded => return,
             NotificationKind::Lost(loss) => {
                 return self.close_after_flush(notification.client, v2::describe_loss(loss));

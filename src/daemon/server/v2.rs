@@ -94,6 +94,10 @@ impl Server {
             (Request::Child { .. }, _) => {}
             (Request::Unlock { key, pid, outcome }, _) => self.unlock(client, &key, pid, outcome),
             (Request::Break { key }, _) => self.break_lock(client, &key),
+            (Request::Forget { key }, _) => self.forget(client, &key),
+            (Request::Overdue { held_ms }, State::Owner) => self.log_overdue(client, held_ms),
+            // The client has lost the lock meanwhile, and was told.
+            (Request::Overdue { .. }, _) => {}
             (Request::Release { outcome }, State::Owner) => {
                 if log::is_verbose() {
                     log::release(self.lookup(), client, outcome);
@@ -140,6 +144,11 @@ impl Server {
                 format!("lock: process {child} holds this lock"),
             );
         }
+        let is_admin = uid.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw());
+        if asked.replace_after_ms.is_some() && !is_admin && !self.table.may_replace(asked.key.id(), uid) {
+            let message = "lock: only root, the daemon's user and the holder's user may replace a holder";
+            return self.refuse(client, ErrorCode::NotPermitted, message);
+        }
         if self.now > self.started.plus(self.grace) {
             // Clients that waited for the previous daemon have come back by now. No other client may overtake waiters.
             asked.place = None;
@@ -159,6 +168,27 @@ impl Server {
         };
         self.apply(|table, now, effects| table.release_orphan(now, held.token, outcome, effects));
         self.connections.answer(client, &Answer::Released);
+    }
+
+    /// Root, the daemon's own user and the user who ran it may forget a run.
+    fn forget(&mut self, client: ClientId, key: &Key) {
+        let by = self.connections[client].peer().map(|peer| peer.uid);
+        let is_admin = by.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw());
+        let runs = self.table.last_runs(self.now, key.id());
+        if !is_admin && !runs.into_iter().flatten().all(|run| by.is_some() && run.uid == by) {
+            let message = "forget: only root, the daemon's user and the user who ran it may do this";
+            return self.refuse(client, ErrorCode::NotPermitted, message);
+        }
+        self.apply(|table, _, effects| table.forget(key.id(), effects));
+        self.connections.answer(client, &Answer::Forgotten);
+    }
+
+    /// A holder says that it holds its lock for longer than it meant to.
+    fn log_overdue(&self, client: ClientId, held_ms: u64) {
+        if let Some((lock, _)) = self.table.request_of(client) {
+            let (name, client) = (self.lookup().lock_name(lock.id()), self.connections.describe(client));
+            warn!("{client} has held {name} for {} s", held_ms / 1000);
+        }
     }
 
     /// Root, the daemon's own user and the holder's user may break a lock; one of another host, only the first two.
@@ -197,6 +227,21 @@ impl Server {
             }
             NotificationKind::Finished(outcome, token) => Answer::Finished { outcome, token },
             NotificationKind::Busy => Answer::Busy { holders: holders() },
+            NotificationKind::Fresh(token) => match lookup.run(notification.lock, token) {
+                Some(run) => Answer::Fresh { run },
+                None => unreachable!("the table has just found it"),
+            },
+            NotificationKind::NewerRequest => Answer::Superseded,
+            NotificationKind::Stop => {
+                Answer::Stop { why: "a newer request replaces this one (--replace)".into() }
+            }
+            NotificationKind::SlotsDiffer { slots, other } => {
+                let other = other.map_or("a holder".into(), |other| lookup.client_name(other));
+                let name = lookup.lock_name(notification.lock);
+                let message =
+                    format!("lock: {other} says that {name} has {slots} slots; all must agree about that");
+                error(ErrorCode::SlotsDiffer, message)
+            }
             NotificationKind::Lost(loss) => Answer::Lost { why: describe_loss(loss).into() },
             NotificationKind::Expired => Answer::Lost { why: "hold limit exceeded".into() },
             NotificationKind::HeldAbove => {
@@ -220,8 +265,7 @@ impl Server {
 
     fn status_of(&mut self, client: ClientId, key: &Key) {
         let lookup = self.lookup();
-        let status = self.table.find(key.id()).map(|lock| lookup.lock_status(&lock, Some(key.as_str())));
-        if let Some(status) = status {
+        if let Some(status) = lookup.status_of(key) {
             self.connections.answer(client, &Answer::Lock(status));
         }
         self.connections.answer(client, &Answer::End);

@@ -36,15 +36,21 @@ fn any_who() -> impl Strategy<Value = ClientInfo> {
 }
 
 fn any_mode() -> impl Strategy<Value = Mode> {
-    select(&[Mode::Once, Mode::Queue])
+    select(&[Mode::Once, Mode::Queue, Mode::Coalesce])
 }
 
 fn any_lock_request() -> impl Strategy<Value = LockRequest> {
     let slots = prop_oneof![Just((true, 1)), (1..=SLOTS_MAX).prop_map(|slots| (false, slots))];
     let nonce = option::of(any::<u128>().prop_map(Nonce));
     let resumed = (vec(option::of(any_token()), 2), option::of(any::<u32>()), option::of(any::<u64>()));
-    (any_key(), nonce, any_mode(), slots, any::<[bool; 3]>(), any_who(), resumed).prop_map(
-        |(key, nonce, mode, (shared, slots), [nowait, exec, inherits], who, (tokens, child, place))| {
+    let flight = (any::<u64>(), any::<u64>(), any::<[bool; 2]>(), option::of(any::<u64>()), any::<u32>());
+    (any_key(), nonce, any_mode(), slots, any::<[bool; 3]>(), any_who(), resumed, flight).prop_map(
+        |(key, nonce, mode, (shared, slots), flags, who, (tokens, child, place), flight)| {
+            let [nowait, exec, inherits] = flags;
+            let (fresh_ms, fresh_failure_ms, [newest, no_replace], replace_after_ms, weight) = flight;
+            let is_single = !shared && slots == 1;
+            let mode = if is_single || mode != Mode::Coalesce { mode } else { Mode::Once };
+            let newest = newest && is_single && mode == Mode::Queue;
             LockRequest {
                 key,
                 nonce,
@@ -58,6 +64,12 @@ fn any_lock_request() -> impl Strategy<Value = LockRequest> {
                 holds: tokens[1],
                 child: child.and_then(Pid::new),
                 place,
+                fresh_ms: if is_single { fresh_ms } else { 0 },
+                fresh_failure_ms: if is_single { fresh_failure_ms } else { 0 },
+                newest,
+                replace_after_ms: replace_after_ms.filter(|_| newest),
+                no_replace,
+                weight: NonZeroU32::new(weight % (slots + 1)),
                 who,
             }
         },
@@ -71,6 +83,8 @@ fn any_request() -> impl Strategy<Value = Request> {
         1 => (option::of(any_key()), any::<bool>()).prop_map(|(key, cluster)| Request::Status { key, cluster }),
         1 => (1..=u32::MAX).prop_map(|pid| Request::Child { pid: Pid::new(pid).unwrap() }),
         1 => any_key().prop_map(|key| Request::Break { key }),
+        1 => any_key().prop_map(|key| Request::Forget { key }),
+        1 => any::<u64>().prop_map(|held_ms| Request::Overdue { held_ms }),
         1 => (any_key(), 1..=u32::MAX, any_outcome())
             .prop_map(|(key, pid, outcome)| Request::Unlock { key, pid: Pid::new(pid).unwrap(), outcome }),
         1 => Just(Request::Ping),
@@ -124,6 +138,8 @@ fn any_status() -> impl Strategy<Value = LockStatus> {
             holding,
             waiters,
             waiting,
+            last_success: None,
+            last_failure: None,
         },
     )
 }
@@ -365,6 +381,12 @@ fn the_longest_status_line_fits_a_frame() {
         orphan: true,
     };
     let key = Key::new("\u{1}".repeat(KEY_BYTES_MAX)).unwrap();
+    let run = RunStatus {
+        outcome: Outcome::Signal(u8::MAX),
+        token: Token(u64::MAX),
+        age_ms: u64::MAX,
+        by: "\"".repeat(56).into(),
+    };
     let status = LockStatus {
         id: key.id().to_string(),
         key: Some(key.into()),
@@ -372,6 +394,8 @@ fn the_longest_status_line_fits_a_frame() {
         holding: u32::MAX,
         waiters: vec![party; LISTED_MAX],
         waiting: u32::MAX,
+        last_success: Some(Box::new(run.clone())),
+        last_failure: Some(Box::new(run)),
     };
     let bytes = line(&Answer::Lock(status)).len();
     assert!(bytes <= FRAME_BYTES_MAX, "{bytes}");

@@ -87,6 +87,7 @@ impl Lock {
             Wish { v1: true, .. } => &mut self.v1,
             Wish { mode: Mode::Once, .. } => &mut self.once,
             Wish { mode: Mode::Queue, .. } => &mut self.queue,
+            Wish { mode: Mode::Coalesce, .. } => unreachable!("single_flight.rs has those"),
         }
     }
 }
@@ -179,6 +180,9 @@ impl Model {
                 JournalEntry::Granted(ClientId(client)) | JournalEntry::Resumed(ClientId(client)) => {
                     self.granting.push(*client)
                 }
+                JournalEntry::Ran(..) | JournalEntry::RunForgotten(..) => {
+                    panic!("single_flight.rs has those")
+                }
                 JournalEntry::Ended(token) => {
                     assert!(self.recorded.remove(token), "a hold that was not recorded ends")
                 }
@@ -211,6 +215,10 @@ impl Model {
             NotificationKind::Lost(_) | NotificationKind::Superseded => {
                 panic!("no client resumes or breaks anything here")
             }
+            NotificationKind::Fresh(_)
+            | NotificationKind::NewerRequest
+            | NotificationKind::Stop
+            | NotificationKind::SlotsDiffer { .. } => panic!("single_flight.rs has those"),
             NotificationKind::Unavailable => panic!("there are no other hosts here"),
         }
     }

@@ -1,0 +1,73 @@
+//! Requests of which the newest wins: an older one that waits is superseded, and the holder can be asked to stop.
+//!
+//! The holder keeps the lock until it has stopped: a newer command never starts beside an older one.
+
+use std::time::Duration;
+
+use super::{Effects, LockIndex, NotificationKind, RequestId, Stage, Table, Timestamp};
+use crate::proto::{LockId, Protocol};
+
+impl Table {
+    /// A newest request is about to wait: the one that waits already is superseded.
+    pub(super) fn supersede(&mut self, id: RequestId, effects: &mut Effects) {
+        if !self.store[id].asked().is_some_and(|asked| asked.newest) {
+            return;
+        }
+        let lock = self.store[id].lock;
+        if let Some(older) = self.store[lock].newest.replace(id).filter(|&older| older != id) {
+            self.notify(older, NotificationKind::NewerRequest, effects);
+            self.remove_request(older);
+        }
+    }
+
+    /// A request waits that replaces the holder after some time: that time begins.
+    pub(super) fn begin_replacing(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
+        let request = &self.store[id];
+        let Some(after) = request.asked().and_then(|asked| asked.replace_after_ms) else { return };
+        let at = request.since.plus(Duration::from_millis(after));
+        if at <= now {
+            return self.stop_holders(self.store[id].lock, effects);
+        }
+        self.store[id].deadline = at;
+        self.deadlines.insert((at, id));
+    }
+
+    /// The time of the holder is over, which a waiting request gave it.
+    pub(super) fn replace_now(&mut self, id: RequestId, effects: &mut Effects) {
+        self.clear_deadline(id);
+        self.stop_holders(self.store[id].lock, effects);
+    }
+
+    /// A holder is back: asks it again to stop, if the newest request has waited long enough.
+    pub(super) fn stop_if_due(&mut self, lock: LockIndex, effects: &mut Effects) {
+        let is_due = |id: RequestId| {
+            let request = &self.store[id];
+            let replaces = request.asked().is_some_and(|asked| asked.replace_after_ms.is_some());
+            replaces && request.stage == Stage::Waiting && request.deadline == Timestamp::NEVER
+        };
+        if self.store[lock].newest.is_some_and(is_due) {
+            self.stop_holders(lock, effects);
+        }
+    }
+
+    fn stop_holders(&self, lock: LockIndex, effects: &mut Effects) {
+        for holder in self.store.members(self.store[lock].holders) {
+            if self.store[holder].asked().is_some_and(|asked| !asked.no_replace) {
+                self.notify(holder, NotificationKind::Stop, effects);
+            }
+        }
+    }
+
+    /// Returns `true` if the user `uid` may stop the holders of a lock: each of them is that user's, or cannot be stopped
+    /// anyway.
+    pub fn may_replace(&self, lock: LockId, uid: Option<u32>) -> bool {
+        let Some(index) = self.store.find(lock) else { return true };
+        let lock = &self.store[index];
+        self.store.members(lock.holders).all(|holder| {
+            let request = &self.store[holder];
+            let its = request.details.as_ref().and_then(|details| details.uid);
+            let is_remote = lock.remote_holder == Some(holder);
+            is_remote || request.terms.protocol == Protocol::V1 || (uid.is_some() && its == uid)
+        })
+    }
+}
