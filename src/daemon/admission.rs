@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn with_few_descriptors_room_is_left_for_those_that_resume() {
+    fn with_few_descriptors_room_is_left_for_clients_that_resume() {
         for max in 1..20 {
             let mut admission = admission(20_000, Some(max), None);
             while admission.may_watch_restored() {

@@ -123,6 +123,8 @@ impl Etcd {
             // One that was cut off does not depose the leader when it is back. From 3.5 on it is so anyway.
             command.arg("--pre-vote");
         }
+        // Each login costs the member a hash. A strong one takes longer than a call may, where many tests run at a time.
+        command.arg("--bcrypt-cost=4");
         if self.members.len() == 1 {
             // It elects itself, for which it needs not wait for long; and the least lease is shorter.
             command.args(["--heartbeat-interval=20", "--election-timeout=200"]);
