@@ -113,7 +113,9 @@ impl Raw {
         let of = |rest: &str| format!("{IDENTITY}{rest}").into_bytes();
         let place = of(&format!("/{:x}.{:x}", self.lease.0, self.number));
         let lease = Some(self.lease);
-        let line = || Op::Range(Range { key: of("."), end: of("0"), limit: 0, sort: Sort::CreateRevision });
+        let line = || {
+            Op::Range(Range { key: of("."), end: of("0"), sort: Sort::CreateRevision, ..Range::default() })
+        };
         let put = Op::Put { key: place.clone(), value: CLAIM.into(), lease };
         let taken = self.client.txn(&Txn {
             compare: vec![Compare::Empty { key: of("/"), end: of("0") }],
@@ -154,7 +156,7 @@ fn transactions(etcd: &Etcd, daemon: &Server, name: &str) -> Result<Row> {
     }
     let what = format!("lock and release through etcd, {name} / its two transactions alone");
     let [ours, theirs] = took.map(|took| median(&took));
-    Ok(Row::new(&what, ours, Some(theirs), "µs", Target::AtMost(1.3)))
+    Ok(Row::new(&what, ours, Some(theirs), "µs", Target::AtMost(1.2)))
 }
 
 fn micros(act: impl FnOnce() -> Result<()>) -> Result<f64> {

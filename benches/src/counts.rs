@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use kmutex::proto::{Key, Outcome, Token, v2::LockRequest, v2::Mode};
-use kmutex::table::{ClientId, Config, Effects, Timestamp, Table};
+use kmutex::table::{ClientId, Config, Effects, Table, Timestamp};
 use serde::{Deserialize, Serialize};
 
 use crate::load::{self, Protocol};

@@ -8,7 +8,7 @@ use std::process::{Child, Command, Stdio};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use kmutex::etcd::{Client, Config, Endpoint, Range};
+use kmutex::etcd::{Client, Config, Endpoint, Range, TIMEOUT_DEFAULT};
 use tempfile::TempDir;
 
 use crate::{Result, fail};
@@ -102,7 +102,7 @@ fn client(ports: &[u16]) -> Result<Client> {
     let endpoints: std::result::Result<Vec<Endpoint>, _> =
         ports.iter().map(|&port| url(port).parse()).collect();
     let endpoints = endpoints.map_err(|e| e.to_string())?;
-    let config = Config { endpoints, ca: None, cert: None, key: None, user: None, timeout: etcd::TIMEOUT_DEFAULT };
+    let config = Config { endpoints, ca: None, cert: None, key: None, user: None, timeout: TIMEOUT_DEFAULT };
     Client::new(&config).map_err(|e| e.to_string().into())
 }
 
