@@ -1,7 +1,7 @@
 //! The blocking client of etcd, for what a lock service needs of it: leases, transactions, ranges, watches.
 //!
-//! It speaks to the JSON gateway that every member of etcd has beside gRPC (`/v3/...`), over HTTP/1.1 with [`ureq`]. It
-//! knows nothing of locks: which keys there are, and what they mean, is its caller's.
+//! It uses the JSON gateway that every member of etcd has beside gRPC (`/v3/...`), over HTTP/1.1 with [`ureq`]. It knows
+//! nothing of locks: its caller decides which keys there are, and what they mean.
 //!
 //! A call is tried at each endpoint in turn ([`Config::timeout`] each at the most), beginning with the one that answered
 //! last. It goes on after an attempt whose effect is unknown, so a caller must not ask for anything that must not be done
@@ -58,10 +58,10 @@ pub struct Client {
 }
 
 impl Client {
-    /// Reads the certificates; connects to nothing yet.
+    /// Reads the certificates. Does not connect yet.
     ///
     /// # Errors
-    /// When the configuration cannot work.
+    /// If the configuration cannot work.
     pub fn new(config: &Config) -> Result<Client, ConfigError> {
         if config.endpoints.is_empty() {
             return Err(ConfigError::NoEndpoint);
@@ -79,16 +79,16 @@ impl Client {
         })
     }
 
-    /// Gets a lease that lasts so long without [`Client::keep_alive`], or longer if etcd says so.
+    /// Gets a lease of `ttl_secs` seconds, or longer if etcd says so. [`Client::keep_alive`] renews it.
     ///
     /// # Errors
-    /// As [`Client::txn`]. A lease that was granted without an answer ends by itself.
+    /// As [`Client::txn`]. If etcd granted the lease and the answer was lost, the lease ends by itself.
     pub fn grant_lease(&self, ttl_secs: u64) -> Result<Lease, Error> {
         let body = codec::grant_lease(ttl_secs);
         self.call("/v3/lease/grant", &body, Currency::Local, codec::read_lease).map(|(lease, _)| lease)
     }
 
-    /// Lets a lease begin anew. That it is gone is an answer, not an error.
+    /// Renews a lease. If the lease is gone, the answer says so; that is no error.
     ///
     /// # Errors
     /// As [`Client::txn`].
@@ -98,7 +98,7 @@ impl Client {
         reply.map(|(kept, finding)| KeptAlive { is_behind: finding == Finding::Behind, ..kept })
     }
 
-    /// The keys that were put with a lease.
+    /// Returns the keys that were put with a lease.
     ///
     /// # Errors
     /// As [`Client::txn`].
@@ -108,7 +108,7 @@ impl Client {
             .map(|(keys, _)| keys)
     }
 
-    /// Ends a lease, and all keys that were put with it. It is right if it has ended before.
+    /// Ends a lease, and deletes all keys that were put with it. Succeeds if the lease has ended before.
     ///
     /// # Errors
     /// As [`Client::txn`].
@@ -130,7 +130,8 @@ impl Client {
         self.call("/v3/kv/txn", &codec::txn(txn), Currency::Linearizable, read).map(|(reply, _)| reply)
     }
 
-    /// Reads keys as they are now: what was answered to anybody before this call is in it (etcd's linearizable read).
+    /// Reads keys as they are now. Every change that etcd confirmed before this call is in the reply (etcd's linearizable
+    /// read).
     ///
     /// # Errors
     /// As [`Client::txn`].
@@ -175,11 +176,11 @@ impl Client {
         self.agents.timeout * u32::try_from(self.endpoints.len()).unwrap_or(u32::MAX)
     }
 
-    /// Watches the keys from `key` up to, and without, `end` (empty: `key` alone). The events begin with those of
-    /// `from_revision`; 0 is with what comes next.
+    /// Watches the keys from `key` up to `end`, without `end` itself (empty: `key` alone). The events begin at
+    /// `from_revision`; 0 means with the next one.
     ///
     /// # Errors
-    /// When no endpoint opens it. That etcd does not want this watch is told by its first message.
+    /// If no endpoint opens it. If etcd refuses this watch, its first message says so.
     pub fn watch(&self, key: &[u8], end: &[u8], from_revision: i64) -> Result<Watch, Error> {
         let body = codec::watch(key, end, from_revision);
         let agent = self.watches().clone();

@@ -14,9 +14,9 @@ pub(super) struct Tokens {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum State {
-    /// It is to be asked for.
+    /// The next request asks for a token.
     Unknown,
-    /// This etcd has no users; it takes requests from anybody.
+    /// This etcd has no users; it accepts requests without a token.
     NotNeeded,
     Given(Arc<str>),
 }
@@ -26,8 +26,7 @@ impl Tokens {
         Tokens { user, state: Mutex::new(State::Unknown) }
     }
 
-    /// Makes an attempt with the token, and another one with a new token if it was for the token that the first failed.
-    /// `ask` gets a token for a user.
+    /// Makes an attempt with the token. If etcd rejects the token, makes one more attempt with a new token, which `ask` gets.
     pub(super) fn with_token<T>(
         &self,
         ask: impl Fn(&User) -> Result<String, Failure>,

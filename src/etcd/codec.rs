@@ -1,4 +1,4 @@
-//! The JSON of etcd's gateway: requests to text, and answers to what they mean. Nothing here knows of sockets.
+//! The JSON of etcd's gateway: encodes requests, and decodes answers. Knows no sockets.
 //!
 //! It is proto3's mapping to JSON: 64-bit numbers are strings, bytes are base64, and whatever is zero or empty is left
 //! out. Unknown fields are skipped; an answer without the required fields is refused.

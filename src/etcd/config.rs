@@ -1,4 +1,5 @@
-//! Which etcd to talk to, and who one is: the options as they are given, and the certificates that they name.
+//! Where etcd is, and how kmutex identifies itself there: the options as the user gave them, and the certificates that they
+//! name.
 
 use std::fmt;
 use std::fs;
@@ -25,18 +26,18 @@ const PASSWORD_FILE: &str = "--etcd-password-file";
 /// How long one attempt at one endpoint takes at most, unless the user says otherwise.
 pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(1);
 
-/// Where etcd is, and how one makes oneself known there.
+/// Where etcd is, and how the client identifies itself there.
 #[derive(Clone, Debug)]
 pub struct Config {
     /// The members, any of which may answer.
     pub endpoints: Vec<Endpoint>,
     /// A PEM file with the certificates of the authorities that may have signed the members'. `None`: the public authorities.
     pub ca: Option<PathBuf>,
-    /// A PEM file with a certificate to show to etcd, the ones in between behind it.
+    /// A PEM file with the client certificate, followed by the intermediate certificates.
     pub cert: Option<PathBuf>,
     /// A PEM file with the key of that certificate.
     pub key: Option<PathBuf>,
-    /// As whom to ask for a token.
+    /// The etcd user. `None`: etcd has no users.
     pub user: Option<User>,
     /// How long one attempt at one endpoint may take ([`TIMEOUT_DEFAULT`]).
     pub timeout: Duration,
@@ -52,7 +53,7 @@ pub struct User {
 }
 
 impl User {
-    /// The user `name`, whose password is the first line of a file.
+    /// Returns the user `name`, whose password is the first line of a file.
     ///
     /// # Errors
     /// [`ConfigError::Unreadable`].
@@ -67,13 +68,13 @@ impl User {
 }
 
 impl fmt::Debug for User {
-    /// Without the password: what is printed for debugging ends in logs.
+    /// Leaves out the password, because debug output ends up in logs.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("User").field("name", &self.name).finish_non_exhaustive()
     }
 }
 
-/// Reads the certificates, and refuses here what could not work later.
+/// Reads the certificates. Refuses a configuration that could not work later.
 pub(super) fn tls(config: &Config) -> Result<TlsConfig, ConfigError> {
     let files = [(CA, &config.ca), (CERT, &config.cert), (KEY, &config.key)];
     let given = files.iter().find(|(_, path)| path.is_some());
@@ -109,7 +110,7 @@ fn client_cert(cert: &Path, key: &Path) -> Result<ClientCert, ConfigError> {
     let chain: Vec<Certificate<'static>> = ders.iter().map(certificate).collect();
     let pem = read(KEY, key)?;
     let der = PrivateKeyDer::from_pem_slice(&pem).map_err(|_| bad(KEY, key, "there is no key in it"))?;
-    // ureq takes it for granted that the two go together, and panics at the first connection if they do not.
+    // ureq panics at the first connection if the key does not belong to the certificate.
     CertifiedKey::from_der(ders, der, &ring::default_provider()).map_err(|e| bad(KEY, key, e))?;
     let key = PrivateKey::from_pem(&pem).map_err(|e| bad(KEY, key, e))?;
     Ok(ClientCert::new_with_certs(&chain, key))
@@ -151,7 +152,7 @@ pub enum ConfigError {
         /// Why.
         error: io::Error,
     },
-    /// A file has not in it what it should have.
+    /// A file does not contain what it should.
     Bad {
         /// The option that names it.
         option: &'static str,
@@ -167,7 +168,7 @@ pub enum ConfigError {
         /// The one that it needs.
         missing: &'static str,
     },
-    /// An option for https, and no endpoint that has it: the user believes to be safe, and is not.
+    /// An option for https without an https endpoint: the user believes that the connection is encrypted, and it is not.
     NothingEncrypted {
         /// The option.
         option: &'static str,

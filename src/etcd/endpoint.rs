@@ -17,7 +17,7 @@ pub struct Endpoint {
 }
 
 impl Endpoint {
-    /// True for https.
+    /// Returns `true` for https.
     pub fn is_tls(&self) -> bool {
         self.is_tls
     }

@@ -1,5 +1,5 @@
-//! What can go wrong with etcd: at one endpoint ([`Failure`]), and of a whole call ([`Error`]). The one question that
-//! matters to the caller is whether what was asked for may have been done.
+//! What can go wrong with etcd: at one endpoint ([`Failure`]), and in a whole call ([`Error`]). What matters most to the
+//! caller is whether etcd may have done what the call asked for.
 
 use std::fmt;
 
@@ -20,24 +20,24 @@ const UNAUTHENTICATED: i64 = 16;
 /// Why a call did not get its answer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Error {
-    /// No endpoint could be connected to. What was asked for was surely not done.
+    /// The client could not connect to any endpoint. etcd has surely done nothing.
     Unreachable {
         /// Each endpoint with what happened there.
         why: String,
     },
-    /// The request was sent and no whole answer came. What was asked for may have been done, or may still be.
+    /// The request was sent, and no complete answer came. etcd may have done it, or may still do it.
     Unknown {
         /// Each endpoint with what happened there.
         why: String,
     },
-    /// etcd has refused. What was asked for was surely not done.
+    /// etcd refused. It has surely done nothing.
     Refused {
         /// gRPC's status code.
         code: i64,
         /// What etcd said.
         message: String,
     },
-    /// There was an answer that no etcd gives. What was asked for may have been done.
+    /// The answer is not one of etcd. The request may have been done.
     BadReply {
         /// Each endpoint with what happened there.
         why: String,
@@ -70,7 +70,7 @@ pub enum Kind {
 }
 
 impl Error {
-    /// True when etcd refused because the lease that was named has ended.
+    /// Returns `true` if etcd refused because the lease has ended.
     pub fn is_lease_gone(&self) -> bool {
         matches!(self, Error::Refused { code, message } if says_lease_gone(*code, message))
     }
@@ -88,7 +88,7 @@ impl Error {
         }
     }
 
-    /// The error of a call that has failed at each of these endpoints.
+    /// Returns the error of a call that failed at each of these endpoints.
     pub(super) fn of(failures: &[(&Endpoint, Failure)]) -> Error {
         let each = failures.iter().map(|(endpoint, failure)| format!("{endpoint}: {failure}"));
         let why = each.collect::<Vec<_>>().join("; ");
@@ -163,7 +163,7 @@ impl Failure {
             || says("user name is empty")
     }
 
-    /// True when etcd has no users at all.
+    /// Returns `true` if etcd has no users at all.
     pub(super) fn is_auth_disabled(&self) -> bool {
         matches!(self, Failure::Refused { message, .. } if message.contains("authentication is not enabled"))
     }
@@ -214,13 +214,13 @@ fn says_lease_gone(code: i64, message: &str) -> bool {
     code == NOT_FOUND && message.contains("requested lease not found")
 }
 
-/// A text from the network, fit for one line of a terminal or a log.
+/// Makes a text from the network fit for one line of a terminal or a log.
 pub(super) fn one_line(text: &str) -> String {
     let plain = text.trim().chars().map(|c| if c.is_control() { ' ' } else { c });
     plain.take(MESSAGE_CHARS_MAX).collect()
 }
 
-/// The system's words begin with a capital letter, which is odd behind a colon.
+/// Makes the first letter lower case: the system's messages begin with a capital letter, which is odd after a colon.
 pub(super) fn lower(text: &str) -> String {
     let mut chars = text.chars();
     let first = chars.next().map(|c| c.to_ascii_lowercase());

@@ -1,5 +1,5 @@
-//! One request to one endpoint, and what became of it: was it sent, was it answered, with what. Knows HTTP and its time
-//! limits; neither what is asked nor what an answer means, but for telling a refusal from an answer.
+//! One request to one endpoint: whether it was sent, and whether and how it was answered. Knows HTTP and its time limits.
+//! Does not know what a request or an answer means, except that it distinguishes a refusal from an answer.
 
 use std::io::{self, Read};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use crate::addr::Reason;
 
 /// The largest answer, and the largest message of a watch, in bytes.
 pub(super) const REPLY_BYTES_MAX: u64 = 16 * 1024 * 1024;
-/// How many connections to one endpoint wait for the next request, at the most.
+/// How many idle connections to one endpoint are kept, at the most.
 const IDLE_MAX: usize = 8;
 
 /// What it takes to make agents. Each has its own connections.
@@ -68,19 +68,18 @@ pub(super) struct Request<'a> {
     pub(super) path: &'a str,
     pub(super) body: &'a str,
     pub(super) token: Option<&'a str>,
-    /// What a member without a leader is to do with it.
+    /// What a member without a leader does with it.
     pub(super) leaderless: Leaderless,
     /// How long the agent waits for an answer; for error messages.
     pub(super) timeout: Duration,
 }
 
-/// What a member that knows of no leader, because there is none or it has lost touch with the others, does with a
-/// request.
+/// What a member without a leader does with a request. (There is no leader, or the member cannot reach it.)
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Leaderless {
     /// It waits for one: an election is mostly over within a second.
     Waits,
-    /// It ends the answer. A watch would be silent otherwise, for as long as that lasts.
+    /// It ends the answer. Otherwise a watch would be silent until there is a leader.
     GivesUp,
 }
 
@@ -121,7 +120,7 @@ fn post(agent: &Agent, request: Request<'_>) -> Result<Response<Body>, Failure> 
     })
 }
 
-/// The body of a request, which tells whether any of it was asked for. As long as none was, nothing can have been done.
+/// The body of a request. Records whether ureq has read any of it; until then, etcd cannot have done anything.
 struct Sent<'a> {
     rest: &'a [u8],
     has_begun: bool,
@@ -170,14 +169,14 @@ fn refusal(status: u16, body: &[u8]) -> Failure {
     }
 }
 
-/// True for what a connection brings that the other side had closed before the request came.
+/// Returns `true` for the error of a connection that the other side had closed before the request arrived.
 fn is_closed(error: &ureq::Error) -> bool {
     use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof};
     let ureq::Error::Io(error) = error else { return false };
     matches!(error.kind(), BrokenPipe | ConnectionAborted | ConnectionReset | UnexpectedEof)
 }
 
-/// What went wrong, for users; ureq's own words name its parts.
+/// Describes an error for users. ureq's own messages name its internal parts.
 fn describe_error(error: &ureq::Error, timeout: Duration) -> String {
     match error {
         ureq::Error::Io(error) => describe_io_error(error),

@@ -1,5 +1,5 @@
-//! What is asked of etcd and what it answers, in etcd's own terms (its API reference: KV, Lease, Watch). Data alone: how
-//! it is written out is `codec`'s matter.
+//! Requests to etcd and its answers, in etcd's own terms (its API reference: KV, Lease, Watch). Data only; `codec` encodes
+//! it.
 
 /// Identifies a lease. 0 is no lease.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -8,21 +8,21 @@ pub struct LeaseId(pub i64);
 /// A lease that was granted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Lease {
-    /// What etcd calls it.
+    /// Its id.
     pub id: LeaseId,
     /// How long it lasts without a keep-alive. etcd may give more than was asked for: its least is somewhat above the
     /// time of an election.
     pub ttl_secs: u64,
 }
 
-/// What became of a lease that was to be kept.
+/// The answer to a keep-alive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KeptAlive {
-    /// How long it lasts from now on. 0: there is no such lease any more.
+    /// The new time to live. 0: the lease is gone.
     pub ttl_secs: u64,
     /// The revision of the store when etcd answered.
     pub revision: i64,
-    /// The member that answered is behind what was seen of the store before: it lags, or the store went back.
+    /// `true` if the revision is lower than one that was seen before: the member lags, or the store went back.
     pub is_behind: bool,
 }
 
@@ -37,22 +37,22 @@ pub struct KeyValue {
     pub create_revision: i64,
     /// The revision at which it was last put.
     pub mod_revision: i64,
-    /// The lease that it ends with. 0: none.
+    /// The lease of the key: etcd deletes the key when the lease ends. 0: none.
     pub lease: LeaseId,
 }
 
-/// Compares, and then carries out one of two lists of operations; all of it at one revision.
+/// Compares, and then does one of two lists of operations, all at one revision.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Txn {
-    /// What must hold, all of it.
+    /// All of these must be true for `then`.
     pub compare: Vec<Compare>,
-    /// What is done if it does. No key may be put twice.
+    /// Done if the comparisons are true. No key may be put twice.
     pub then: Vec<Op>,
-    /// What is done if it does not.
+    /// Done if they are not.
     pub or_else: Vec<Op>,
 }
 
-/// What must hold for [`Txn::then`].
+/// A comparison of a [`Txn`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Compare {
     /// The key was created at this revision. 0: there is no such key.
@@ -80,7 +80,7 @@ pub enum Op {
         key: Vec<u8>,
         /// Its value.
         value: Vec<u8>,
-        /// What it ends with. `None`: it stays until it is deleted.
+        /// The lease of the key. `None`: the key stays until it is deleted.
         lease: Option<LeaseId>,
     },
     /// Removes a key, if there is one.
@@ -117,38 +117,38 @@ pub enum Sort {
     CreateRevision,
 }
 
-/// What came of a [`Txn`].
+/// The answer to a [`Txn`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TxnReply {
     /// The revision of the store after it.
     pub revision: i64,
-    /// Which list was carried out: [`Txn::then`] if true.
+    /// `true` if etcd did [`Txn::then`], `false` if it did [`Txn::or_else`].
     pub succeeded: bool,
-    /// What the [`Op::Range`]s of that list have found, in their order.
+    /// The results of the [`Op::Range`]s of that list, in order.
     pub ranges: Vec<Vec<KeyValue>>,
 }
 
-/// What a [`Range`] has found.
+/// The answer to a [`Range`].
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RangeReply {
     /// The revision of the store that was read.
     pub revision: i64,
     /// The keys.
     pub kvs: Vec<KeyValue>,
-    /// True when there are more than were asked for.
+    /// `true` if there are more keys than the limit.
     pub more: bool,
 }
 
 /// One message of a watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct WatchReply {
-    /// The revision of the store. 0 where etcd gives none, which is when it cancels.
+    /// The revision of the store. 0 if etcd gives none, as when it cancels.
     pub revision: i64,
     /// The first message: the watch has begun.
     pub created: bool,
-    /// The last message: why the watch is over. etcd may give no reason, then this is empty.
+    /// The last message: why etcd ends the watch. Empty if etcd gives no reason.
     pub canceled: Option<String>,
-    /// Not 0: what the watch was to begin with is forgotten, and this is the first revision that is not.
+    /// Not 0: the revision from which the watch should begin is compacted, and this is the first one that is not.
     pub compact_revision: i64,
     /// What happened, oldest first. The events of one transaction come in one message.
     pub events: Vec<Event>,
@@ -169,7 +169,7 @@ pub enum Event {
 }
 
 impl Event {
-    /// The revision at which it happened.
+    /// Returns the revision at which it happened.
     pub fn revision(&self) -> i64 {
         match self {
             Event::Put(key) => key.mod_revision,

@@ -1,5 +1,5 @@
-//! The addresses of the endpoints' hosts, for ureq. They are asked of [`crate::lookup`], since a static program cannot ask
-//! the C library; and remembered, since that takes a process each time and ureq asks before every request.
+//! The addresses of the endpoints' hosts, for ureq. [`crate::lookup`] finds them, because a static program cannot use the C
+//! library. They are cached, because each lookup takes a process and ureq asks before every request.
 
 use std::collections::HashMap;
 use std::io;
@@ -15,12 +15,12 @@ use ureq::unversioned::transport::NextTimeout;
 
 use crate::lookup;
 
-/// After this long a name is looked up again. Its old addresses are used meanwhile, for as long as that takes or fails.
+/// A name is looked up again after this time. Until that succeeds, its old addresses are used.
 const FRESH: Duration = Duration::from_secs(10);
 /// How many addresses of a host are tried; ureq has room for no more.
 const ADDRS_MAX: usize = 16;
 
-/// What is known of the hosts. Clones share it.
+/// The addresses of hosts, as far as they are known. Clones share them.
 #[derive(Clone, Debug, Default)]
 pub(super) struct HostResolver(Arc<Shared>);
 
@@ -41,7 +41,7 @@ struct Host {
 }
 
 impl HostResolver {
-    /// The addresses of a host; empty when they are not known within the time.
+    /// Returns the addresses of a host; none if they are not known within `within`.
     fn of(&self, name: &str, within: Duration) -> io::Result<Vec<IpAddr>> {
         if let Ok(addr) = name.parse() {
             return Ok(vec![addr]);

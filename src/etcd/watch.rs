@@ -37,17 +37,18 @@ impl Watch {
         (tokens, token): (Arc<Tokens>, Option<String>),
         store: (Arc<Store>, Seen),
     ) -> Watch {
-        // All messages together have no limit; each one has.
+        // There is a limit for each message, not for all of them together.
         let body = body.into_with_config().limit(u64::MAX).reader();
         Watch { endpoint, lines: BufReader::new(body), tokens, token, store, empty: 0 }
     }
 
-    /// Waits for the next message, without a limit: etcd says nothing as long as nothing happens, and nothing either
-    /// when it can no more. [`super::Client::hang_up`] ends the wait.
+    /// Waits for the next message, without a limit: etcd is silent while nothing happens, and also when it hangs.
+    /// [`super::Client::hang_up`] ends the wait.
     ///
     /// # Errors
-    /// [`Error::Unknown`] when the connection ended, [`Error::Refused`] when etcd ended it, [`Error::BadReply`]. The
-    /// watch is over then: what has happened since the last message can be had by a new one, from the revision behind.
+    /// [`Error::Unknown`] if the connection ended, [`Error::Refused`] if etcd ended it, [`Error::BadReply`], and
+    /// [`Error::StoreChanged`]. The watch is over then. A new one, from the revision after the last message, reports what
+    /// happened since.
     #[expect(clippy::should_implement_trait, reason = "it ends with an error, and that must be looked at")]
     pub fn next(&mut self) -> Result<WatchReply, Error> {
         let line = self.line().map_err(|failure| failure.into_error(&self.endpoint))?;
@@ -57,7 +58,7 @@ impl Watch {
         if let Ok(WatchReply { canceled: Some(reason), .. }) = &reply
             && (reason.contains("permission denied") || reason.contains("auth"))
         {
-            // So etcd 3.4 calls a token that has ended, too. The next call gets a new one.
+            // etcd 3.4 also says this of a token that has expired. The next call gets a new one.
             self.tokens.forget(self.token.as_deref());
         }
         reply.map_err(|failure| failure.into_error(&self.endpoint))
