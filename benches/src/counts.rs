@@ -57,7 +57,13 @@ fn per_round(mut count: impl FnMut(u64) -> Result<u64>) -> Result<f64> {
 
 /// Locks and releases in a table, where others hold locks too. This is what is counted, in a process of its own.
 pub fn table_rounds(rounds: u64) {
-    let config = Config { hash_key: 1, first_token: Token(1), hold_limit: None, is_clustered: false, remember_max: 100_000 };
+    let config = Config {
+        hash_key: 1,
+        first_token: Token(1),
+        hold_limit: None,
+        is_clustered: false,
+        remember_max: 100_000,
+    };
     let mut table = Table::new(config);
     let mut effects = Effects::default();
     for client in 1..100 {
