@@ -305,7 +305,7 @@ _kmutex() {
             return 0
             ;;
         kmutex__subcmd__serve)
-            opts="-s -f -m -t -h --socket --sock --force --maxconn --timeout --no-log --log-level --mode --group --max-per-uid --state --grace --remember-max --etcd --etcd-ca --etcd-cert --etcd-key --etcd-user --etcd-password-file --etcd-ttl --etcd-timeout --etcd-prefix --ready-fd --idle-exit --detach --help"
+            opts="-s -f -m -t -h --socket --sock --force --maxconn --timeout --no-log --log-level --mode --group --max-per-uid --show-commands --state --grace --remember-max --etcd --etcd-ca --etcd-cert --etcd-key --etcd-user --etcd-password-file --etcd-ttl --etcd-timeout --etcd-prefix --ready-fd --idle-exit --detach --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -545,7 +545,12 @@ _kmutex_with_keys() {
             [[ "${COMP_WORDS[index]}" == -* || "${COMP_WORDS[index-1]}" == -* ]] || return
         done
     fi
-    local IFS=$'\n'
-    COMPREPLY+=($(compgen -W "$(kmutex status --keys 2>/dev/null)" -- "$current"))
+    # Not compgen -W, which expands its words: a key may read like a command substitution. For the same reason the key is
+    # quoted on the command line.
+    local key quoted
+    while IFS= read -r key; do
+        printf -v quoted %q "$key"
+        [[ "$key" == "$current"* || "$quoted" == "$current"* ]] && COMPREPLY+=("$quoted")
+    done < <(kmutex status --keys 2>/dev/null)
 }
 complete -F _kmutex_with_keys -o bashdefault -o default kmutex

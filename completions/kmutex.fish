@@ -142,6 +142,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l ready-fd -d 'Wri
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l idle-exit -d 'Exit after DURATION without locks and connections' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s f -l force -d 'Remove an old socket file'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l no-log -d 'Log nothing'
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l show-commands -d 'Show the commands and notes of all users to every user'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l detach -d 'Detach from the calling process, and write a newline to standard output when serving (used by run)'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s h -l help -d 'Print help (see more with \'--help\')'
 

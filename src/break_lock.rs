@@ -6,6 +6,7 @@ use crate::client::{self, Session, Target};
 use crate::describe;
 use crate::exit::Exit;
 use crate::proto::Key;
+use crate::proto::text::sanitize;
 use crate::proto::v2::{Answer, ErrorCode, LockStatus, Request};
 
 /// Whether to ask the user first.
@@ -52,7 +53,9 @@ fn ask(key: &Key, status: &LockStatus) -> Result<(), Error> {
         question.push_str(&format!(" and {more} more,"));
     }
     let mut answer = String::new();
-    write!(io::stderr(), "kmutex: {} and stop what runs under it? [y/N] ", question.trim_end_matches(','))
+    let question = format!("kmutex: {} and stop what runs under it? [y/N] ", question.trim_end_matches(','));
+    io::stderr()
+        .write_all(sanitize(&question).as_bytes())
         .and_then(|()| io::stdin().lock().read_line(&mut answer))
         .map_err(Error::Terminal)?;
     match answer.trim() {

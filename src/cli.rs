@@ -456,6 +456,13 @@ pub struct Serve {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_per_uid: Option<u32>,
 
+    /// Show the commands and notes of all users to every user
+    ///
+    /// Without this option, kmutex status shows them only to root, to the daemon's user and to the user whose they are. A
+    /// waiter sees the holder's note in any case.
+    #[arg(long)]
+    pub show_commands: bool,
+
     /// Keep the journal in FILE instead of beside the first Unix socket
     ///
     /// The journal tells the next daemon which locks are held. A daemon that serves only TCP has no journal without this

@@ -89,6 +89,8 @@ pub struct Config {
     /// How many connections one user may have on the Unix sockets, the processes of `kmutex lock` included. `None`: a quarter
     /// of all connections, and at least 16; root and the daemon's own user then have no limit.
     pub per_uid_max: Option<u32>,
+    /// Show the commands and notes of all users to all users in a status.
+    pub shows_commands: bool,
     /// After a restart, how long the daemon keeps a lock for a holder that has not come back and whose process it cannot
     /// watch.
     pub grace: Duration,
@@ -134,6 +136,7 @@ impl Config {
             when_full: WhenFull::Answer,
             hold_limit: Some(Duration::from_secs(30)),
             per_uid_max: None,
+            shows_commands: false,
             grace: Duration::from_secs(30),
             state: None,
             remember_max: 100_000,

@@ -4,17 +4,17 @@ use crate::lookup;
 use crate::proto::v2::{LockUser, RunStatus};
 use crate::proto::{Outcome, Protocol};
 
-/// Describes a holder or waiter in a few words: `"make", note (pid 123, alice on host) for 1m02s`.
+/// Describes a holder or waiter in a few words: `"make", "note" (pid 123, alice on host) for 1m02s`.
 pub fn party(party: &LockUser) -> String {
     let who = &party.who;
     let mut told = match who.command.as_str() {
         _ if party.protocol == Protocol::V1 => "a client of protocol 1".to_string(),
-        "" => "an unnamed command".to_string(),
+        "" => "a command".to_string(),
         command => format!("{command:?}"),
     };
     // The note comes early, so that a narrow terminal shows it.
     if !who.note.is_empty() {
-        told.push_str(&format!(", {}", who.note.as_str()));
+        told.push_str(&format!(", {:?}", who.note.as_str()));
     }
     let user = party.uid.map(user).unwrap_or_else(|| who.user.as_str().into());
     let pid = who.pid.map(|pid| format!("pid {pid}")).unwrap_or_default();
@@ -98,7 +98,7 @@ mod tests {
             shared: false,
             orphan: false,
         };
-        assert_eq!(party(&known), r#""make all", job 7 (pid 12, u on h) for 1m02s"#);
+        assert_eq!(party(&known), r#""make all", "job 7" (pid 12, u on h) for 1m02s"#);
         let unknown = LockUser { protocol: Protocol::V1, who: ClientInfo::default(), ..known };
         assert_eq!(party(&unknown), "a client of protocol 1 for 1m02s");
     }

@@ -4,6 +4,7 @@
 //! socket passes in the bytes; the code that writes to one takes them from here. `docs/protocol.md` is for
 //! implementers of clients.
 
+pub mod text;
 pub mod v1;
 pub mod v2;
 

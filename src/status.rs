@@ -8,7 +8,7 @@ use crate::client::{self, Session, Target};
 use crate::describe;
 use crate::exit::Exit;
 use crate::proto::v2::{Answer, ErrorCode, LockStatus, LockUser, Request};
-use crate::proto::{Key, Protocol};
+use crate::proto::{Key, Protocol, text};
 
 /// The form of the output.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,7 +17,7 @@ pub enum Format {
     People,
     /// One JSON object a line, as the daemon sends it.
     Json,
-    /// The keys alone, one a line; keys with control characters are left out.
+    /// The keys alone, one a line; keys with characters that a terminal could obey are left out.
     Keys,
 }
 
@@ -63,10 +63,10 @@ pub fn print(question: &Question<'_>, format: Format, out: &mut impl Write) -> R
         match (session.answer()?, format) {
             (Answer::Lock(status), Format::Json) => {
                 let line = serde_json::to_string(&status).map_err(io::Error::from)?;
-                writeln!(out, "{line}")?;
+                writeln!(out, "{}", text::escape_json(&line))?;
             }
             (Answer::Lock(status), Format::Keys) => {
-                if let Some(key) = status.key.filter(|key| !key.contains(char::is_control)) {
+                if let Some(key) = status.key.filter(|key| text::is_harmless(key)) {
                     writeln!(out, "{key}")?;
                 }
             }
@@ -159,7 +159,7 @@ struct Table {
 impl Table {
     fn add(&mut self, lock: &LockStatus) {
         // A key may contain an escape sequence, which a terminal would obey.
-        let key = lock.key.as_deref().map_or(lock.id.clone(), |key| key.replace(char::is_control, "?"));
+        let key = lock.key.as_deref().map_or(lock.id.clone(), |key| text::sanitize(key).into());
         for holder in &lock.holders {
             let state = if holder.orphan { "orphan" } else { "holds" };
             self.add_party(&key, state, holder);

@@ -100,6 +100,8 @@ pub struct Table {
     nested: Nested,
     /// Runs that are over and still count.
     runs: Runs,
+    /// The holders of protocol 2 by their tokens.
+    holders: BTreeMap<Token, RequestId>,
     /// The locks are clustered: etcd says which host may grant one.
     is_clustered: bool,
     hold_limit: Option<Duration>,
@@ -133,6 +135,7 @@ impl Table {
             orphans: BTreeMap::new(),
             nested: Nested::default(),
             runs: Runs::new(config.remember_max),
+            holders: BTreeMap::new(),
             is_clustered: config.is_clustered,
             hold_limit: config.hold_limit,
             next_token: config.first_token.0,
@@ -171,9 +174,10 @@ impl Table {
         now: Timestamp,
         client: ClientId,
         uid: Option<u32>,
-        asked: Box<LockRequest>,
+        mut asked: Box<LockRequest>,
         effects: &mut Effects,
     ) -> Result<(), NonceMismatch> {
+        asked.within = asked.within.filter(|&token| self.may_run_under(token, uid));
         if let Some(&id) = asked.nonce.and_then(|nonce| self.nonces.get(&nonce)) {
             return self.resume(id, client, uid, asked, effects);
         }
@@ -384,6 +388,9 @@ impl Table {
             request.deadline = now.plus(limit);
             self.deadlines.insert((request.deadline, id));
         }
+        if request.wait_list != WaitList::V1 {
+            self.holders.insert(token, id);
+        }
         self.nested_granted(id);
         effects.record.extend(self.store[id].client.map(JournalEntry::Granted));
         self.notify(id, NotificationKind::Granted(token), effects);
@@ -455,6 +462,7 @@ impl Table {
         if self.store[id].client.is_none() {
             self.orphans.remove(&token);
         }
+        self.holders.remove(&token);
         self.remove_request(id);
         debug_assert!(!self.orphans.contains_key(&token), "an ended hold leaves nothing behind");
 

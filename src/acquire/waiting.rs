@@ -11,6 +11,7 @@ use rustix::termios::{tcgetpgrp, tcgetwinsize};
 
 use crate::client::WaitObserver;
 use crate::describe;
+use crate::proto::text::sanitize;
 use crate::proto::v2::LockUser;
 use crate::startup;
 use interrupt::Interrupt;
@@ -86,7 +87,7 @@ impl Display<'_> {
         let width = tcgetwinsize(io::stderr()).map_or(0, |size| usize::from(size.ws_col));
         let width = if width == 0 { 80 } else { width };
         // The last column stays free: some terminals go on to the next line when it is written to.
-        let line: String = format!("kmutex: {text}").chars().take(width - 1).collect();
+        let line: String = sanitize(&format!("kmutex: {text}")).chars().take(width - 1).collect();
         let _ = write!(io::stderr(), "\r{line}\x1b[K");
         self.is_shown = true;
     }

@@ -1,9 +1,12 @@
 //! Where the daemon's log goes, and how much of it.
 
+use std::io::Write;
+
 use env_logger::Target;
 use log::LevelFilter;
 
 use crate::cli::LogLevel;
+use crate::proto::text::sanitize;
 
 /// Starts the log, once. Without a level, `$RUST_LOG` says what is logged, and without that it is `info`.
 pub(super) fn init(level: Option<LogLevel>, target: Target) {
@@ -15,7 +18,12 @@ pub(super) fn init(level: Option<LogLevel>, target: Target) {
     };
     // The libraries under etcd log every request, which says nothing about locks.
     builder.filter_module("ureq", LevelFilter::Off).filter_module("rustls", LevelFilter::Off);
-    builder.format_target(false).target(target).init();
+    builder.target(target).format(|out, record| {
+        // A line may quote what other users have sent.
+        let message = record.args().to_string();
+        writeln!(out, "[{} {:<5}] {}", out.timestamp(), record.level(), sanitize(&message))
+    });
+    builder.init();
 }
 
 fn filter(level: LogLevel) -> LevelFilter {

@@ -35,6 +35,7 @@ impl TryFrom<cli::Serve> for daemon::Config {
             connections_max: args.maxconn,
             hold_limit: (args.timeout > Duration::ZERO).then_some(args.timeout),
             per_uid_max: args.max_per_uid,
+            shows_commands: args.show_commands,
             grace: args.grace,
             state: args.state,
             remember_max: args.remember_max as usize,

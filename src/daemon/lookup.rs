@@ -1,15 +1,52 @@
 //! A read-only view of everything that the daemon knows: what a lock is called, who holds it, and what to record of a hold.
 
+use nix::unistd::Uid;
+
 use super::cluster::Clustering;
 use super::connections::Connections;
 use super::orphans::Orphans;
 use crate::clock;
 use crate::journal::{HoldRecord, RunRecord, Snapshot};
-use crate::proto::Pid;
-use crate::proto::v2::{LISTED_MAX, LeaseTerms, LockStatus, LockUser, Mode, RunStatus};
-use crate::proto::{Key, LockId, Token};
+use crate::proto::v2::{LISTED_MAX, LeaseTerms, LockStatus, LockUser, Mode, RunStatus, ShortText};
+use crate::proto::{Key, LockId, Pid, Token};
 use crate::table::{ClientId, HoldState, LockView, RequestView, Run, Table, Timestamp};
 use crate::timestamp::millis;
+
+/// What a client may see of the requests of other users.
+#[derive(Clone, Copy)]
+pub(super) struct Viewer {
+    /// The client's user, on a Unix socket.
+    uid: Option<u32>,
+    /// The client may see the commands of all users.
+    sees_all: bool,
+}
+
+impl Viewer {
+    /// `shows_commands`: the daemon shows the commands of all users to all (`--show-commands`).
+    pub(super) fn new(uid: Option<u32>, shows_commands: bool) -> Viewer {
+        let is_admin = uid.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw());
+        Viewer { uid, sees_all: shows_commands || is_admin }
+    }
+
+    /// Removes from a holder or waiter what this client may not see: the command and, unless `with_note`, the note, which is
+    /// meant for waiters.
+    fn conceal(self, party: &mut LockUser, is_remote: bool, with_note: bool) {
+        if self.sees_all || (!is_remote && party.uid == self.uid) {
+            return;
+        }
+        party.who.command = ShortText::default();
+        if !with_note {
+            party.who.note = ShortText::default();
+        }
+    }
+
+    /// Removes from a status, read from etcd, what this client may not see.
+    pub(super) fn conceal_remote(self, status: &mut LockStatus) {
+        for party in status.holders.iter_mut().chain(&mut status.waiters) {
+            self.conceal(party, true, false);
+        }
+    }
+}
 
 #[derive(Clone, Copy)]
 pub(super) struct Lookup<'a> {
@@ -56,12 +93,17 @@ impl<'a> Lookup<'a> {
     }
 
     /// `key`: as the client named it, where the table may not know it.
-    pub(super) fn lock_status(&self, lock: &LockView<'_>, key: Option<&str>) -> LockStatus {
-        let waiters = lock.waiters().take(LISTED_MAX).map(|waiter| self.party(lock.id(), &waiter)).collect();
+    pub(super) fn lock_status(&self, viewer: Viewer, lock: &LockView<'_>, key: Option<&str>) -> LockStatus {
+        let party = |request: RequestView<'_>| {
+            let mut party = self.party(lock.id(), &request);
+            viewer.conceal(&mut party, request.is_remote, false);
+            party
+        };
+        let waiters = lock.waiters().take(LISTED_MAX).map(party).collect();
         LockStatus {
             key: key.map(Into::into),
             id: lock.id().to_string(),
-            holders: self.holders(lock),
+            holders: lock.holders().take(LISTED_MAX).map(party).collect(),
             holding: lock.holding(),
             waiters,
             waiting: lock.waiting(),
@@ -71,12 +113,12 @@ impl<'a> Lookup<'a> {
     }
 
     /// Returns the status of one lock, which may be only remembered. `None`: nothing is known of it.
-    pub(super) fn status_of(&self, key: &Key) -> Option<LockStatus> {
+    pub(super) fn status_of(&self, viewer: Viewer, key: &Key) -> Option<LockStatus> {
         let id = key.id();
         let [last_success, last_failure] =
             self.table.last_runs(self.now, id).map(|run| run.map(|run| Box::new(self.run_status(run))));
         let status = match self.table.find(id) {
-            Some(lock) => self.lock_status(&lock, Some(key.as_str())),
+            Some(lock) => self.lock_status(viewer, &lock, Some(key.as_str())),
             None if last_success.is_none() && last_failure.is_none() => return None,
             None => {
                 LockStatus { key: Some(key.as_str().into()), id: id.to_string(), ..LockStatus::default() }
@@ -103,13 +145,15 @@ impl<'a> Lookup<'a> {
         RunRecord { run: run.clone(), began_unix_ms }
     }
 
-    /// Returns the first [`LISTED_MAX`] holders of a lock; none if the table does not have it.
-    pub(super) fn holders_of(&self, lock: LockId) -> Vec<LockUser> {
-        self.table.find(lock).map_or(Vec::new(), |lock| self.holders(&lock))
-    }
-
-    fn holders(&self, lock: &LockView<'_>) -> Vec<LockUser> {
-        lock.holders().take(LISTED_MAX).map(|holder| self.party(lock.id(), &holder)).collect()
+    /// Returns the first [`LISTED_MAX`] holders of a lock, for a client that asks for it; none if the table does not have it.
+    pub(super) fn holders_of(&self, viewer: Viewer, lock: LockId) -> Vec<LockUser> {
+        let Some(lock) = self.table.find(lock) else { return Vec::new() };
+        let party = |holder: RequestView<'_>| {
+            let mut party = self.party(lock.id(), &holder);
+            viewer.conceal(&mut party, holder.is_remote, true);
+            party
+        };
+        lock.holders().take(LISTED_MAX).map(party).collect()
     }
 
     fn party(&self, lock: LockId, request: &RequestView<'_>) -> LockUser {

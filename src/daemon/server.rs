@@ -93,6 +93,8 @@ pub(super) struct Server {
     now: Timestamp,
     started: Timestamp,
     grace: Duration,
+    /// A status shows the commands of all users to all users.
+    shows_commands: bool,
     idle_exit: Option<Duration>,
     /// Since when no client is connected.
     idle_since: Option<Timestamp>,
@@ -150,6 +152,7 @@ impl Server {
             now,
             started: now,
             grace: config.grace,
+            shows_commands: config.shows_commands,
             idle_exit: config.idle_exit,
             idle_since: Some(now),
             files: Files::new(),

@@ -1,6 +1,7 @@
 //! What can go wrong with etcd: at one endpoint ([`Failure`]), and in a whole call ([`Error`]). What matters most to the
 //! caller is whether etcd may have done what the call asked for.
 
+use crate::proto::text::is_harmful;
 use std::fmt;
 
 use super::Endpoint;
@@ -216,7 +217,7 @@ fn says_lease_gone(code: i64, message: &str) -> bool {
 
 /// Makes a text from the network fit for one line of a terminal or a log.
 pub(super) fn one_line(text: &str) -> String {
-    let plain = text.trim().chars().map(|c| if c.is_control() { ' ' } else { c });
+    let plain = text.trim().chars().map(|c| if is_harmful(c) { ' ' } else { c });
     plain.take(MESSAGE_CHARS_MAX).collect()
 }
 

@@ -4,6 +4,7 @@ use std::num::NonZeroU32;
 
 use serde::{Deserialize, Serialize};
 
+pub use super::text::ShortText;
 use super::{Key, Nonce, Outcome, Pid, Protocol, Token};
 
 /// What a client sends first, in place of a protocol 1 key.
@@ -212,53 +213,6 @@ mod pid_or_zero {
 
     pub(super) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<Option<Pid>, D::Error> {
         u32::deserialize(deserializer).map(Pid::new)
-    }
-}
-
-/// A short text for a person: at most [`ShortText::BYTES_MAX`] bytes (what is longer ends in `…`), and no control
-/// characters (each becomes `?`), so that no terminal obeys what another user put into a note.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(from = "String", into = "String")]
-pub struct ShortText(Box<str>);
-
-impl ShortText {
-    /// The longest text, in bytes.
-    pub const BYTES_MAX: usize = 256;
-
-    /// The text as it may be shown.
-    pub fn as_str(&self) -> &str {
-        &self.0
-    }
-
-    /// True when there is nothing to show.
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-}
-
-impl From<String> for ShortText {
-    fn from(mut text: String) -> ShortText {
-        const MORE: &str = "…";
-        if text.len() > ShortText::BYTES_MAX {
-            text.truncate(text.floor_char_boundary(ShortText::BYTES_MAX - MORE.len()));
-            text.push_str(MORE);
-        }
-        if text.contains(char::is_control) {
-            text = text.replace(char::is_control, "?");
-        }
-        ShortText(text.into())
-    }
-}
-
-impl From<&str> for ShortText {
-    fn from(text: &str) -> ShortText {
-        ShortText::from(text.to_string())
-    }
-}
-
-impl From<ShortText> for String {
-    fn from(text: ShortText) -> String {
-        text.0.into()
     }
 }
 

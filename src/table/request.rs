@@ -150,6 +150,11 @@ impl Request {
         self.details.as_ref()?.asked.as_deref()
     }
 
+    /// Returns the uid of the client, if it speaks protocol 2 on a Unix socket.
+    pub(super) fn uid(&self) -> Option<u32> {
+        self.details.as_ref()?.uid
+    }
+
     /// Returns the token of a holder.
     pub(super) fn token(&self) -> Option<Token> {
         match self.stage {

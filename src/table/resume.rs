@@ -70,6 +70,7 @@ impl Table {
             self.nonces.insert(nonce, id);
         }
         self.orphans.insert(held.token, id);
+        self.holders.insert(held.token, id);
         true
     }
 

@@ -23,6 +23,7 @@ mod faults;
 mod first_caller;
 #[cfg(feature = "etcd")]
 mod generated;
+mod harmless;
 mod harness;
 mod imports;
 mod init;

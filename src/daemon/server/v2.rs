@@ -1,6 +1,5 @@
 //! Protocol 2 in the daemon: its lines to the table, and the table's effects to its lines.
 
-use crate::proto::Pid;
 use std::collections::btree_map::Entry;
 
 use ::log::warn;
@@ -13,12 +12,13 @@ use crate::daemon::connection::Protocol;
 use crate::daemon::failpoint;
 use crate::daemon::listing::{Listing, Step};
 use crate::daemon::log;
+use crate::daemon::lookup::Viewer;
 use crate::daemon::remote::RemoteRequest;
 use crate::proto::v1::State;
 use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, Request, decode_request, encode, error,
 };
-use crate::proto::{Key, Outcome};
+use crate::proto::{Key, Outcome, Pid};
 use crate::table::{ClientId, Loss, Notification, NotificationKind};
 
 /// A status continues when less output than this waits to be sent. One lock of it may be as long as a frame.
@@ -72,6 +72,10 @@ impl Server {
     pub(super) fn too_many(&mut self, client: ClientId, limit: Limit) {
         self.refuse(client, ErrorCode::TooMany, limit.message());
         self.close_after_flush(client, "too many connections");
+    }
+
+    fn viewer(&self, client: ClientId) -> Viewer {
+        Viewer::new(self.connections[client].peer().map(|peer| peer.uid), self.shows_commands)
     }
 
     fn refuse(&mut self, client: ClientId, code: ErrorCode, message: impl Into<String>) {
@@ -219,7 +223,8 @@ impl Server {
 
     pub(super) fn notify_v2(&mut self, notification: Notification) {
         let lookup = self.lookup();
-        let holders = || lookup.holders_of(notification.lock);
+        let viewer = self.viewer(notification.client);
+        let holders = || lookup.holders_of(viewer, notification.lock);
         let answer = match notification.kind {
             NotificationKind::Granted(token) => Answer::Granted { token, lease: lookup.lease_terms() },
             NotificationKind::Waiting { ahead, place } => {
@@ -264,8 +269,8 @@ impl Server {
     }
 
     fn status_of(&mut self, client: ClientId, key: &Key) {
-        let lookup = self.lookup();
-        if let Some(status) = lookup.status_of(key) {
+        let (lookup, viewer) = (self.lookup(), self.viewer(client));
+        if let Some(status) = lookup.status_of(viewer, key) {
             self.connections.answer(client, &Answer::Lock(status));
         }
         self.connections.answer(client, &Answer::End);
@@ -319,7 +324,10 @@ impl Server {
     fn next_lock(&mut self, client: ClientId) -> Option<Option<LockStatus>> {
         if let Some(listing) = self.listings.get_mut(&client) {
             match listing.step() {
-                Step::Send(status) => return Some(Some(*status)),
+                Step::Send(mut status) => {
+                    self.viewer(client).conceal_remote(&mut status);
+                    return Some(Some(*status));
+                }
                 Step::Request(from) => self.request_remote(client, RemoteRequest::List { from }),
                 Step::Wait => {}
                 Step::End => {
@@ -331,7 +339,9 @@ impl Server {
         let Protocol::V2 { status: Some(cursor) } = self.connections[client].protocol else { return None };
         let next = self.table.next_lock(cursor as usize);
         let (lock, status) = match next {
-            Some((lock, next)) => (Some(self.lookup().lock_status(&lock, lock.key())), Some(next as u32)),
+            Some((lock, next)) => {
+                (Some(self.lookup().lock_status(self.viewer(client), &lock, lock.key())), Some(next as u32))
+            }
             None => (None, None),
         };
         self.connections[client].protocol = Protocol::V2 { status };

@@ -89,3 +89,22 @@ fn what_is_over_is_in_no_cycle() {
     fixture.disconnected(2);
     assert!(fixture.table.is_empty());
 }
+
+#[test]
+fn a_token_of_another_user_closes_no_cycle() {
+    let mut fixture = Fixture::new();
+    let mut ask = |client: u32, uid: u32, asked: LockRequest| {
+        fixture.notified(|table, now, effects| {
+            table.lock(now, ClientId(client), Some(uid), Box::new(asked), effects).unwrap();
+        })
+    };
+    ask(1, 1001, of("a"));
+    ask(2, 1002, of("b"));
+    // User 1003 names the token of user 1001, as if the holder of "a" waited for "b".
+    assert_eq!(ask(3, 1003, within(100, "b")), [waiting(3, 0)]);
+    assert_eq!(ask(4, 1002, within(101, "a")), [waiting(4, 0)], "nothing waits for user 1002");
+    assert_eq!(ask(5, 1003, within(100, "a")), [waiting(5, 1)], "user 1003 does not hold it");
+    // The user who holds the token, and root (as in `kmutex run a -- sudo kmutex run a`), may name it.
+    assert_eq!(ask(6, 1001, within(100, "a")), [(6, NotificationKind::HeldAbove)]);
+    assert_eq!(ask(7, 0, within(100, "a")), [(7, NotificationKind::HeldAbove)]);
+}

@@ -14,7 +14,12 @@ _kmutex_with_keys() {
             [[ "${COMP_WORDS[index]}" == -* || "${COMP_WORDS[index-1]}" == -* ]] || return
         done
     fi
-    local IFS=$'\n'
-    COMPREPLY+=($(compgen -W "$(kmutex status --keys 2>/dev/null)" -- "$current"))
+    # Not compgen -W, which expands its words: a key may read like a command substitution. For the same reason the key is
+    # quoted on the command line.
+    local key quoted
+    while IFS= read -r key; do
+        printf -v quoted %q "$key"
+        [[ "$key" == "$current"* || "$quoted" == "$current"* ]] && COMPREPLY+=("$quoted")
+    done < <(kmutex status --keys 2>/dev/null)
 }
 complete -F _kmutex_with_keys -o bashdefault -o default kmutex
