@@ -163,7 +163,7 @@ fn systemd_tmpfiles_takes_no_lock_from_a_living_daemon() {
 /// Our own line for it.
 #[test]
 #[ignore = "needs root, to act as several users"]
-fn the_line_for_systemd_tmpfiles_spares_all_that_is_kmutexs() {
+fn the_line_for_systemd_tmpfiles_spares_what_is_kmutexs() {
     let conf = concat!(env!("CARGO_MANIFEST_DIR"), "/packaging/tmpfiles.d/kmutex.conf");
     let conf = fs::read_to_string(conf).unwrap();
     let world = World::with("echo 'd /tmp 1777 root root 0' > /run/all.conf");
