@@ -604,7 +604,7 @@ fn duration(text: &str) -> Result<Duration, String> {
     let unit = units.into_iter().find_map(|(unit, seconds)| Some((text.strip_suffix(unit)?, seconds)));
     let (number, seconds) = unit.unwrap_or((text, 1.0));
     let number: f64 = number.parse().map_err(|_| "not a number of seconds, nor one with s, m, h or d")?;
-    Duration::try_from_secs_f64(number * seconds).map_err(|_| "must be a duration of 0 or more".into())
+    Duration::try_from_secs_f64(number * seconds).map_err(|_| "must be from 0 to 1.8e19 seconds".into())
 }
 
 /// Parses a duration that is longer than none.
