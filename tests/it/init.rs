@@ -24,6 +24,7 @@ fn child_of(process: &Process) -> Pid {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn a_wait_is_ended_by_a_signal() {
     for signal in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGHUP] {
         let daemon = Daemon::start();
@@ -39,6 +40,7 @@ fn a_wait_is_ended_by_a_signal() {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn a_stop_of_the_container_reaches_the_command_and_its_status_is_told() {
     // As `docker stop` does: TERM to PID 1 alone.
     let scripts = [
@@ -58,6 +60,7 @@ fn a_stop_of_the_container_reaches_the_command_and_its_status_is_told() {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn every_signal_reaches_the_command() {
     let daemon = Daemon::start();
     let count = r#"use strict; open my $log, ">>", "signals" or die;
@@ -87,6 +90,7 @@ fn every_signal_reaches_the_command() {
 }
 
 #[test]
+#[ignore = "needs root, to make namespaces"]
 fn orphans_are_reaped() {
     // Each is left behind by its parent at once, and ends.
     let script = r#"for i in 1 2 3 4 5 6 7 8; do sh -c 'true & true & exit'; done
