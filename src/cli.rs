@@ -581,7 +581,7 @@ pub struct Keyedmutexd {
     pub maxconn: u32,
 
     /// Release the lock of a client after SECS seconds
-    #[arg(short, long, value_name = "DURATION", default_value = "30", allow_negative_numbers = true, value_parser = duration)]
+    #[arg(short, long, value_name = "SECS", default_value = "30", allow_negative_numbers = true, value_parser = duration)]
     pub timeout: Duration,
 
     /// Log nothing

@@ -160,6 +160,7 @@ fn a_process_of_another_user_cannot_hold() {
 }
 
 #[test]
+#[ignore = "needs zsh and dash"]
 fn a_lock_for_a_process_that_is_about_to_go_is_refused() {
     let daemon = Daemon::start();
     // Each of these stands between the script and kmutex, and ends at once.
@@ -200,6 +201,7 @@ fn a_lock_for_a_process_that_is_about_to_go_is_refused() {
 }
 
 #[test]
+#[ignore = "needs zsh and dash"]
 fn the_way_out_of_a_refusal_works() {
     let daemon = Daemon::start();
     for shell in ["bash", "dash", "zsh"] {

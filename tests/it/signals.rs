@@ -414,6 +414,7 @@ fn what_a_descendant_of_the_command_sends_to_their_group_is_not_passed_on() {
 }
 
 #[test]
+#[ignore = "needs zsh and dash"]
 fn the_command_gets_what_each_kind_of_sender_sends() {
     // A shell gives a background process no input, unless it is told to.
     let run = r#""$KMUTEX" run k perl -e "$COUNTER" -- TERM PWR <&3"#;
@@ -452,6 +453,7 @@ fn the_command_gets_what_each_kind_of_sender_sends() {
 }
 
 #[test]
+#[ignore = "needs root, to act as two users"]
 fn without_a_process_for_the_command_a_waiter_takes_over() {
     let user = OtherUser::new();
     let sock = user.folder().join("sock");
@@ -486,6 +488,7 @@ fn without_a_process_for_the_command_a_waiter_takes_over() {
 }
 
 #[test]
+#[ignore = "needs root, to act as two users"]
 fn a_command_of_another_user_that_may_not_be_signalled_is_reported() {
     let user = OtherUser::new();
     let sock = user.folder().join("sock");
