@@ -9,6 +9,10 @@ use nix::sys::signal::Signal;
 
 use crate::harness::{Daemon, KillOnDrop, Process, wait_until};
 
+/// Far less than a test may take: as an ordinary user, a daemon that cannot find the command of a holder keeps the lock for
+/// this time, because a process of root, whose environment it cannot read, may be that command.
+const GRACE: [&str; 2] = ["--grace", "5"];
+
 /// A daemon that dies at a certain moment, and is followed by one that does not.
 struct Fixture {
     daemon: Daemon,
@@ -18,7 +22,7 @@ struct Fixture {
 impl Fixture {
     /// `moment` is `PLACE:N`: the Nth time that the daemon comes to a place.
     fn new(moment: &str) -> Fixture {
-        let daemon = Daemon::made(&["--grace", "5"], |command| command.env("KMUTEX_FAILPOINT", moment));
+        let daemon = Daemon::made(&GRACE, |command| command.env("KMUTEX_FAILPOINT", moment));
         Fixture { daemon, died: false }
     }
 
@@ -32,7 +36,7 @@ impl Fixture {
 
     fn tend(&mut self) {
         if !self.daemon.process().is_running() {
-            self.daemon.restart(&[]);
+            self.daemon.restart(&GRACE);
             self.died = true;
         }
     }
