@@ -15,6 +15,7 @@ mod break_lock;
 mod forget;
 mod lock;
 mod log;
+mod other_daemons;
 mod run;
 mod serve;
 mod status;

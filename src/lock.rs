@@ -130,7 +130,7 @@ pub enum Error {
     #[error("kmutex lock needs /proc, which is not mounted")]
     NoProc,
     /// The process belongs to the user with this uid.
-    #[error("process {}: it belongs to uid {} ({})", .0, .1, user_name(*.1))]
+    #[error("process {} belongs to uid {} ({}), and cannot hold a lock for this user; see --pid", .0, .1, user_name(*.1))]
     NotYours(u32, u32),
     /// The kernel does not tell about the process.
     #[error("cannot inspect process {}: {}", .0, Reason(.1))]

@@ -130,6 +130,18 @@ pub fn own_socket(missing: Missing) -> Result<PathBuf, Error> {
     Ok(directory.join(OWN_SOCKET))
 }
 
+/// Returns the sockets of all users' own daemons in /tmp, those which belong to the user that they are named after.
+pub fn all_own_sockets() -> Vec<PathBuf> {
+    let entries = fs::read_dir("/tmp").into_iter().flatten();
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let sockets = names.filter_map(|name| {
+        let uid: u32 = name.strip_prefix("kmutex-")?.split('.').next()?.parse().ok()?;
+        let socket = Path::new("/tmp").join(name).join(OWN_SOCKET);
+        is_socket_of(&socket, |owner| owner == uid).then_some(socket)
+    });
+    sockets.collect()
+}
+
 /// Returns `true` if the machine's daemon has its socket there, and this user may connect to it. Only root can write in
 /// /run, so nothing there needs doubt. If the socket refuses connections, its daemon is being restarted, and a daemon of
 /// the user's own would grant the same locks twice; but root, whose own daemon this may have been, looks on.

@@ -5,9 +5,9 @@ use std::time::Duration;
 
 use env_logger::Target;
 
-use super::{Failure, log};
 #[cfg(feature = "etcd")]
-use super::{failure, usage};
+use super::usage;
+use super::{Failure, failure, log, other_daemons};
 use crate::addr::{self, Addr};
 use crate::cli::{self, Keyedmutexd, LogLevel};
 use crate::daemon;
@@ -17,8 +17,23 @@ use crate::{etcd, exit::Exit};
 pub(super) fn serve(args: cli::Serve) -> Result<u8, Failure> {
     let level = if args.no_log { Some(LogLevel::Off) } else { args.log_level };
     log::init(level, Target::Stderr);
-    daemon::serve(&daemon::Config::try_from(args)?)?;
-    Ok(0)
+    serve_and_tell(&daemon::Config::try_from(args)?)
+}
+
+/// Serves, after telling which daemons that started automatically still hold locks.
+fn serve_and_tell(config: &daemon::Config) -> Result<u8, Failure> {
+    if !config.detach && std::env::var_os("LISTEN_FDS").is_none() {
+        other_daemons::holding(&config.addrs).into_iter().for_each(|line| ::log::warn!("{line}"));
+    }
+    match daemon::serve(config) {
+        Err(error @ daemon::Error::Served { .. }) if !config.detach => {
+            let daemon::Error::Served { path, .. } = &error else { unreachable!("the arm says so") };
+            let locks = other_daemons::locks_of(path);
+            let locks = locks.map_or(String::new(), |locks| format!(", and holds {locks}"));
+            Err(failure(error.exit(), format_args!("{error}{locks}")))
+        }
+        other => Ok(other.map(|()| 0)?),
+    }
 }
 
 impl TryFrom<cli::Serve> for daemon::Config {
@@ -76,11 +91,10 @@ pub(super) fn keyedmutexd(args: Keyedmutexd) -> Result<u8, Failure> {
     // KeyedMutex's daemon wrote a line on standard output for every event.
     let level = if args.no_log { LogLevel::Off } else { LogLevel::Debug };
     log::init(Some(level), Target::Stdout);
-    daemon::serve(&daemon::Config {
+    serve_and_tell(&daemon::Config {
         connections_max: Some(args.maxconn),
         when_full: daemon::WhenFull::Wait,
         hold_limit: (args.timeout > Duration::ZERO).then_some(args.timeout),
         ..daemon::Config::new(vec![Addr::parse(&args.socket)?])
-    })?;
-    Ok(0)
+    })
 }

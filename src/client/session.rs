@@ -13,11 +13,11 @@ use crate::addr::{self, Addr};
 use crate::clock;
 use crate::lock_file;
 use crate::lookup;
-use crate::proto::Key;
 use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, LockUser, Mode, PREAMBLE, Request,
-    decode_answer, encode,
+    decode_answer, encode, encode_proven,
 };
+use crate::proto::{Key, Nonce};
 
 /// How long a daemon may take to answer a request that it answers at once.
 pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(10);
@@ -65,6 +65,8 @@ pub struct Session {
     stage: Stage,
     /// The place in the order of arrival that the daemon stated, if it let the request wait.
     place: Option<u64>,
+    /// What proves that a request comes from this client, and not from a command that has inherited the connection.
+    proof: Option<Nonce>,
     /// How long the daemon may take to answer a request that it answers at once.
     answer_wait: Duration,
     /// The lease of the lock that the session holds, if it has one.
@@ -105,6 +107,7 @@ impl Session {
             stage: Stage::Silent,
             place: None,
             lease: None,
+            proof: None,
             answer_wait: ANSWER_WAIT,
         })
     }
@@ -316,7 +319,14 @@ impl Session {
             message.extend_from_slice(&PREAMBLE);
             self.stage = Stage::Opening;
         }
-        encode(request, &mut message);
+        match self.proof {
+            Some(nonce) => encode_proven(request, nonce, &mut message),
+            None => encode(request, &mut message),
+        }
+        if let Request::Lock(lock) = request {
+            // From now on a command may have this connection too, and the daemon takes no request without a proof.
+            self.proof = lock.nonce.filter(|_| lock.inherits || lock.exec);
+        }
         let mut rest = message.as_slice();
         while !rest.is_empty() {
             match nix::unistd::write(&self.fd, rest) {

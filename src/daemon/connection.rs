@@ -4,7 +4,7 @@
 //! A daemon may have many thousands of connections, most of them idle, so an idle connection is small: its buffers are
 //! inline until they are needed, and are freed when they are empty.
 
-use crate::proto::Pid;
+use crate::proto::{Nonce, Pid};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::sys::socket::{MsgFlags, recv, send};
@@ -34,6 +34,9 @@ pub(super) struct Connection {
     pub(super) access: Access,
     /// Its lock may be inherited by a command, whose descendants may keep this connection open.
     pub(super) inherits: bool,
+    /// The nonce of the lock request that a command inherits. Each further request must show it: the command does not know
+    /// it, and so cannot ask for anything with the rights of the user who connected.
+    pub(super) guard: Option<Box<Nonce>>,
     /// It is in the list of connections that have output.
     pub(super) dirty: bool,
     /// What the loop is woken for.
@@ -95,6 +98,7 @@ impl Connection {
             protocol: Protocol::V1,
             access,
             inherits: false,
+            guard: None,
             dirty: false,
             interest: Interest::Input,
             postponed: false,

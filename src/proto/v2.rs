@@ -573,6 +573,23 @@ pub fn decode_answer(line: &[u8]) -> Result<Answer, String> {
     serde_json::from_slice(line).map_err(|e| format!("not an answer of protocol 2: {e}"))
 }
 
+/// Returns the proof in a request: the nonce of the lock request on the same connection.
+pub fn proof(line: &[u8]) -> Option<Nonce> {
+    #[derive(Deserialize)]
+    struct Proof {
+        proof: Option<Nonce>,
+    }
+    serde_json::from_slice::<Proof>(line).ok()?.proof
+}
+
+/// Appends a request with its proof, which [`proof`] returns, and a newline to a buffer in memory.
+pub fn encode_proven(request: &Request, nonce: Nonce, buffer: &mut Vec<u8>) {
+    encode(request, &mut *buffer);
+    // In the place of the closing brace and the newline.
+    buffer.truncate(buffer.len() - 2);
+    buffer.extend_from_slice(format!(",\"proof\":\"{}\"}}\n", String::from(nonce)).as_bytes());
+}
+
 /// Appends a message and its newline to a buffer in memory.
 pub fn encode(message: &impl Serialize, mut buffer: impl std::io::Write) {
     serde_json::to_writer(&mut buffer, message).expect("a message has no part that JSON lacks");

@@ -2,6 +2,7 @@
 // The harness is public to the tests only.
 #![allow(unreachable_pub)]
 
+mod authority;
 mod autostart;
 mod breaking;
 #[cfg(feature = "etcd")]

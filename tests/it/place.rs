@@ -303,3 +303,25 @@ fn without_proc_the_message_says_what_is_missing() {
     assert!(!said.stderr.contains("--pid"), "{said:?}");
     said.assert_error(71, &["/proc"]);
 }
+
+#[test]
+#[ignore = "needs root, to act as several users"]
+fn serve_names_the_locks_of_daemons_that_were_started_automatically() {
+    let world = World::new();
+    let holders = [world.hold(BOB, "one"), world.hold(BOB, "two")];
+    let own = own(BOB);
+    let said = world.run(BOB, "kmutex serve --idle-exit 0");
+    said.assert_error(75, &[&own, "pid", "\"one\"", "\"two\""]);
+    for (uid, serve) in [
+        (ROOT, "kmutex serve --idle-exit 0 2>&1"),
+        (
+            BOB,
+            "ln -s /run/bin/kmutex /tmp/keyedmutexd; timeout 20 /tmp/keyedmutexd & until test -S /tmp/keyedmutexd.sock; do :; done; kill $(cat /tmp/keyedmutexd.sock.lock); wait",
+        ),
+    ] {
+        let log = world.expect(uid, serve, 0);
+        let line = log.lines().find(|line| line.contains("still holds")).unwrap_or_else(|| panic!("{log}"));
+        assert!(line.contains(&own) && line.contains("\"one\"") && line.contains("\"two\""), "{line}");
+    }
+    drop(holders);
+}

@@ -17,6 +17,7 @@ use crate::daemon::remote::RemoteRequest;
 use crate::proto::v1::State;
 use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, Request, decode_request, encode, error,
+    proof,
 };
 use crate::proto::{Key, Outcome, Pid};
 use crate::table::{ClientId, Loss, Notification, NotificationKind};
@@ -57,7 +58,11 @@ impl Server {
         let (line, rest) = input.split_at(end + 1);
         *input = rest;
         match decode_request(line) {
-            Ok(request) => self.request(client, request),
+            Ok(request) if self.may_request(client, line) => self.request(client, request),
+            Ok(_) => {
+                let message = "a command has inherited this connection: its requests need a proof";
+                self.refuse(client, ErrorCode::NotPermitted, message);
+            }
             Err(answer) => {
                 self.connections.answer(client, &answer);
                 if matches!(answer, Answer::Error { code: ErrorCode::BadFrame, .. }) {
@@ -66,6 +71,14 @@ impl Server {
             }
         }
         true
+    }
+
+    /// Returns `true` if a request on a connection that a command has inherited comes from the client itself.
+    fn may_request(&self, client: ClientId, line: &[u8]) -> bool {
+        match &self.connections[client].guard {
+            None => true,
+            Some(nonce) => proof(line) == Some(**nonce),
+        }
     }
 
     /// Tells a client that there are too many, and closes its connection.
@@ -133,6 +146,7 @@ impl Server {
         }
         connection.child = asked.child;
         connection.inherits = asked.inherits;
+        connection.guard = asked.nonce.filter(|_| asked.inherits || asked.exec).map(Box::new);
         let uid = connection.peer().map(|peer| peer.uid);
         if self.cluster.is_some() && (asked.shared || asked.slots > 1) {
             let message = "lock: shared locks and slots work on one host only, and this daemon uses etcd";
