@@ -10,7 +10,7 @@ use std::time::{Duration, Instant};
 
 use kmutex::etcd::{self, Compare, LeaseId, Op, Range, Sort, Txn};
 
-use crate::commands::{Timed, alternate};
+use crate::commands::{Environment, Timed, alternate};
 use crate::etcd::Etcd;
 use crate::load::connect;
 use crate::report::{Row, Target};
@@ -183,10 +183,11 @@ fn wait_for_empty(etcd: &Etcd) -> Result<()> {
 /// As users start them.
 fn commands(program: &Path, etcd: &Etcd, daemon: &Server, name: &str) -> Result<Row> {
     let (program, sock) = (&*program.to_string_lossy(), daemon.sock());
-    let ours = Timed::new(&[program, "run", "--sock", &sock.to_string_lossy(), "key", "true"], 0);
+    let ours = [program, "run", "--sock", &sock.to_string_lossy(), "key", "true"];
+    let ours = Timed::new(&ours, 0, Environment::Login)?;
     let endpoints = format!("--endpoints={}", etcd.urls());
-    let theirs = Timed::new(&["etcdctl", &endpoints, "lock", "key", "true"], 0);
-    let [ours, theirs] = alternate(RUNS, ours, theirs)?.map(|took| median(&took));
+    let theirs = Timed::new(&["etcdctl", &endpoints, "lock", "key", "true"], 0, Environment::Login)?;
+    let [ours, theirs] = alternate(RUNS, &ours, &theirs)?.map(|took| median(&took));
     let what = format!("`kmutex run K true`, {name} / `etcdctl lock K true`");
     Ok(Row::new(&what, ours, Some(theirs), "µs", Target::AtMost(0.2)))
 }

@@ -6,6 +6,8 @@ use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
+use nix::sys::resource::{UsageWho, getrusage};
+
 use kmutex::proto::{Key, Outcome, Token, v2::LockRequest, v2::Mode};
 use kmutex::table::{ClientId, Config, Effects, Table, Timestamp};
 use serde::{Deserialize, Serialize};
@@ -44,6 +46,8 @@ pub fn measure(program: &Path) -> Result<Counts> {
         note(&what, per_round(|rounds| daemon_calls(program, protocol, rounds))?);
     }
     note("system calls: kmutex run", run_calls(program)?);
+    note("page faults: kmutex run -n, refused", refused_faults(program)?);
+    note("relocations: binary", relocations(&fs::read(program)?)? as f64);
     note("bytes: binary", fs::metadata(program)?.len() as f64);
     note("bytes: binary without the feature etcd", slim_bytes()? as f64);
     Ok(Counts(counts))
@@ -149,6 +153,57 @@ fn run_calls(program: &Path) -> Result<f64> {
     }
     let calls = fs::read_to_string(output)?;
     Ok(calls.lines().filter(|line| !line.starts_with("---") && !line.starts_with("+++")).count() as f64)
+}
+
+/// The minor page faults of a `kmutex run` that is refused, which runs no command: the fewest of several runs.
+fn refused_faults(program: &Path) -> Result<f64> {
+    let folder = tempfile::tempdir()?;
+    let sock = folder.path().join("sock");
+    let mut daemon = Command::new(program);
+    daemon.args(["serve", "--ready-fd", "1", "--no-log", "--sock"]).arg(&sock).stdout(Stdio::piped());
+    let mut daemon = daemon.spawn()?;
+    daemon.stdout.take().ok_or("it is piped")?.read_exact(&mut [0])?;
+    let run = |options: &[&str], command: &[&str]| {
+        let mut run = Command::new(program);
+        run.args(["run", "--sock"]).arg(&sock).args(options).arg("key").args(command);
+        run
+    };
+    let mut holder = run(&[], &["sh", "-c", "echo; read end"]);
+    let mut holder = holder.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+    holder.stdout.take().ok_or("it is piped")?.read_exact(&mut [0])?;
+    let mut fewest = i64::MAX;
+    for _ in 0..9 {
+        let before = getrusage(UsageWho::RUSAGE_CHILDREN)?.minor_page_faults();
+        let status = run(&["-n"], &["true"]).env_remove("LANG").status()?;
+        fewest = fewest.min(getrusage(UsageWho::RUSAGE_CHILDREN)?.minor_page_faults() - before);
+        if status.code() != Some(75) {
+            return fail(format!("kmutex run -n: {status}, and not 75"));
+        }
+    }
+    drop(holder.stdin.take());
+    holder.wait()?;
+    daemon.kill()?;
+    daemon.wait()?;
+    Ok(fewest as f64)
+}
+
+/// The relocations that a program applies to itself when it starts: the entries of its sections of type SHT_RELA (elf(5), 64 bits,
+/// little endian).
+fn relocations(program: &[u8]) -> Result<u64> {
+    let number = |at: usize, bytes: usize| -> Result<u64> {
+        let field = program.get(at..at + bytes).ok_or("the program is no ELF file")?;
+        Ok(field.iter().rev().fold(0, |number, &byte| number << 8 | u64::from(byte)))
+    };
+    let (sections, size, count) =
+        (number(0x28, 8)? as usize, number(0x3a, 2)? as usize, number(0x3c, 2)? as usize);
+    let mut entries = 0;
+    for at in (0..count).map(|section| sections + section * size) {
+        const SHT_RELA: u64 = 4;
+        if number(at + 4, 4)? == SHT_RELA {
+            entries += number(at + 0x20, 8)? / number(at + 0x38, 8)?.max(1);
+        }
+    }
+    Ok(entries)
 }
 
 impl Counts {

@@ -7,7 +7,7 @@ use std::thread::sleep;
 use std::time::Duration;
 
 use crate::cluster;
-use crate::commands::{Timed, alternate};
+use crate::commands::{Environment, Timed, alternate};
 use crate::load::{self, Protocol};
 use crate::report::{Distribution, Report, Row, Target, Throughput};
 use crate::servers::{Server, pin_load, unpin_load};
@@ -60,45 +60,48 @@ fn commands(program: &Path, report: &mut Report) -> Result<()> {
     unpin_load()?;
     let daemon = Server::kmutex(program)?;
     daemon.unpin()?;
+    for (environment, name, target) in
+        [(Environment::Cron, "without LANG", 1.0), (Environment::Login, "LANG=C.UTF-8", 0.85)]
+    {
+        commands_in(environment, name, Target::AtMost(target), program, &daemon, report)?;
+    }
+    Ok(())
+}
+
+fn commands_in(
+    environment: Environment,
+    name: &str,
+    target: Target,
+    program: &Path,
+    daemon: &Server,
+    report: &mut Report,
+) -> Result<()> {
     let folder = tempfile::tempdir()?;
     let file = folder.path().join("file");
     let (kmutex, sock, file) = (&*program.to_string_lossy(), daemon.sock(), &*file.to_string_lossy());
     let sock = &*sock.to_string_lossy();
     let ours = |options: &[&str], code| {
         let words = [&[kmutex, "run", "--sock", sock], options, &["key", "true"]].concat();
-        Timed::new(&words, code)
+        Timed::new(&words, code, environment)
     };
-    let theirs = |options: &[&str], code| Timed::new(&[&["flock"], options, &[file, "true"]].concat(), code);
+    let theirs = |options: &[&str], code| {
+        Timed::new(&[&["flock"], options, &[file, "true"]].concat(), code, environment)
+    };
+    let mut row = |what: &str, [ours, theirs]: &[Vec<f64>; 2]| {
+        report.row(&format!("{what}, {name}"), median(ours), Some(median(theirs)), "µs", target);
+    };
 
-    let [kmutex_run, flock] = alternate(RUNS, ours(&[], 0), theirs(&[], 0))?;
-    let target = Target::AtMost(0.9);
-    report.row(
-        "`kmutex run K true` / `flock f true`",
-        median(&kmutex_run),
-        Some(median(&flock)),
-        "µs",
-        target,
-    );
-    report.commands = vec![Distribution::new("kmutex run", &kmutex_run), Distribution::new("flock", &flock)];
-
-    let [exec, flock_exec] = alternate(RUNS, ours(&["-F"], 0), theirs(&["-F"], 0))?;
-    let target = Target::AtMost(1.0);
-    report.row(
-        "`kmutex run -F K true` / `flock -F f true`",
-        median(&exec),
-        Some(median(&flock_exec)),
-        "µs",
-        target,
-    );
-    report.commands.push(Distribution::new("kmutex run -F", &exec));
-    report.commands.push(Distribution::new("flock -F", &flock_exec));
+    let run = alternate(RUNS, &ours(&[], 0)?, &theirs(&[], 0)?)?;
+    row("`kmutex run K true` / `flock f true`", &run);
+    let exec = alternate(RUNS, &ours(&["-F"], 0)?, &theirs(&["-F"], 0)?)?;
+    row("`kmutex run -F K true` / `flock -F f true`", &exec);
 
     let mut holders = [
         std::process::Command::new(kmutex).args(["run", "--sock", sock, "key", "sleep", "1000"]).spawn()?,
         std::process::Command::new("flock").args(["-F", file, "sleep", "1000"]).spawn()?,
     ];
     sleep(Duration::from_millis(200));
-    let refused = alternate(RUNS, ours(&["-n"], 75), theirs(&["-n"], 1));
+    let refused = ours(&["-n"], 75).and_then(|ours| alternate(RUNS, &ours, &theirs(&["-n"], 1)?));
     for holder in &mut holders {
         // SIGTERM, so that kmutex ends its command too.
         nix::sys::signal::kill(
@@ -107,14 +110,16 @@ fn commands(program: &Path, report: &mut Report) -> Result<()> {
         )?;
         holder.wait()?;
     }
-    let [ours, theirs] = refused?;
-    report.row(
-        "`kmutex run -n` refused / `flock -n` refused",
-        median(&ours),
-        Some(median(&theirs)),
-        "µs",
-        target,
-    );
+    row("`kmutex run -n` refused / `flock -n` refused", &refused?);
+    if environment == Environment::Login {
+        let named = [
+            ("kmutex run", &run[0]),
+            ("flock", &run[1]),
+            ("kmutex run -F", &exec[0]),
+            ("flock -F", &exec[1]),
+        ];
+        report.commands = named.map(|(name, values)| Distribution::new(name, values)).into();
+    }
     Ok(())
 }
 

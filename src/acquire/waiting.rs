@@ -25,7 +25,8 @@ const CLEAR: &str = "\r\x1b[K";
 pub(super) struct Display<'a> {
     key: &'a str,
     began: Instant,
-    style: Style,
+    /// Asked for when the wait begins: most requests are granted at once.
+    style: Option<Style>,
     /// A line is due as soon as the wait begins.
     verbose: bool,
     is_shown: bool,
@@ -60,7 +61,7 @@ impl Display<'_> {
     pub(super) fn new(key: &str, verbose: bool) -> Display<'_> {
         // The kernel drops what is sent to PID 1, unless it asks for it.
         let interrupt = startup::is_init().then(|| Interrupt::watch("")).flatten();
-        Display { key, began: Instant::now(), style: Style::of_stderr(), verbose, is_shown: false, interrupt }
+        Display { key, began: Instant::now(), style: None, verbose, is_shown: false, interrupt }
     }
 
     fn text(&self, holders: &[LockUser], ahead: u32) -> String {
@@ -95,22 +96,23 @@ impl Display<'_> {
 
 impl WaitObserver for Display<'_> {
     fn pause(&self) -> Option<Duration> {
-        (self.style != Style::Never).then_some(PAUSE)
+        (self.style.unwrap_or_else(Style::of_stderr) != Style::Never).then_some(PAUSE)
     }
 
     fn on_waiting(&mut self, holders: &[LockUser], ahead: u32) {
         if std::mem::take(&mut self.verbose) {
             crate::message::print(self.text(holders, ahead));
         }
-        if self.style == Style::Never || self.began.elapsed() < PAUSE || !is_in_foreground() {
+        let style = *self.style.get_or_insert_with(Style::of_stderr);
+        if style == Style::Never || self.began.elapsed() < PAUSE || !is_in_foreground() {
             return;
         }
         let text = self.text(holders, ahead);
-        match self.style {
+        match style {
             Style::InPlace => self.show(&text),
             Style::Once => {
                 crate::message::print(text);
-                self.style = Style::Never;
+                self.style = Some(Style::Never);
             }
             Style::Never => {}
         }
