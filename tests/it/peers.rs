@@ -113,7 +113,7 @@ fn on_a_terminal_a_line_tells_after_a_second_who_holds_the_lock() {
     let line = format!("{} run --queue k echo mine", crate::harness::KMUTEX);
     let screen = daemon.folder().join("screen");
     let mut script = tool("script");
-    script.args(["-qfec", &line]).arg(&screen).env("KMUTEX_SOCK", daemon.sock());
+    script.args(["-qfec", &line]).arg(&screen).env("KMUTEX_SOCK", daemon.sock()).env("TERM", "xterm");
     let mut waiter = Process::spawn(script.stdin(Stdio::piped()).stdout(Stdio::null()));
     let shown = || fs::read_to_string(&screen).unwrap_or_default();
     wait_until("two looks at the holder", || {
