@@ -90,6 +90,11 @@ impl Admission {
         self.total >= self.max
     }
 
+    /// Returns `true` if some connection would not be let in.
+    pub(super) fn has_reached_a_limit(&self) -> bool {
+        self.is_full() || self.by_uid.keys().any(|&uid| self.has_too_many(uid))
+    }
+
     /// Decides about a connection, and counts it. Pass the result to [`Admission::leave`] when it is closed.
     pub(super) fn admit(&mut self, peer: Option<Peer>) -> Access {
         let limit = if self.is_full() {

@@ -79,6 +79,8 @@ pub(super) struct Server {
     cluster: Option<Clustering>,
     /// Lists of the locks of all hosts that clients are being sent.
     listings: BTreeMap<ClientId, Listing>,
+    /// How many connections are to be closed at the end of the turn.
+    closing: usize,
     /// Connections that are only told that there are too many, the oldest first.
     refused: VecDeque<ConnectionId>,
     /// Keeps clients from filling the log.
@@ -144,6 +146,7 @@ impl Server {
             effects: Effects::default(),
             cluster,
             listings: BTreeMap::new(),
+            closing: 0,
             refused: VecDeque::new(),
             limiter: Limiter::default(),
             mark: None,
@@ -386,6 +389,10 @@ impl Server {
     }
 
     fn accept(&mut self, index: usize, buffer: &mut [u8]) -> io::Result<()> {
+        if self.closing > 0 && self.acceptor.admission.has_reached_a_limit() {
+            // A client that has gone does not count against one that came later.
+            self.flush_turn();
+        }
         for _ in 0..ACCEPTS_MAX {
             let Some(accepted) = self.acceptor.accept(index, self.now, &self.epoll)? else { break };
             let client = self.connections.insert(accepted.connection);
@@ -733,6 +740,7 @@ impl Server {
             return;
         }
         connection.closing = true;
+        self.closing += 1;
         debug!("close: {}: {why}", self.connections.describe(client));
         self.connections.mark_dirty(client);
         self.apply(|table, now, effects| table.disconnected(now, client, effects));
@@ -875,6 +883,7 @@ impl Server {
             cluster.forget(self.connections.id(client));
         }
         let connection = self.connections.remove(client);
+        self.closing -= 1;
         if self.connections.is_empty() {
             self.idle_since = Some(self.now);
         }
