@@ -8,6 +8,7 @@
 //! | `client/session.rs` | one connection: requests out, answers in, deadlines |
 //! | `client/retry.rs` | asking for a lock across restarts of the daemon |
 //! | `client/held_lock.rs` | a lock that outlives the daemon that granted it |
+//! | `client/options.rs` | how a program asks for a lock |
 //! | `client/lease.rs` | how long a lock is safe without news from the daemon |
 //! | `client/autostart.rs` | starting a daemon where there is none |
 //! | `client/error.rs` | what can go wrong, in words and as an exit code |
@@ -46,6 +47,7 @@ mod autostart;
 mod error;
 mod held_lock;
 mod lease;
+mod options;
 mod retry;
 mod session;
 
@@ -56,10 +58,11 @@ use std::time::{Duration, Instant};
 
 use crate::addr::Addr;
 use crate::place::{self, Missing};
-use crate::proto::v2::{LockRequest, LockUser, Mode, RunStatus};
+use crate::proto::v2::{LockUser, RunStatus};
 use crate::proto::{Key, Nonce, Outcome, Token};
 pub use error::Error;
 pub use held_lock::{HeldLock, RELEASE_WAIT};
+pub use options::LockOptions;
 pub use retry::lock;
 use session::ANSWER_WAIT;
 pub use session::{NoObserver, PROMPT_WAIT, Session, WaitObserver};
@@ -105,11 +108,11 @@ pub enum LockReply {
     Finished(Outcome, Token),
     /// The lock is held by these, and the request said not to wait.
     Busy(Vec<LockUser>),
-    /// A run that is over did the work recently enough for this request ([`LockRequest::fresh_ms`]).
+    /// A run that is over did the work recently enough for this request ([`LockRequest::fresh_ms`](crate::proto::v2::LockRequest::fresh_ms)).
     Fresh(RunStatus),
-    /// A newer request took the place of this one ([`LockRequest::newest`]).
+    /// A newer request took the place of this one ([`LockRequest::newest`](crate::proto::v2::LockRequest::newest)).
     Superseded,
-    /// The lock is held by a process that this request runs under ([`LockRequest::within`]).
+    /// The lock is held by a process that this request runs under ([`LockRequest::within`](crate::proto::v2::LockRequest::within)).
     HeldAbove,
 }
 
@@ -137,8 +140,8 @@ enum State {
     Idle(Option<Session>),
     /// The client holds a lock.
     Holding(HeldLock),
-    /// The client has released a lock but could not tell the daemon, which it does before anything else.
-    ReleasePending(HeldLock),
+    /// The client has released a lock with this outcome but could not tell the daemon, which it does before anything else.
+    ReleasePending(HeldLock, Outcome),
 }
 
 impl Client {
@@ -179,8 +182,34 @@ impl Client {
     /// # Errors
     /// When the key is invalid, this client holds a lock already, or the daemon cannot be reached.
     pub fn acquire(&mut self, key: &str) -> Result<Option<Token>, Error> {
+        match self.acquire_with(key, &LockOptions::default())? {
+            LockReply::Granted(token) => Ok(Some(token)),
+            _ => Ok(None),
+        }
+    }
+
+    /// Acquires the lock of `key` as `options` say. Returns a guard that releases the lock when dropped, or else how the
+    /// request ended. A program that names `fresh` ends its work with [`Guard::finish`], so that later requests learn of it.
+    ///
+    /// # Errors
+    /// As [`Client::acquire`]; [`Error::TimedOut`] when the time to wait is over.
+    pub fn lock_with(
+        &mut self,
+        key: &str,
+        options: &LockOptions,
+    ) -> Result<Result<Guard<'_>, LockReply>, Error> {
+        Ok(match self.acquire_with(key, options)? {
+            LockReply::Granted(token) => Ok(Guard { client: self, token }),
+            reply => Err(reply),
+        })
+    }
+
+    /// Acquires a lock without a guard.
+    fn acquire_with(&mut self, key: &str, options: &LockOptions) -> Result<LockReply, Error> {
         let key = Key::new(key).map_err(Error::Key)?;
-        let mut request = LockRequest::new(key, Mode::Once);
+        let deadline =
+            options.wait.filter(|wait| !wait.is_zero()).and_then(|wait| Instant::now().checked_add(wait));
+        let mut request = options.request(key);
         request.nonce = Some(nonce());
         request.who.pid = Pid::new(std::process::id());
         let (session, reply) = match std::mem::replace(&mut self.state, State::Idle(None)) {
@@ -188,23 +217,26 @@ impl Client {
                 self.state = State::Holding(hold);
                 return Err(Error::AlreadyHolding);
             }
-            State::ReleasePending(hold) => {
-                self.finish_release(hold)?;
-                return self.acquire(request.key.as_str());
+            State::ReleasePending(hold, outcome) => {
+                self.finish_release(hold, outcome)?;
+                return self.acquire_with(request.key.as_str(), options);
             }
-            State::Idle(Some(mut session)) => match session.lock(&request, None, &mut NoObserver) {
-                Err(Error::Closed) if self.reconnects => lock(&self.target, &request, None, &mut NoObserver)?,
+            State::Idle(Some(mut session)) => match session.lock(&request, deadline, &mut NoObserver) {
+                Err(Error::Closed) if self.reconnects => {
+                    lock(&self.target, &request, deadline, &mut NoObserver)?
+                }
                 reply => (session, reply?),
             },
-            State::Idle(None) if self.reconnects => lock(&self.target, &request, None, &mut NoObserver)?,
+            State::Idle(None) if self.reconnects => lock(&self.target, &request, deadline, &mut NoObserver)?,
             State::Idle(None) => return Err(Error::Closed),
         };
-        if let LockReply::Granted(token) = reply {
-            self.state = State::Holding(HeldLock::new(self.target.clone(), request, session, token));
-            return Ok(Some(token));
-        }
-        self.state = State::Idle(Some(session));
-        Ok(None)
+        self.state = match reply {
+            LockReply::Granted(token) => {
+                State::Holding(HeldLock::new(self.target.clone(), request, session, token))
+            }
+            _ => State::Idle(Some(session)),
+        };
+        Ok(reply)
     }
 
     /// Releases the lock that this client holds, if it holds one.
@@ -213,8 +245,12 @@ impl Client {
     /// [`Error::Lost`] when the lock was lost earlier: another client may have held it during the work. Other errors when the
     /// daemon cannot be reached now: the client releases the lock before it acquires the next one.
     pub fn release(&mut self) -> Result<(), Error> {
+        self.release_with(Outcome::Unknown)
+    }
+
+    fn release_with(&mut self, outcome: Outcome) -> Result<(), Error> {
         match std::mem::replace(&mut self.state, State::Idle(None)) {
-            State::Holding(hold) => self.finish_release(hold),
+            State::Holding(hold) => self.finish_release(hold, outcome),
             other => {
                 self.state = other;
                 Ok(())
@@ -239,12 +275,12 @@ impl Client {
         }
     }
 
-    fn finish_release(&mut self, mut hold: HeldLock) -> Result<(), Error> {
+    fn finish_release(&mut self, mut hold: HeldLock, outcome: Outcome) -> Result<(), Error> {
         let give_up = Instant::now() + if self.reconnects { RELEASE_WAIT } else { Duration::ZERO };
         let mut told = false;
         loop {
             let left = give_up.saturating_duration_since(Instant::now());
-            let heard = hold.release(Outcome::Unknown, left);
+            let heard = hold.release(outcome, left);
             let was_told = told;
             told |= heard.is_ok();
             match heard.and_then(|mut session| session.confirm_release().map(|()| session)) {
@@ -257,7 +293,7 @@ impl Client {
                 Err(error @ Error::Lost(_)) => return Err(error),
                 Err(Error::Closed) if Instant::now() < give_up => {}
                 Err(error) => {
-                    self.state = State::ReleasePending(hold);
+                    self.state = State::ReleasePending(hold, outcome);
                     return Err(error);
                 }
             }
@@ -284,6 +320,15 @@ impl Guard<'_> {
     /// As [`Client::release`].
     pub fn release(self) -> Result<(), Error> {
         self.client.release()
+    }
+
+    /// Releases the lock and states how the work ended: [`Outcome::Exit`] with 0 is a success, which counts for later requests
+    /// that name [`LockOptions::fresh`].
+    ///
+    /// # Errors
+    /// As [`Client::release`].
+    pub fn finish(self, outcome: Outcome) -> Result<(), Error> {
+        self.client.release_with(outcome)
     }
 }
 

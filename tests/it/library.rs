@@ -1,7 +1,9 @@
 //! The library, as a program uses it that takes its locks itself.
 
 use kmutex::addr::Addr;
-use kmutex::client::{Client, Error};
+use kmutex::client::{Client, Error, LockOptions, LockReply};
+use kmutex::proto::Outcome;
+use std::time::Duration;
 
 use crate::harness::{Daemon, Process, wait_until};
 
@@ -109,4 +111,24 @@ fn one_that_does_not_reconnect_is_told_that_the_daemon_is_gone() {
     assert!(matches!(mine.acquire("page"), Err(Error::Closed)));
     mine.set_reconnect(true);
     assert!(mine.acquire("page").unwrap().is_some());
+}
+
+#[test]
+fn what_a_program_finishes_counts_for_later_requests() {
+    let daemon = Daemon::start();
+    let options = LockOptions { fresh: Duration::from_secs(3600), ..LockOptions::default() };
+    let mut mine = client(&daemon);
+    let lock = mine.lock_with("page", &options).unwrap().expect("it is free");
+    lock.finish(Outcome::Exit(0)).unwrap();
+    match mine.lock_with("page", &options).unwrap() {
+        Err(LockReply::Fresh(run)) => assert_eq!(run.outcome, Outcome::Exit(0)),
+        other => panic!("{other:?}"),
+    }
+    assert!(!mine.is_locked());
+    assert!(mine.lock("page").unwrap().is_some(), "without fresh, the lock is free");
+    let mut other = client(&daemon);
+    let hold = mine.lock("busy").unwrap();
+    let never = LockOptions { wait: Some(Duration::ZERO), ..LockOptions::default() };
+    assert!(matches!(other.lock_with("busy", &never), Ok(Err(LockReply::Busy(_)))));
+    drop(hold);
 }
