@@ -33,6 +33,7 @@ complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "status" -d 'Show the 
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "break" -d 'Take a lock away from its holder'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "forget" -d 'Forget when the work of a lock was last done'
 complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "serve" -d 'Run the lock daemon'
+complete -c kmutex -n "__fish_kmutex_needs_command" -f -a "hash-secret" -d 'Hash a secret for kmutex serve --auth-file'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s c -l command -d 'Run SHELL_COMMAND with $SHELL -c, or /bin/sh -c if SHELL is not set' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s k -l key -d 'Lock KEY; repeat to hold several locks' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l slots -d 'Let up to N holders hold the lock at a time' -r
@@ -49,6 +50,10 @@ adopt\t'Exit with the holder\'s status, also if it succeeded'"
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l note -d 'Show TEXT to waiters and in kmutex status' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l sock -d 'Connect to the daemon at ADDR: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l trust-uid -d 'Trust a daemon of this user id too, besides root\'s and the caller\'s' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l auth-file -d 'Give the name and secret in FILE to a daemon that is reached over TCP [env: KMUTEX_AUTH_FILE]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l tls-ca -d 'Trust daemons at tls:// whose certificate is signed by an authority in FILE (PEM), and no others [env: KMUTEX_TLS_CA]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l tls-cert -d 'Show the certificate in FILE (PEM) to a daemon at tls:// [env: KMUTEX_TLS_CERT]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l tls-key -d 'Read the key of that certificate from FILE (PEM) [env: KMUTEX_TLS_KEY]' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l status-fd -d 'Write a report to descriptor FD at the end: one line with a JSON object' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l status-file -d 'Write the report of --status-fd to FILE' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l on-lost -d 'Choose what to do if the lock is lost while the command runs' -r -f -a "kill\t'Stop the command and its descendants with SIGTERM, then SIGKILL; exit with 74'
@@ -86,6 +91,10 @@ adopt\t'Exit with the holder\'s status, also if it succeeded'"
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l note -d 'Show TEXT to waiters and in kmutex status' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l sock -d 'Connect to the daemon at ADDR: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l trust-uid -d 'Trust a daemon of this user id too, besides root\'s and the caller\'s' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l auth-file -d 'Give the name and secret in FILE to a daemon that is reached over TCP [env: KMUTEX_AUTH_FILE]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l tls-ca -d 'Trust daemons at tls:// whose certificate is signed by an authority in FILE (PEM), and no others [env: KMUTEX_TLS_CA]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l tls-cert -d 'Show the certificate in FILE (PEM) to a daemon at tls:// [env: KMUTEX_TLS_CERT]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l tls-key -d 'Read the key of that certificate from FILE (PEM) [env: KMUTEX_TLS_KEY]' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l queue -d 'Wait in line and always run, like flock(1)'
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s s -l shared -d 'Acquire a shared lock, which other shared holders can hold too'
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s x -l exclusive -d 'Acquire an exclusive lock (the default)'
@@ -100,9 +109,17 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s h -l help -d 'Pri
 complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l pid -d 'Release the lock of process PID instead of the calling process' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l sock -d 'Connect to the daemon at ADDR: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l trust-uid -d 'Trust a daemon of this user id too, besides root\'s and the caller\'s' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l auth-file -d 'Give the name and secret in FILE to a daemon that is reached over TCP [env: KMUTEX_AUTH_FILE]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l tls-ca -d 'Trust daemons at tls:// whose certificate is signed by an authority in FILE (PEM), and no others [env: KMUTEX_TLS_CA]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l tls-cert -d 'Show the certificate in FILE (PEM) to a daemon at tls:// [env: KMUTEX_TLS_CERT]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l tls-key -d 'Read the key of that certificate from FILE (PEM) [env: KMUTEX_TLS_KEY]' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l sock -d 'Connect to the daemon at ADDR: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l trust-uid -d 'Trust a daemon of this user id too, besides root\'s and the caller\'s' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l auth-file -d 'Give the name and secret in FILE to a daemon that is reached over TCP [env: KMUTEX_AUTH_FILE]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l tls-ca -d 'Trust daemons at tls:// whose certificate is signed by an authority in FILE (PEM), and no others [env: KMUTEX_TLS_CA]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l tls-cert -d 'Show the certificate in FILE (PEM) to a daemon at tls:// [env: KMUTEX_TLS_CERT]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l tls-key -d 'Read the key of that certificate from FILE (PEM) [env: KMUTEX_TLS_KEY]' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l json -d 'Print one JSON object per lock, each on its own line'
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l keys -d 'Print only the keys, one per line (keys with control characters are left out)'
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l cluster -d 'Show the clustered locks of all hosts (see kmutex serve --etcd)'
@@ -110,10 +127,18 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand status" -l watch -d 'Refre
 complete -c kmutex -n "__fish_kmutex_using_subcommand status" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l sock -d 'Connect to the daemon at ADDR: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l trust-uid -d 'Trust a daemon of this user id too, besides root\'s and the caller\'s' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l auth-file -d 'Give the name and secret in FILE to a daemon that is reached over TCP [env: KMUTEX_AUTH_FILE]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l tls-ca -d 'Trust daemons at tls:// whose certificate is signed by an authority in FILE (PEM), and no others [env: KMUTEX_TLS_CA]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l tls-cert -d 'Show the certificate in FILE (PEM) to a daemon at tls:// [env: KMUTEX_TLS_CERT]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand break" -l tls-key -d 'Read the key of that certificate from FILE (PEM) [env: KMUTEX_TLS_KEY]' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand break" -s y -l yes -d 'Break the lock without asking first'
 complete -c kmutex -n "__fish_kmutex_using_subcommand break" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand forget" -l sock -d 'Connect to the daemon at ADDR: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand forget" -l trust-uid -d 'Trust a daemon of this user id too, besides root\'s and the caller\'s' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand forget" -l auth-file -d 'Give the name and secret in FILE to a daemon that is reached over TCP [env: KMUTEX_AUTH_FILE]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand forget" -l tls-ca -d 'Trust daemons at tls:// whose certificate is signed by an authority in FILE (PEM), and no others [env: KMUTEX_TLS_CA]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand forget" -l tls-cert -d 'Show the certificate in FILE (PEM) to a daemon at tls:// [env: KMUTEX_TLS_CERT]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand forget" -l tls-key -d 'Read the key of that certificate from FILE (PEM) [env: KMUTEX_TLS_KEY]' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand forget" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s s -l sock -l socket -d 'Listen on ADDR: a path, a PORT (of 127.0.0.1 and ::1), or HOST:PORT (an IPv6 address in brackets); repeat for more' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s m -l maxconn -d 'Serve at most N connections at a time; refuse further ones' -r
@@ -129,6 +154,10 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l max-per-uid -d '
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l state -d 'Keep the journal in FILE instead of beside the first Unix socket' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l grace -d 'Keep the lock of a holder that has not reconnected for DURATION after a restart' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l remember-max -d 'Remember for N locks when their work was last done (see run --fresh); the oldest are forgotten first' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l auth-file -d 'Admit only clients over TCP that give a name and its secret, as listed in FILE' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l tls-cert -d 'Show the certificate in FILE (PEM) to clients of tls:// addresses [env: KMUTEX_TLS_CERT]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l tls-key -d 'Read the key of that certificate from FILE (PEM) [env: KMUTEX_TLS_KEY]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l tls-client-ca -d 'Admit only clients whose certificate is signed by an authority in FILE (PEM) [env: KMUTEX_TLS_CLIENT_CA]' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd -d 'Cluster the locks with all hosts that use the same etcd; URL is http://HOST:PORT or https://HOST:PORT of a member' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-ca -d 'Trust only members of etcd with a certificate signed by an authority in FILE (PEM)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l etcd-cert -d 'Client certificate (PEM)' -r -F
@@ -143,8 +172,10 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l idle-exit -d 'Ex
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s f -l force -d 'Remove an old socket file'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l no-log -d 'Log nothing'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l show-commands -d 'Show the commands and notes of all users to every user'
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l open -d 'Serve TCP ports that other hosts can reach without --auth-file or --tls-client-ca: every client may take every lock'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l detach -d 'Detach from the calling process, and write a newline to standard output when serving (used by run)'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s h -l help -d 'Print help (see more with \'--help\')'
+complete -c kmutex -n "__fish_kmutex_using_subcommand hash-secret" -s h -l help -d 'Print help (see more with \'--help\')'
 
 # Completes with the keys that are held or waited for, where a KEY is expected.
 complete -c kmutex -n "__fish_kmutex_using_subcommand run lock unlock status break" -f -a "(kmutex status --keys 2>/dev/null)"

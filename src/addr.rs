@@ -42,35 +42,42 @@ pub enum Addr {
         /// Not of this machine alone.
         port: u16,
     },
+    /// The same, through TLS.
+    Tls {
+        /// A name or a number, without brackets: the daemon's certificate must be for it.
+        host: String,
+        /// The port.
+        port: u16,
+    },
 }
 
+/// What a TLS address begins with.
+const TLS_SCHEME: &str = "tls://";
+
 impl Addr {
-    /// Reads a path, a `PORT`, `HOST:PORT` or `[V6]:PORT`. What has a slash in it is a path.
+    /// Reads a path, a `PORT`, `HOST:PORT`, `[V6]:PORT`, or `tls://HOST:PORT`. Other texts with a slash are paths.
     ///
     /// # Errors
     /// [`Error::Bad`].
     pub fn parse(text: &OsStr) -> Result<Addr, Error> {
         let bad = |why: &str| Error::Bad { text: text.to_owned(), why: why.into() };
-        let port = |digits: &str| digits.parse().map_err(|_| bad("the port is not from 0 to 65535"));
-        let is_number = |part: &str| !part.is_empty() && part.bytes().all(|b| b.is_ascii_digit());
-        match text.to_str() {
-            Some(text) if is_number(text) => return Ok(Addr::Loopback(port(text)?)),
-            Some(text) if !text.contains('/') => {
-                if let Some((host, digits)) = text.rsplit_once(':')
-                    && is_number(digits)
-                {
-                    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
-                    let host = bare.unwrap_or(host);
-                    return match host {
-                        "" => Err(bad("the host is missing")),
-                        _ if bare.is_none() && host.contains(':') => {
-                            Err(bad("an IPv6 address stands in brackets: [V6]:PORT"))
-                        }
-                        _ => Ok(Addr::Tcp { host: host.into(), port: port(digits)? }),
-                    };
-                }
+        if let Some(text) = text.to_str() {
+            if let Some(rest) = text.strip_prefix(TLS_SCHEME) {
+                let (host, port) =
+                    host_and_port(rest).map_err(bad)?.ok_or_else(|| bad("it is not tls://HOST:PORT"))?;
+                return match cfg!(feature = "tls") {
+                    true => Ok(Addr::Tls { host, port }),
+                    false => Err(bad("this kmutex was built without TLS")),
+                };
             }
-            _ => {}
+            if is_number(text) {
+                return Ok(Addr::Loopback(port_number(text).map_err(bad)?));
+            }
+            if !text.contains('/')
+                && let Some((host, port)) = host_and_port(text).map_err(bad)?
+            {
+                return Ok(Addr::Tcp { host, port });
+            }
         }
         match text.len() {
             0 => Err(bad("it is empty")),
@@ -104,7 +111,7 @@ impl Addr {
                 SocketAddr::from(([127, 0, 0, 1], *port)),
                 SocketAddr::from(([0u16, 0, 0, 0, 0, 0, 0, 1], *port)),
             ]),
-            Addr::Tcp { host, port } => {
+            Addr::Tcp { host, port } | Addr::Tls { host, port } => {
                 let found = lookup::host(host).map_err(|e| self.error("resolve", e))?;
                 Ok(found.into_iter().map(|ip| SocketAddr::new(ip, *port)).collect())
             }
@@ -142,9 +149,38 @@ impl fmt::Display for Addr {
         match self {
             Addr::Unix(path) => path.display().fmt(f),
             Addr::Loopback(port) => port.fmt(f),
-            Addr::Tcp { host, port } if host.contains(':') => write!(f, "[{host}]:{port}"),
-            Addr::Tcp { host, port } => write!(f, "{host}:{port}"),
+            Addr::Tcp { host, port } => write_host(f, host, *port),
+            Addr::Tls { host, port } => {
+                f.write_str(TLS_SCHEME)?;
+                write_host(f, host, *port)
+            }
         }
+    }
+}
+
+fn write_host(f: &mut fmt::Formatter<'_>, host: &str, port: u16) -> fmt::Result {
+    if host.contains(':') { write!(f, "[{host}]:{port}") } else { write!(f, "{host}:{port}") }
+}
+
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
+}
+
+fn port_number(digits: &str) -> Result<u16, &'static str> {
+    digits.parse().map_err(|_| "the port is not from 0 to 65535")
+}
+
+/// Reads `HOST:PORT` or `[V6]:PORT`. Returns `None` if the text does not end in a port.
+fn host_and_port(text: &str) -> Result<Option<(String, u16)>, &'static str> {
+    let Some((host, digits)) = text.rsplit_once(':').filter(|(_, digits)| is_number(digits)) else {
+        return Ok(None);
+    };
+    let bare = host.strip_prefix('[').and_then(|host| host.strip_suffix(']'));
+    match bare.unwrap_or(host) {
+        "" => Err("the host is missing"),
+        host if bare.is_none() && host.contains(':') => Err("an IPv6 address stands in brackets: [V6]:PORT"),
+        host if host.contains('/') => Err("a host has no slash"),
+        host => Ok(Some((host.into(), port_number(digits)?))),
     }
 }
 

@@ -9,10 +9,12 @@
 //! | `app/break_lock.rs` | `kmutex break` |
 //! | `app/forget.rs` | `kmutex forget` |
 //! | `app/serve.rs` | `kmutex serve`, and the daemon under its old name |
+//! | `app/hash_secret.rs` | `kmutex hash-secret` |
 //! | `app/log.rs` | where the daemon's log goes, and how much of it |
 
 mod break_lock;
 mod forget;
+mod hash_secret;
 mod lock;
 mod log;
 mod other_daemons;
@@ -56,6 +58,7 @@ fn run_command_line(args: Vec<OsString>) -> Result<u8, Failure> {
         Command::Forget(args) => forget::forget(args),
         Command::Break(args) => break_lock::break_lock(args),
         Command::Serve(args) => serve::serve(args),
+        Command::HashSecret => hash_secret::hash_secret(),
     }
 }
 

@@ -75,7 +75,7 @@ pub enum Error {
     #[error("no client holds the lock {:?}", .0.as_str())]
     NotHeld(Key),
     /// This user may not break the lock.
-    #[error("not permitted to break the lock {:?}: only root, the daemon's user or the holder's may", .0.as_str())]
+    #[error("not permitted to break the lock {:?}: only root, the daemon's user, the holder's user or name, and !admin names may", .0.as_str())]
     NotPermitted(Key),
     /// The user said no.
     #[error("not broken")]

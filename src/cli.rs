@@ -113,6 +113,10 @@ pub enum Command {
     ///
     /// Serves protocols 1 and 2 of docs/protocol.md on each given socket, in the foreground, until HUP, INT or TERM.
     Serve(Serve),
+    /// Hash a secret for kmutex serve --auth-file
+    ///
+    /// Reads the secret from standard input, as one line, and prints its hash (Argon2id, with a random salt).
+    HashSecret,
 }
 
 /// The arguments of `kmutex run`.
@@ -403,6 +407,29 @@ pub struct Daemon {
     /// Trust a daemon of this user id too, besides root's and the caller's
     #[arg(long, value_name = "UID")]
     pub trust_uid: Vec<u32>,
+
+    /// Give the name and secret in FILE to a daemon that is reached over TCP [env: KMUTEX_AUTH_FILE]
+    ///
+    /// FILE has one line NAME SECRET, and only its owner may have access to it (mode 600).
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub auth_file: Option<PathBuf>,
+
+    /// Trust daemons at tls:// whose certificate is signed by an authority in FILE (PEM), and no others [env: KMUTEX_TLS_CA]
+    ///
+    /// Without it, the authorities of the system are trusted.
+    #[cfg(feature = "tls")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tls_ca: Option<PathBuf>,
+
+    /// Show the certificate in FILE (PEM) to a daemon at tls:// [env: KMUTEX_TLS_CERT]
+    #[cfg(feature = "tls")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Read the key of that certificate from FILE (PEM) [env: KMUTEX_TLS_KEY]
+    #[cfg(feature = "tls")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tls_key: Option<PathBuf>,
 }
 
 /// The arguments of `kmutex serve`.
@@ -479,6 +506,39 @@ pub struct Serve {
     /// Remember for N locks when their work was last done (see run --fresh); the oldest are forgotten first
     #[arg(long, value_name = "N", default_value_t = 100_000)]
     pub remember_max: u32,
+
+    /// Admit only clients over TCP that give a name and its secret, as listed in FILE
+    ///
+    /// FILE has lines NAME SECRET [PATTERN]...: the secret as printed by kmutex hash-secret, or - for a name that is used with
+    /// certificates only; the patterns (with * and ?) of the keys that the name may lock, or none for all keys. The pattern
+    /// !admin permits the name to break every lock. The daemon reads FILE again when it changes, and on SIGUSR1.
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub auth_file: Option<PathBuf>,
+
+    /// Serve TCP ports that other hosts can reach without --auth-file or --tls-client-ca: every client may take every lock
+    #[arg(long)]
+    pub open: bool,
+
+    /// Show the certificate in FILE (PEM) to clients of tls:// addresses [env: KMUTEX_TLS_CERT]
+    ///
+    /// Intermediate certificates follow it in FILE. The daemon reads all certificates again when a file changes, and on
+    /// SIGUSR1.
+    #[cfg(feature = "tls")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tls_cert: Option<PathBuf>,
+
+    /// Read the key of that certificate from FILE (PEM) [env: KMUTEX_TLS_KEY]
+    #[cfg(feature = "tls")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tls_key: Option<PathBuf>,
+
+    /// Admit only clients whose certificate is signed by an authority in FILE (PEM) [env: KMUTEX_TLS_CLIENT_CA]
+    ///
+    /// With --auth-file, a certificate stands for its common name, or one of its alternative names, if that file lists it;
+    /// clients without a certificate need a secret.
+    #[cfg(feature = "tls")]
+    #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
+    pub tls_client_ca: Option<PathBuf>,
 
     /// How to cluster the locks
     #[cfg(feature = "etcd")]

@@ -6,6 +6,8 @@
 //! | file | what it owns |
 //! | --- | --- |
 //! | `client/session.rs` | one connection: requests out, answers in, deadlines |
+//! | `client/transport.rs` | the stream under it: a socket, or TLS over one |
+//! | `client/credentials.rs` | the client's name and secret |
 //! | `client/retry.rs` | asking for a lock across restarts of the daemon |
 //! | `client/held_lock.rs` | a lock that outlives the daemon that granted it |
 //! | `client/options.rs` | how a program asks for a lock |
@@ -44,16 +46,19 @@
 //! ```
 
 mod autostart;
+mod credentials;
 mod error;
 mod held_lock;
 mod lease;
 mod options;
 mod retry;
 mod session;
+mod transport;
 
 use crate::proto::Pid;
 use std::ffi::OsStr;
 use std::hash::{BuildHasher, RandomState};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::addr::Addr;
@@ -76,12 +81,24 @@ pub struct Target {
     pub trusted_uids: Vec<u32>,
     /// Start a daemon if none listens on the Unix socket.
     pub autostart: bool,
+    /// A file with the client's name and secret, for daemons that are reached over TCP.
+    pub auth_file: Option<PathBuf>,
+    /// The certificates of the client, and the authorities that it trusts, for `tls://` addresses.
+    #[cfg(feature = "tls")]
+    pub tls: crate::tls::ClientFiles,
 }
 
 impl Target {
     /// A daemon that must be running already.
     pub fn new(addr: Addr) -> Target {
-        Target { addr, trusted_uids: Vec::new(), autostart: false }
+        Target {
+            addr,
+            trusted_uids: Vec::new(),
+            autostart: false,
+            auth_file: None,
+            #[cfg(feature = "tls")]
+            tls: crate::tls::ClientFiles::default(),
+        }
     }
 }
 
@@ -95,7 +112,7 @@ impl Target {
     pub fn find(given: Option<&OsStr>, trusted_uids: Vec<u32>, autostart: bool) -> Result<Target, Error> {
         let missing = if autostart { Missing::Make } else { Missing::Name };
         let place = place::find(given, &trusted_uids, missing)?;
-        Ok(Target { addr: place.addr, trusted_uids, autostart: autostart && place.starts })
+        Ok(Target { trusted_uids, autostart: autostart && place.starts, ..Target::new(place.addr) })
     }
 }
 

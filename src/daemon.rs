@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | `server.rs` | the loop: the order in which things are read, recorded and sent. Only it knows all other parts |
 //! | `server/v1.rs`, `server/v2.rs` | the protocols: bytes to the table, effects to bytes |
+//! | `server/tcp.rs` | clients over TCP: TLS, names, and other protocols |
 //! | `batch.rs` | the readiness events that the kernel gives at a time |
 //! | `source.rs` | what a readiness event is about |
 //! | `accept.rs` | accepting connections |
@@ -16,6 +17,9 @@
 //! | `files.rs`, `file_watch.rs` | putting back the daemon's files, if a clean-up job has removed them |
 //! | `connection.rs` | one client's descriptor and buffers |
 //! | `connections.rs` | all of them: which have output, which have sent only part of a message |
+//! | `identity.rs` | who a client over TCP is, and its TLS session |
+//! | `gate.rs` | who may use the TCP ports, and as whom |
+//! | `attempts.rs`, `verifier.rs` | in which order secrets are verified, and the thread that does it |
 //! | `lookup.rs` | a read-only view of table, connections and orphans, for status, log and journal |
 //! | `recorder.rs` | the table's changes to the journal |
 //! | `orphans.rs` | holders that are not connected |
@@ -29,6 +33,7 @@
 
 mod accept;
 mod admission;
+mod attempts;
 mod batch;
 mod bind;
 mod claim;
@@ -40,6 +45,8 @@ mod detach;
 mod failpoint;
 mod file_watch;
 mod files;
+mod gate;
+mod identity;
 mod listener;
 mod listing;
 mod log;
@@ -51,9 +58,11 @@ mod remote;
 mod server;
 mod socket_lock;
 mod source;
+mod verifier;
 
 use std::fs::File;
 use std::io::{self, Write};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -66,6 +75,7 @@ use crate::journal;
 use crate::place;
 #[cfg(feature = "etcd")]
 pub use cluster::Config as Clustering;
+use gate::{Exposure, Gate};
 pub use listener::Access;
 use listener::Listener;
 use recorder::Recorder;
@@ -105,6 +115,13 @@ pub struct Config {
     /// How to share the locks with other hosts. `None`: they are this host's alone.
     #[cfg(feature = "etcd")]
     pub clustering: Option<Clustering>,
+    /// The names that clients over TCP may be, with their secrets and keys. `None`: clients need no name.
+    pub auth_file: Option<PathBuf>,
+    /// Serve TCP ports that other hosts can reach even if every client there may use every lock.
+    pub open: bool,
+    /// The certificates for the TLS ports among the addresses.
+    #[cfg(feature = "tls")]
+    pub tls: Option<crate::tls::ServerFiles>,
     /// Detach from the starting process and run in the background, as soon as the sockets are listening.
     pub detach: bool,
 }
@@ -127,6 +144,14 @@ impl Config {
         false
     }
 
+    /// Returns `true` if there are certificates for TLS.
+    fn has_tls(&self) -> bool {
+        #[cfg(feature = "tls")]
+        return self.tls.is_some();
+        #[cfg(not(feature = "tls"))]
+        false
+    }
+
     /// Serves these addresses, with safe values for everything else: only for the user's own processes, in the foreground.
     pub fn new(addrs: Vec<Addr>) -> Config {
         Config {
@@ -144,6 +169,10 @@ impl Config {
             idle_exit: None,
             #[cfg(feature = "etcd")]
             clustering: None,
+            auth_file: None,
+            open: false,
+            #[cfg(feature = "tls")]
+            tls: None,
             detach: false,
         }
     }
@@ -177,11 +206,18 @@ fn serve_until_end(config: &Config) -> Result<(), Error> {
     if config.detach {
         refuse_without_cluster(config)?;
     }
-    let mut listeners = Listener::inherit()?;
+    let gate = Gate::load(config)?;
+    let exposure = Exposure::of(config);
+    let mut listeners = Listener::inherit(config.has_tls(), exposure)?;
     if listeners.is_empty() {
+        if let Some(addr) = config.addrs.iter().find(|addr| matches!(addr, Addr::Tls { .. }))
+            && !config.has_tls()
+        {
+            return Err(Error::NoCertificate { addr: addr.clone() });
+        }
         listeners = match &config.addrs[..] {
             [] => Listener::bind_default(&config.access)?,
-            addrs => Listener::bind_all(addrs, &config.access)?,
+            addrs => Listener::bind_all(addrs, &config.access, exposure)?,
         };
     }
     failpoint::hit("start");
@@ -204,7 +240,8 @@ fn serve_until_end(config: &Config) -> Result<(), Error> {
     };
     #[cfg(not(feature = "etcd"))]
     let cluster = None;
-    let mut server = Server::new(config, listeners, recorder, cluster).map_err(|e| Error::Os("start", e))?;
+    let mut server =
+        Server::new(config, listeners, recorder, gate, cluster).map_err(|e| Error::Os("start", e))?;
     notify_ready(ready).map_err(|e| Error::Os("report readiness", e))?;
     let reason = server.run().map_err(|e| Error::Os("wait for events", e))?;
     info!("stopping: {reason}");
@@ -217,7 +254,7 @@ fn serve_until_end(config: &Config) -> Result<(), Error> {
 fn refuse_without_cluster(config: &Config) -> Result<(), Error> {
     let unix = config.addrs.iter().find_map(|addr| match addr {
         Addr::Unix(path) => Some(path),
-        Addr::Loopback(_) | Addr::Tcp { .. } => None,
+        Addr::Loopback(_) | Addr::Tcp { .. } | Addr::Tls { .. } => None,
     });
     match unix {
         Some(path) if !config.is_clustered() && journal::is_clustered(&journal_of(path)) => {
@@ -350,6 +387,27 @@ pub enum Error {
     #[error(transparent)]
     #[cfg(feature = "etcd")]
     Etcd(crate::etcd::ConfigError),
+    /// Other hosts could take any lock over this port, and nothing says that this is meant.
+    #[error("not serving on {}{socket}, where every host that reaches it could take every lock: give {}, or --open if that is meant", if *is_tls { "tls://" } else { "" }, if *is_tls { "--tls-client-ca or --auth-file" } else { "--auth-file, or tls:// with --tls-client-ca" })]
+    Exposed {
+        /// The port.
+        socket: SocketAddr,
+        /// It speaks TLS.
+        is_tls: bool,
+    },
+    /// A TLS port without a certificate.
+    #[error("cannot serve on {addr}: it needs --tls-cert and --tls-key")]
+    NoCertificate {
+        /// Where.
+        addr: Addr,
+    },
+    /// The file of names cannot be used.
+    #[error(transparent)]
+    Auth(crate::auth::Error),
+    /// The certificates cannot be used.
+    #[cfg(feature = "tls")]
+    #[error(transparent)]
+    Tls(crate::tls::Error),
     /// The kernel refused something.
     #[error("cannot {}: {}", .0, Reason(.1))]
     Os(&'static str, #[source] io::Error),
@@ -369,6 +427,9 @@ impl Error {
             Error::Served { .. } => Exit::Busy,
             Error::Clustered { .. } => Exit::Unavailable,
             Error::Group { .. } | Error::ReadyFd { .. } => Exit::Usage,
+            Error::Exposed { .. } | Error::NoCertificate { .. } | Error::Auth(_) => Exit::Usage,
+            #[cfg(feature = "tls")]
+            Error::Tls(error) => error.exit(),
             #[cfg(feature = "etcd")]
             Error::Etcd(_) => Exit::Usage,
             Error::BootId(_) | Error::Descriptors { .. } | Error::Os(..) => Exit::Os,

@@ -17,6 +17,9 @@
 //! | `etcd` | the blocking client of etcd | `etcd` |
 //! | [`place`] | where to look for a daemon when the user does not say | |
 //! | [`addr`] | where a daemon is | |
+//! | `tls` | TLS: certificates, and both ends of a connection | `tls` |
+//! | `auth` | names, secrets and patterns: which client over TCP is who | `daemon` |
+//! | `config_file` | small files, read as a whole, and noticed when they change | |
 //! | `describe` | holders and times in words | `cli` |
 //! | `fd` | descriptors that this process was started with | `daemon` |
 //! | `lookup` | names of users, groups and hosts | |
@@ -39,7 +42,8 @@
 //!
 //! - `cli`: the program `kmutex`; with it come clap and env_logger.
 //! - `daemon`: the lock daemon.
-//! - `etcd`: locks that several hosts have in common, through etcd; with it come rustls and ureq.
+//! - `etcd`: locks that several hosts have in common, through etcd; with it come ureq and the feature `tls`.
+//! - `tls`: TLS for TCP; with it comes rustls.
 #![forbid(unsafe_code)]
 
 #[cfg(not(target_os = "linux"))]
@@ -59,6 +63,9 @@ pub mod acquire;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod app;
+#[cfg(feature = "daemon")]
+#[doc(hidden)]
+pub mod auth;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod break_lock;
@@ -68,6 +75,7 @@ pub mod cli;
 #[cfg(feature = "etcd")]
 #[doc(hidden)]
 pub mod cluster;
+mod config_file;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub mod daemon;
@@ -104,6 +112,9 @@ pub mod status;
 pub mod table;
 #[doc(hidden)]
 pub mod timestamp;
+#[cfg(feature = "tls")]
+#[doc(hidden)]
+pub mod tls;
 
 #[cfg(feature = "cli")]
 mod startup;

@@ -4,6 +4,7 @@
 //! socket passes in the bytes; the code that writes to one takes them from here. `docs/protocol.md` is for
 //! implementers of clients.
 
+mod secret;
 pub mod text;
 pub mod v1;
 pub mod v2;
@@ -14,6 +15,7 @@ use std::num::NonZeroU32;
 use md5::{Digest, Md5};
 use serde::{Deserialize, Serialize};
 
+pub use secret::{SECRET_BYTES_MAX, Secret};
 /// The protocol that a client speaks: that of KeyedMutex 0.06, or kmutex's own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "u8", into = "u8")]

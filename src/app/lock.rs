@@ -3,6 +3,7 @@
 
 use std::ffi::OsStr;
 use std::num::NonZeroU32;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::{Failure, failure, usage};
@@ -64,7 +65,28 @@ pub(super) fn acquire(args: &cli::LockArgs, key: Key) -> Result<Acquire, Failure
 
 /// Which daemon the arguments name, or else where it is by default.
 pub(super) fn target(args: &cli::Daemon, autostart: bool) -> Result<Target, Failure> {
-    Ok(Target::find(args.sock.as_deref(), args.trust_uid.clone(), autostart)?)
+    Ok(with_options(args, Target::find(args.sock.as_deref(), args.trust_uid.clone(), autostart)?))
+}
+
+/// Returns the same target with the files that the arguments name for it.
+pub(super) fn with_options(args: &cli::Daemon, target: Target) -> Target {
+    Target {
+        trusted_uids: args.trust_uid.clone(),
+        auth_file: or_variable(&args.auth_file, "KMUTEX_AUTH_FILE"),
+        #[cfg(feature = "tls")]
+        tls: crate::tls::ClientFiles {
+            ca: or_variable(&args.tls_ca, "KMUTEX_TLS_CA"),
+            cert: or_variable(&args.tls_cert, "KMUTEX_TLS_CERT"),
+            key: or_variable(&args.tls_key, "KMUTEX_TLS_KEY"),
+        },
+        ..target
+    }
+}
+
+/// Returns the file that an option names, or else the one that the environment names.
+pub(super) fn or_variable(option: &Option<PathBuf>, variable: &str) -> Option<PathBuf> {
+    let from_environment = || std::env::var_os(variable).filter(|path| !path.is_empty());
+    option.clone().or_else(|| from_environment().map(PathBuf::from))
 }
 
 /// A key as it stands on the command line.

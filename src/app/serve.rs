@@ -1,16 +1,22 @@
 //! `kmutex serve`, and the same daemon under the name of KeyedMutex's, `keyedmutexd`: from the arguments to the daemon's
 //! configuration.
 
+#[cfg(feature = "tls")]
+use std::path::PathBuf;
 use std::time::Duration;
 
 use env_logger::Target;
 
+#[cfg(feature = "tls")]
+use super::lock;
 #[cfg(feature = "etcd")]
 use super::usage;
 use super::{Failure, failure, log, other_daemons};
 use crate::addr::{self, Addr};
 use crate::cli::{self, Keyedmutexd, LogLevel};
 use crate::daemon;
+#[cfg(feature = "tls")]
+use crate::tls::ServerFiles;
 #[cfg(feature = "etcd")]
 use crate::{etcd, exit::Exit};
 
@@ -40,11 +46,13 @@ impl TryFrom<cli::Serve> for daemon::Config {
     type Error = Failure;
 
     fn try_from(args: cli::Serve) -> Result<daemon::Config, Failure> {
-        let addrs = match &args.sock[..] {
+        let addrs: Vec<Addr> = match &args.sock[..] {
             // Without an address, the daemon serves where this user's clients look for one.
             [] => addr::from_environment()?.into_iter().collect(),
             given => given.iter().map(|text| Addr::parse(text)).collect::<Result<_, _>>()?,
         };
+        #[cfg(feature = "tls")]
+        let tls = tls_files(&args, &addrs)?;
         Ok(daemon::Config {
             access: daemon::Access { mode: args.mode, group: args.group },
             connections_max: args.maxconn,
@@ -58,9 +66,32 @@ impl TryFrom<cli::Serve> for daemon::Config {
             idle_exit: args.idle_exit,
             #[cfg(feature = "etcd")]
             clustering: clustering(args.etcd)?,
+            auth_file: args.auth_file,
+            open: args.open,
+            #[cfg(feature = "tls")]
+            tls,
             detach: args.detach,
             ..daemon::Config::new(addrs)
         })
+    }
+}
+
+/// Returns the daemon's certificates. `None`: it has none.
+#[cfg(feature = "tls")]
+fn tls_files(args: &cli::Serve, addrs: &[Addr]) -> Result<Option<ServerFiles>, Failure> {
+    let is_served = addrs.iter().any(|addr| matches!(addr, Addr::Tls { .. }));
+    // The environment may be meant for clients, so it counts only where certificates are needed.
+    let file = |option: &Option<PathBuf>, variable| match is_served {
+        true => lock::or_variable(option, variable),
+        false => option.clone(),
+    };
+    let client_ca = file(&args.tls_client_ca, "KMUTEX_TLS_CLIENT_CA");
+    match (file(&args.tls_cert, "KMUTEX_TLS_CERT"), file(&args.tls_key, "KMUTEX_TLS_KEY")) {
+        (Some(cert), Some(key)) => Ok(Some(ServerFiles { cert, key, client_ca })),
+        (None, None) if client_ca.is_some() => Err(usage("--tls-client-ca needs --tls-cert and --tls-key")),
+        (None, None) => Ok(None),
+        (Some(_), None) => Err(usage("--tls-cert needs --tls-key")),
+        (None, Some(_)) => Err(usage("--tls-key needs --tls-cert")),
     }
 }
 

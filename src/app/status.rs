@@ -3,7 +3,7 @@
 use std::io;
 
 use super::{Failure, lock};
-use crate::cli::{self, Daemon};
+use crate::cli;
 use crate::client::Target;
 use crate::place::{self, Found, Missing};
 use crate::status::{self, Format, Question, Which};
@@ -19,14 +19,13 @@ pub(super) fn status(args: cli::Status) -> Result<u8, Failure> {
         (None, true) => Which::Cluster,
         (None, false) => Which::All,
     };
-    let Daemon { sock, trust_uid } = args.daemon;
-    let place = place::find(sock.as_deref(), &trust_uid, Missing::Name)?;
+    let place = place::find(args.daemon.sock.as_deref(), &args.daemon.trust_uid, Missing::Name)?;
     // What the user has said needs no telling.
     let heading = match place.found {
         Found::Given => None,
         found => Some(format!("daemon: {} ({})", place.addr, found.describe())),
     };
-    let target = Target { addr: place.addr, trusted_uids: trust_uid, autostart: false };
+    let target = lock::with_options(&args.daemon, Target::new(place.addr));
     let question = Question { target: &target, which: &which, heading: heading.as_deref() };
     let printed = match args.watch {
         true => status::watch(&question, &mut io::stdout().lock()),

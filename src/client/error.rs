@@ -81,6 +81,32 @@ pub enum Error {
     /// The daemon refused the request.
     #[error("the daemon refused: {0}")]
     Refused(String),
+    /// The file with the client's name and secret cannot be used.
+    #[error("cannot use --auth-file {}: {}", path.display(), Reason(error))]
+    AuthFile {
+        /// The file.
+        path: PathBuf,
+        /// Why.
+        #[source]
+        error: io::Error,
+    },
+    /// Other users have access to the file with the client's name and secret.
+    #[error("not using --auth-file {}: other users have access to it (mode {mode:03o}); chmod 600 it", path.display())]
+    ExposedAuthFile {
+        /// The file.
+        path: PathBuf,
+        /// Its permission bits.
+        mode: u32,
+    },
+    /// There is no secure connection.
+    #[cfg(feature = "tls")]
+    #[error("{}", describe_tls(addr, error))]
+    Tls {
+        /// The daemon's address.
+        addr: Addr,
+        /// Why.
+        error: crate::tls::Error,
+    },
     /// The kernel refused something.
     #[error("cannot {}: {}", .0, Reason(.1))]
     Io(&'static str, #[source] io::Error),
@@ -100,6 +126,7 @@ impl Error {
     pub(crate) fn unexpected(answer: Answer) -> Error {
         match answer {
             Answer::Error { code: ErrorCode::TooMany, message } => Error::Unavailable(message),
+            Answer::Error { code: ErrorCode::NotPermitted, message } => Error::NotPermitted(message),
             Answer::Error { message, .. } => Error::Refused(message),
             other => Error::Protocol(format!("unexpected answer {other:?}")),
         }
@@ -111,7 +138,12 @@ impl Error {
             Error::Addr(error) => error.exit(),
             Error::Place(error) => error.exit(),
             Error::Autostart { .. } | Error::SocketGone { .. } => Exit::Unavailable,
-            Error::Untrusted { .. } | Error::NotPermitted(_) => Exit::NotPermitted,
+            Error::Untrusted { .. } | Error::NotPermitted(_) | Error::ExposedAuthFile { .. } => {
+                Exit::NotPermitted
+            }
+            Error::AuthFile { .. } => Exit::Usage,
+            #[cfg(feature = "tls")]
+            Error::Tls { error, .. } => error.exit(),
             Error::Closed | Error::Silent | Error::Unrecorded(_) | Error::Unavailable(_) => Exit::Unavailable,
             Error::PerHost(_) | Error::SlotsDiffer(_) => Exit::Usage,
             Error::Lost(_) => Exit::Lost,
@@ -121,6 +153,14 @@ impl Error {
             Error::Key(_) => Exit::BadData,
             Error::AlreadyHolding => Exit::Internal,
         }
+    }
+}
+
+#[cfg(feature = "tls")]
+fn describe_tls(addr: &Addr, error: &crate::tls::Error) -> String {
+    match error.is_local() {
+        true => error.to_string(),
+        false => format!("no secure connection to {addr}: {error}"),
     }
 }
 

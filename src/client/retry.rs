@@ -74,6 +74,8 @@ impl Retry {
             Error::Addr(error) => error.is_absent(),
             // There was a daemon before, and perhaps this client cannot start its successor, but another one can.
             Error::Autostart { .. } | Error::SocketGone { .. } => true,
+            #[cfg(feature = "tls")]
+            Error::Tls { error, .. } => error.is_passing(),
             _ => false,
         };
         is_away && self.away_until.is_some_and(|until| Instant::now() < until)

@@ -3,11 +3,12 @@
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
-use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::socket::{MsgFlags, Shutdown, recv, shutdown};
+use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::Uid;
 
+use super::credentials::Credentials;
 use super::lease::Lease;
+use super::transport::Transport;
 use super::{Error, LockReply, Target, autostart};
 use crate::addr::{self, Addr};
 use crate::clock;
@@ -59,7 +60,9 @@ fn ahead_of_me(status: &LockStatus, request: &LockRequest) -> Option<u32> {
 /// One connection of protocol 2. Dropping it closes the connection, which releases its lock or withdraws its request.
 #[derive(Debug)]
 pub struct Session {
-    fd: OwnedFd,
+    transport: Transport,
+    /// The client's name and secret, which go out with the preamble.
+    credentials: Option<Box<Credentials>>,
     /// Bytes that have arrived and are not decoded yet.
     input: Vec<u8>,
     stage: Stage,
@@ -79,6 +82,8 @@ enum Stage {
     Silent,
     /// The client has sent the preamble; the greeting has not arrived.
     Opening,
+    /// The greeting has arrived; what the daemon thinks of the client's name has not.
+    Authenticating,
     Open,
 }
 
@@ -101,8 +106,15 @@ impl Session {
             (other, _) => other?,
         };
         check_trust(target, &fd)?;
+        let credentials = match (&target.addr, &target.auth_file) {
+            // The kernel tells who connects to a Unix socket.
+            (Addr::Unix(_), _) | (_, None) => None,
+            (_, Some(path)) => Some(Box::new(Credentials::read(path)?)),
+        };
+        let transport = Transport::begin(target, fd, deadline)?;
         Ok(Session {
-            fd,
+            transport,
+            credentials,
             input: Vec::new(),
             stage: Stage::Silent,
             place: None,
@@ -222,7 +234,7 @@ impl Session {
     /// [`Error::Silent`] when the daemon does not react.
     pub fn leave(mut self) -> Result<(), Error> {
         // An error means that the connection is closed already.
-        let _ = shutdown(self.fd.as_raw_fd(), Shutdown::Write);
+        let _ = shutdown(self.transport.as_fd().as_raw_fd(), Shutdown::Write);
         loop {
             match self.answer() {
                 Ok(_) => {}
@@ -318,6 +330,9 @@ impl Session {
         if self.stage == Stage::Silent {
             message.extend_from_slice(&PREAMBLE);
             self.stage = Stage::Opening;
+            if let Some(Credentials { name, secret }) = self.credentials.as_deref() {
+                encode(&Request::Auth { name: name.clone(), secret: secret.clone() }, &mut message);
+            }
         }
         match self.proof {
             Some(nonce) => encode_proven(request, nonce, &mut message),
@@ -327,15 +342,7 @@ impl Session {
             // From now on a command may have this connection too, and the daemon takes no request without a proof.
             self.proof = lock.nonce.filter(|_| lock.inherits || lock.exec);
         }
-        let mut rest = message.as_slice();
-        while !rest.is_empty() {
-            match nix::unistd::write(&self.fd, rest) {
-                Ok(bytes) => rest = &rest[bytes..],
-                Err(nix::Error::EINTR) => {}
-                Err(e) => return Err(lost_or("write to the daemon", e)),
-            }
-        }
-        Ok(())
+        self.transport.write_all(&message)
     }
 
     /// Waits for the next answer, at most until `deadline`. Checks the greeting and skips it.
@@ -347,7 +354,7 @@ impl Session {
             if let Some(answer) = self.take()? {
                 return Ok(answer);
             }
-            self.read(deadline)?;
+            self.transport.read(&mut self.input, deadline)?;
         }
     }
 
@@ -360,13 +367,8 @@ impl Session {
             if let Some(answer) = self.take()? {
                 return Ok(Some(answer));
             }
-            let mut buffer = [0; 4096];
-            match recv(self.fd.as_raw_fd(), &mut buffer, MsgFlags::MSG_DONTWAIT) {
-                Ok(0) => return Err(Error::Closed),
-                Ok(bytes) => self.input.extend_from_slice(&buffer[..bytes]),
-                Err(nix::Error::EAGAIN) => return Ok(None),
-                Err(nix::Error::EINTR) => {}
-                Err(e) => return Err(lost_or("read from the daemon", e)),
+            if !self.transport.try_read(&mut self.input)? {
+                return Ok(None);
             }
         }
     }
@@ -381,7 +383,12 @@ impl Session {
             }
             match (self.stage, decode_answer(&line).map_err(Error::Protocol)?) {
                 (Stage::Open, answer) => return Ok(Some(answer)),
-                (_, Answer::Hello { .. }) => self.stage = Stage::Open,
+                (Stage::Opening, Answer::Hello { .. }) if self.credentials.is_some() => {
+                    self.stage = Stage::Authenticating;
+                }
+                (Stage::Opening, Answer::Hello { .. }) | (Stage::Authenticating, Answer::Welcome) => {
+                    self.stage = Stage::Open;
+                }
                 (_, answer) => return Err(Error::unexpected(answer)),
             }
         }
@@ -394,44 +401,14 @@ impl Session {
         }
     }
 
-    fn read(&mut self, deadline: Option<Instant>) -> Result<(), Error> {
-        let mut buffer = [0; 4096];
-        loop {
-            if let Some(deadline) = deadline {
-                self.wait_readable(deadline)?;
-            }
-            match nix::unistd::read(&self.fd, &mut buffer) {
-                Ok(0) => return Err(Error::Closed),
-                Ok(bytes) => {
-                    self.input.extend_from_slice(&buffer[..bytes]);
-                    return Ok(());
-                }
-                Err(nix::Error::EINTR) => {}
-                Err(e) => return Err(lost_or("read from the daemon", e)),
-            }
-        }
-    }
-
     pub(super) fn wait_readable(&self, deadline: Instant) -> Result<(), Error> {
-        loop {
-            let left = deadline.saturating_duration_since(Instant::now());
-            // Rounded up: poll(2) counts whole milliseconds and would return too early.
-            let millis = left.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
-            let timeout = PollTimeout::try_from(millis).expect("it is from 0 to i32::MAX");
-            let mut fds = [PollFd::new(self.fd.as_fd(), PollFlags::POLLIN)];
-            match poll(&mut fds, timeout) {
-                Ok(0) if deadline <= Instant::now() => return Err(Error::TimedOut),
-                Ok(0) | Err(nix::Error::EINTR) => {}
-                Ok(_) => return Ok(()),
-                Err(e) => return Err(Error::Io("wait for the daemon", e.into())),
-            }
-        }
+        self.transport.wait_readable(Some(deadline))
     }
 }
 
 impl AsFd for Session {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
+        self.transport.as_fd()
     }
 }
 
@@ -451,12 +428,5 @@ fn silent(error: Error) -> Error {
     match error {
         Error::TimedOut => Error::Silent,
         other => other,
-    }
-}
-
-fn lost_or(doing: &'static str, error: nix::Error) -> Error {
-    match error {
-        nix::Error::EPIPE | nix::Error::ECONNRESET => Error::Closed,
-        other => Error::Io(doing, other.into()),
     }
 }

@@ -1,6 +1,7 @@
 //! Accepting connections, up to the limits of the daemon and of each user.
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
 use std::time::Duration;
@@ -46,6 +47,8 @@ pub(super) struct Accepted<'a> {
     pub(super) connection: Connection,
     /// The address of the listener, for the log.
     pub(super) listener: &'a str,
+    /// The client's address over TCP, and whether it is to speak TLS.
+    pub(super) from: Option<(IpAddr, bool)>,
 }
 
 impl Acceptor {
@@ -78,9 +81,11 @@ impl Acceptor {
                 break;
             }
             match self.listeners[index].accept() {
-                Ok(fd) => {
+                Ok((fd, from)) => {
                     let connection = self.admit(index, fd, now);
-                    return Ok(Some(Accepted { connection, listener: self.listeners[index].name() }));
+                    let listener = &self.listeners[index];
+                    let from = from.map(|address| (address, listener.is_tls()));
+                    return Ok(Some(Accepted { connection, listener: listener.name(), from }));
                 }
                 Err(e) if e.kind() == io::ErrorKind::WouldBlock => break,
                 Err(e) if listener::is_per_connection_error(&e) => debug!("accept: {}", Reason(&e)),

@@ -4,16 +4,20 @@
 //! A daemon may have many thousands of connections, most of them idle, so an idle connection is small: its buffers are
 //! inline until they are needed, and are freed when they are empty.
 
-use crate::proto::{Nonce, Pid};
+#[cfg(feature = "tls")]
+use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 
 use nix::sys::socket::{MsgFlags, recv, send};
 use smallvec::SmallVec;
 
 use super::admission::Access;
+use super::identity::{Identity, Standing};
 use crate::addr::Peer;
-use crate::proto::v2;
+use crate::proto::{Nonce, Pid, v2};
 use crate::table::{ClientId, Timestamp};
+#[cfg(feature = "tls")]
+use crate::tls::ServerSession;
 
 /// Half a protocol 1 key, or the answer to one, fits in without an allocation.
 pub(super) type Buffer = SmallVec<[u8; 16]>;
@@ -50,10 +54,12 @@ pub(super) struct Connection {
     has_peer: bool,
     peer: Peer,
     /// The process that has inherited the lock from this client; 0 if no such process is known.
-    pub(super) child: Option<Pid>,
+    child: Option<Pid>,
     /// When it is closed unless the message that it has begun is complete by then, or, if its requests are postponed, unless
     /// it has read something by then; [`Timestamp::NEVER`] if there is no limit.
     pub(super) deadline: Timestamp,
+    /// Who a client over TCP is, where that matters.
+    pub(super) identity: Option<Box<Identity>>,
     /// What was read and not handled: the beginning of a message whose end has not arrived yet, or postponed requests.
     pub(super) input: Buffer,
     output: Buffer,
@@ -78,6 +84,8 @@ pub(super) enum Interest {
     Both,
     /// Only the latter: nothing is read until the client reads.
     Output,
+    /// Neither: nothing is read until the daemon knows who the client is.
+    Nothing,
 }
 
 /// What [`Connection::send`] achieved.
@@ -107,6 +115,7 @@ impl Connection {
             peer: peer.unwrap_or(Peer { pid: 0, uid: 0 }),
             child: None,
             deadline: Timestamp::NEVER,
+            identity: None,
             input: Buffer::new(),
             output: Buffer::new(),
         }
@@ -115,6 +124,39 @@ impl Connection {
     /// Returns the process and user at the other end; `None` over TCP.
     pub(super) fn peer(&self) -> Option<Peer> {
         self.has_peer.then_some(self.peer)
+    }
+
+    /// Returns the process that has inherited the lock from this client, if one is known.
+    pub(super) fn child(&self) -> Option<Pid> {
+        self.child
+    }
+
+    /// Notes that process. Over TCP it is ignored: the number means nothing on this host, or another process.
+    pub(super) fn set_child(&mut self, pid: Option<Pid>) {
+        self.child = pid.filter(|_| self.has_peer);
+    }
+
+    /// Returns the name that a client over TCP has shown to be its own.
+    pub(super) fn name(&self) -> Option<&str> {
+        self.identity.as_ref()?.name()
+    }
+
+    /// Returns `true` if the client speaks TLS.
+    #[cfg(feature = "tls")]
+    pub(super) fn is_tls(&self) -> bool {
+        self.identity.as_ref().is_some_and(|identity| identity.tls.is_some())
+    }
+
+    /// Returns `true` if its TLS session has something to send.
+    #[cfg(feature = "tls")]
+    pub(super) fn wants_write(&self) -> bool {
+        let tls = self.identity.as_ref().and_then(|identity| identity.tls.as_ref());
+        tls.is_some_and(ServerSession::wants_write)
+    }
+
+    /// Returns `true` if nothing is to be read for now.
+    pub(super) fn is_paused(&self) -> bool {
+        self.identity.as_ref().is_some_and(|identity| identity.standing == Standing::Verifying)
     }
 
     /// Reads what has arrived, without waiting.
@@ -137,8 +179,22 @@ impl Connection {
         &mut self.output
     }
 
+    /// Ends the stream in good order, as far as the kernel takes that without waiting.
+    pub(super) fn end(&mut self) {
+        #[cfg(feature = "tls")]
+        if let Some(tls) = self.identity.as_mut().and_then(|identity| identity.tls.as_mut()) {
+            tls.end();
+            // If the kernel takes no more, the client sees the connection end without that.
+            let _ = tls.flush(&mut Socket(&self.fd));
+        }
+    }
+
     /// Sends as much of the output as the kernel takes, without waiting.
     pub(super) fn send(&mut self) -> Sent {
+        #[cfg(feature = "tls")]
+        if let Some(tls) = self.identity.as_mut().and_then(|identity| identity.tls.as_mut()) {
+            return send_encrypted(tls, &self.fd, &mut self.output);
+        }
         if self.output.is_empty() {
             return Sent::All;
         }
@@ -159,6 +215,41 @@ impl Connection {
                 Err(_) => return Sent::Gone,
             }
         }
+    }
+}
+
+#[cfg(feature = "tls")]
+fn send_encrypted(tls: &mut ServerSession, fd: &OwnedFd, output: &mut Buffer) -> Sent {
+    match tls.send(output, &mut Socket(fd)) {
+        Ok(taken) => {
+            output.drain(..taken);
+            if !output.is_empty() || tls.wants_write() {
+                return Sent::Part;
+            }
+            output.shrink_to_fit();
+            Sent::All
+        }
+        Err(e) if e.kind() == io::ErrorKind::WouldBlock => Sent::Part,
+        Err(_) => Sent::Gone,
+    }
+}
+
+/// Writes to a socket without waiting.
+#[cfg(feature = "tls")]
+struct Socket<'a>(&'a OwnedFd);
+
+#[cfg(feature = "tls")]
+impl io::Write for Socket<'_> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match send(self.0.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL) {
+            // The kernel is short of memory for a moment.
+            Err(nix::Error::ENOBUFS | nix::Error::ENOMEM) => Err(io::ErrorKind::WouldBlock.into()),
+            other => Ok(other?),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 

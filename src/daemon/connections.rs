@@ -198,7 +198,10 @@ impl Connections {
     pub(super) fn describe(&self, client: ClientId) -> String {
         match self.slab.get(client.0 as usize).and_then(|connection| connection.peer()) {
             Some(peer) => format!("client {} (pid {}, uid {})", client.0, peer.pid, peer.uid),
-            None => format!("client {}", client.0),
+            None => match self.slab.get(client.0 as usize).and_then(Connection::name) {
+                Some(name) => format!("client {} ({name:?})", client.0),
+                None => format!("client {}", client.0),
+            },
         }
     }
 }

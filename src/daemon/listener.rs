@@ -7,7 +7,7 @@
 use std::fmt;
 use std::fs;
 use std::io;
-use std::net::{SocketAddr, TcpListener};
+use std::net::{IpAddr, SocketAddr, TcpListener};
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
@@ -19,6 +19,7 @@ use nix::unistd::Gid;
 
 use super::Error;
 use super::bind::{self, FileId, Permissions};
+use super::gate::Exposure;
 use super::socket_lock::SocketLock;
 use crate::addr::{self, Addr};
 use crate::lookup;
@@ -49,12 +50,19 @@ enum Socket {
         /// The socket was made here, with these permissions, and is removed with this daemon.
         ours: Option<Permissions>,
     },
-    Tcp(TcpListener),
+    Tcp {
+        listener: TcpListener,
+        is_tls: bool,
+    },
 }
 
 impl Listener {
     /// Listens on each address; a TCP address may stand for several sockets.
-    pub(super) fn bind_all(addrs: &[Addr], access: &Access) -> Result<Vec<Listener>, Error> {
+    pub(super) fn bind_all(
+        addrs: &[Addr],
+        access: &Access,
+        exposure: Exposure,
+    ) -> Result<Vec<Listener>, Error> {
         let gid = access.group.as_deref().map(group_id).transpose()?;
         let mut listeners = Vec::new();
         for addr in addrs {
@@ -63,7 +71,7 @@ impl Listener {
                     let path = std::path::absolute(path).map_err(|e| Error::bind(addr, e))?;
                     listeners.push(bind_unix(&path, Permissions { mode: access.mode, gid })?);
                 }
-                _ => bind_tcp(addr, &mut listeners)?,
+                _ => bind_tcp(addr, exposure, &mut listeners)?,
             }
         }
         Ok(listeners)
@@ -72,8 +80,8 @@ impl Listener {
     /// Listens on the socket of the user's own daemon, and on that of KeyedMutex's clients if that can be had.
     pub(super) fn bind_default(access: &Access) -> Result<Vec<Listener>, Error> {
         let own = place::own_socket(Missing::Make)?;
-        let mut listeners = Listener::bind_all(&[Addr::Unix(own)], access)?;
-        match Listener::bind_all(&[Addr::Unix(place::KEYEDMUTEXD.into())], access) {
+        let mut listeners = Listener::bind_all(&[Addr::Unix(own)], access, Exposure::NONE)?;
+        match Listener::bind_all(&[Addr::Unix(place::KEYEDMUTEXD.into())], access, Exposure::NONE) {
             Ok(also) => listeners.extend(also),
             Err(e) => info!("KeyedMutex's clients will not find this daemon: {e}"),
         }
@@ -81,7 +89,8 @@ impl Listener {
     }
 
     /// Takes over the sockets that systemd listens on already (sd_listen_fds(3)). Returns an empty list if there are none.
-    pub(super) fn inherit() -> Result<Vec<Listener>, Error> {
+    /// `is_tls`: the TCP ports among them speak TLS.
+    pub(super) fn inherit(is_tls: bool, exposure: Exposure) -> Result<Vec<Listener>, Error> {
         let error = |e| Error::Os("take over the sockets from systemd", e);
         let mut given = listenfd::ListenFd::from_env();
         let mut listeners = Vec::new();
@@ -91,25 +100,34 @@ impl Listener {
                 listeners.push(inherit_unix(listener)?);
             } else if let Some(listener) = given.take_tcp_listener(index).map_err(error)? {
                 listener.set_nonblocking(true).map_err(error)?;
-                let name = listener.local_addr().map_err(error)?.to_string();
-                listeners.push(Listener { socket: Socket::Tcp(listener), name });
+                let local = listener.local_addr().map_err(error)?;
+                check_exposure(local, is_tls, exposure)?;
+                listeners.push(Listener {
+                    name: tcp_name(local, is_tls),
+                    socket: Socket::Tcp { listener, is_tls },
+                });
             }
         }
         Ok(listeners)
     }
 
-    /// Accepts one connection. The error `WouldBlock` means that none is waiting.
-    pub(super) fn accept(&self) -> io::Result<OwnedFd> {
+    /// Accepts one connection; returns its address too, over TCP. The error `WouldBlock` means that none is waiting.
+    pub(super) fn accept(&self) -> io::Result<(OwnedFd, Option<IpAddr>)> {
         match &self.socket {
-            Socket::Unix { listener, .. } => Ok(listener.accept()?.0.into()),
-            Socket::Tcp(listener) => {
-                let (stream, _) = listener.accept()?;
+            Socket::Unix { listener, .. } => Ok((listener.accept()?.0.into(), None)),
+            Socket::Tcp { listener, .. } => {
+                let (stream, from) = listener.accept()?;
                 // Clients wait for answers of a single byte, which Nagle's algorithm would delay. This fails only if the
                 // client has disconnected already, which the next read reports.
                 let _ = stream.set_nodelay(true);
-                Ok(stream.into())
+                Ok((stream.into(), Some(from.ip())))
             }
         }
+    }
+
+    /// Returns `true` if clients speak TLS here.
+    pub(super) fn is_tls(&self) -> bool {
+        matches!(self.socket, Socket::Tcp { is_tls: true, .. })
     }
 
     pub(super) fn is_unix(&self) -> bool {
@@ -120,7 +138,7 @@ impl Listener {
     pub(super) fn path(&self) -> Option<&Path> {
         match &self.socket {
             Socket::Unix { path, .. } => Some(path),
-            Socket::Tcp(_) => None,
+            Socket::Tcp { .. } => None,
         }
     }
 
@@ -128,7 +146,7 @@ impl Listener {
     pub(super) fn files(&self) -> Vec<PathBuf> {
         match &self.socket {
             Socket::Unix { path, socket_lock, .. } => vec![path.clone(), socket_lock.path().into()],
-            Socket::Tcp(_) => Vec::new(),
+            Socket::Tcp { .. } => Vec::new(),
         }
     }
 
@@ -174,7 +192,7 @@ impl Listener {
     pub(super) fn write_pid(&mut self) -> Result<(), Error> {
         match &mut self.socket {
             Socket::Unix { socket_lock, .. } => socket_lock.write_pid(),
-            Socket::Tcp(_) => Ok(()),
+            Socket::Tcp { .. } => Ok(()),
         }
     }
 }
@@ -183,7 +201,7 @@ impl AsFd for Listener {
     fn as_fd(&self) -> BorrowedFd<'_> {
         match &self.socket {
             Socket::Unix { listener, .. } => listener.as_fd(),
-            Socket::Tcp(listener) => listener.as_fd(),
+            Socket::Tcp { listener, .. } => listener.as_fd(),
         }
     }
 }
@@ -266,10 +284,25 @@ fn remove_dead_socket(path: &Path) -> Result<(), Error> {
     }
 }
 
-fn bind_tcp(addr: &Addr, listeners: &mut Vec<Listener>) -> Result<(), Error> {
+fn tcp_name(local: SocketAddr, is_tls: bool) -> String {
+    if is_tls { format!("tls://{local}") } else { local.to_string() }
+}
+
+/// Refuses a port that other hosts can reach and that is not protected, unless that is meant.
+fn check_exposure(socket: SocketAddr, is_tls: bool, exposure: Exposure) -> Result<(), Error> {
+    let is_protected = if is_tls { exposure.tls } else { exposure.plain };
+    match socket.ip().to_canonical().is_loopback() || is_protected {
+        true => Ok(()),
+        false => Err(Error::Exposed { socket, is_tls }),
+    }
+}
+
+fn bind_tcp(addr: &Addr, exposure: Exposure, listeners: &mut Vec<Listener>) -> Result<(), Error> {
     let error = |e| Error::bind(addr, e);
+    let is_tls = matches!(addr, Addr::Tls { .. });
     let before = listeners.len();
     for mut socket in addr.resolve()? {
+        check_exposure(socket, is_tls, exposure)?;
         if let (Some(first), 0) = (listeners.get(before), socket.port()) {
             // Port 0 lets the kernel choose; all sockets of one address get the port that it chose for the first.
             socket.set_port(first.local_addr().map_err(error)?.port());
@@ -285,8 +318,8 @@ fn bind_tcp(addr: &Addr, listeners: &mut Vec<Listener>) -> Result<(), Error> {
         };
         listener.set_nonblocking(true).map_err(error)?;
         listen(&listener, Backlog::MAXCONN).map_err(|e| error(e.into()))?;
-        let name = listener.local_addr().map_err(error)?.to_string();
-        listeners.push(Listener { socket: Socket::Tcp(listener), name });
+        let name = tcp_name(listener.local_addr().map_err(error)?, is_tls);
+        listeners.push(Listener { socket: Socket::Tcp { listener, is_tls }, name });
     }
     if listeners.len() == before {
         return Err(error(io::ErrorKind::AddrNotAvailable.into()));
@@ -297,7 +330,7 @@ fn bind_tcp(addr: &Addr, listeners: &mut Vec<Listener>) -> Result<(), Error> {
 impl Listener {
     fn local_addr(&self) -> io::Result<SocketAddr> {
         match &self.socket {
-            Socket::Tcp(listener) => listener.local_addr(),
+            Socket::Tcp { listener, .. } => listener.local_addr(),
             Socket::Unix { .. } => Err(io::ErrorKind::AddrNotAvailable.into()),
         }
     }

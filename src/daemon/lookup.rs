@@ -79,6 +79,11 @@ impl<'a> Lookup<'a> {
         }
     }
 
+    /// Returns the name that the client of this request has shown to be its own, over TCP.
+    pub(super) fn name(&self, request: &RequestView<'_>) -> Option<&'a str> {
+        self.connections[request.client?].name()
+    }
+
     /// Returns the hold of a lock that a process keeps without a connection, if it does.
     pub(super) fn hold_of_process(&self, lock: LockId, pid: Pid) -> Option<HoldState> {
         let lock = self.table.find(lock)?;
@@ -169,6 +174,9 @@ impl<'a> Lookup<'a> {
         if let Some(pid) = peer.and_then(|peer| Pid::new(peer.pid)).or_else(|| orphan.and_then(pid_of)) {
             who.pid = Some(pid);
         }
+        if let Some(name) = self.name(request) {
+            who.user = name.into();
+        }
         LockUser {
             protocol: request.terms.protocol,
             uid: self.uid(request),
@@ -210,7 +218,7 @@ impl<'a> Lookup<'a> {
         // Over TCP the daemon does not know the client's process, and a process id that the client sends means nothing
         // on this host.
         let (pid, child) =
-            connection.peer().map_or((None, None), |peer| (Pid::new(peer.pid), connection.child));
+            connection.peer().map_or((None, None), |peer| (Pid::new(peer.pid), connection.child()));
         Some(HoldRecord { held, pid, child, granted: request.since, recorded: self.now })
     }
 

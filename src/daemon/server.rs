@@ -3,6 +3,7 @@
 //! Each turn reads what is ready, then writes the journal, then the answers: one write for each client that has output,
 //! however many requests were in one read. No turn takes long: what there is no time for is left to the next one.
 
+mod tcp;
 mod v1;
 mod v2;
 
@@ -15,8 +16,9 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use ::log::{debug, info, warn};
 use nix::sys::epoll::{Epoll, EpollCreateFlags, EpollEvent, EpollFlags, EpollTimeout};
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM, SIGUSR1};
 
+use self::tcp::ForeignWarnings;
 use super::accept::Acceptor;
 use super::admission::{ANSWERED_MAX, Access};
 use super::batch::Batch;
@@ -24,6 +26,7 @@ use super::cluster::Clustering;
 use super::connection::{ConnectionId, Interest, Protocol, Sent};
 use super::connections::Connections;
 use super::files::Files;
+use super::gate::Gate;
 use super::listener::Listener;
 use super::listing::Listing;
 use super::log::Limiter;
@@ -67,7 +70,10 @@ const INPUT_FULL: &str = "input buffers full";
 
 pub(super) struct Server {
     epoll: Epoll,
+    /// The pipe of the signals that end the daemon, and that of the signal to read files again.
     signals: UnixStream,
+    reload: UnixStream,
+    gate: Gate,
     acceptor: Acceptor,
     connections: Connections,
     table: Table,
@@ -77,6 +83,10 @@ pub(super) struct Server {
     effects: Effects,
     /// Shares the locks with other hosts; `None`: they are this host's alone.
     cluster: Option<Clustering>,
+    /// Reused, for what arrives through TLS.
+    #[cfg(feature = "tls")]
+    plaintext: Vec<u8>,
+    foreign_warnings: ForeignWarnings,
     /// Lists of the locks of all hosts that clients are being sent.
     listings: BTreeMap<ClientId, Listing>,
     /// How many connections are to be closed at the end of the turn.
@@ -112,15 +122,13 @@ impl Server {
         config: &Config,
         listeners: Vec<Listener>,
         recorder: Recorder,
+        mut gate: Gate,
         cluster: Option<Clustering>,
     ) -> io::Result<Server> {
-        let (signals, writer) = UnixStream::pair()?;
-        signals.set_nonblocking(true)?;
-        for signal in [SIGHUP, SIGINT, SIGTERM] {
-            signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
-        }
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
-        epoll.add(&signals, EpollEvent::new(EpollFlags::EPOLLIN, Source::Signals.pack()))?;
+        let signals = signal_pipe(&[SIGHUP, SIGINT, SIGTERM], &epoll, Source::Signals)?;
+        let reload = signal_pipe(&[SIGUSR1], &epoll, Source::Reload)?;
+        gate.start(&epoll)?;
         if let Some(cluster) = &cluster {
             cluster.register(&epoll)?;
         }
@@ -132,6 +140,11 @@ impl Server {
         let mut server = Server {
             epoll,
             signals,
+            reload,
+            gate,
+            #[cfg(feature = "tls")]
+            plaintext: Vec::new(),
+            foreign_warnings: ForeignWarnings::new(),
             acceptor: Acceptor::new(config, listeners)?,
             connections: Connections::default(),
             table: Table::new(table::Config {
@@ -257,6 +270,7 @@ impl Server {
             if self.files.look_at().is_some_and(|at| at <= self.now) {
                 self.look_at_files();
             }
+            self.poll_gate();
             self.flush_turn();
             if self.acceptor.is_due(self.now) {
                 self.acceptor.resume(&self.epoll)?;
@@ -282,6 +296,8 @@ impl Server {
             Source::Files => self.look_at_files(),
             // The clustering is polled in each turn.
             Source::Cluster => {}
+            Source::Reload => self.reload(),
+            Source::Verifier => self.gate.verifier_ready(),
         }
         Ok(None)
     }
@@ -349,6 +365,7 @@ impl Server {
             self.connections.next_deadline(),
             self.limiter.next_report(),
             self.files.look_at(),
+            self.gate.next_deadline(),
         ];
         match deadlines.into_iter().flatten().min() {
             None => EpollTimeout::NONE,
@@ -368,6 +385,13 @@ impl Server {
     fn is_signalled(&mut self) -> bool {
         let mut byte = [0];
         matches!(self.signals.read(&mut byte), Ok(1..))
+    }
+
+    /// A signal asks for the certificates and names to be read again.
+    fn reload(&mut self) {
+        if matches!(self.reload.read(&mut [0; 16]), Ok(1..)) {
+            self.gate.reload();
+        }
     }
 
     /// Ends holds and connections whose time is up.
@@ -398,7 +422,9 @@ impl Server {
             let client = self.connections.insert(accepted.connection);
             self.idle_since = None;
             debug!("connect: {} on {}", self.connections.describe(client), accepted.listener);
-            self.register(client, buffer);
+            if accepted.from.is_none_or(|from| self.admit(client, from)) {
+                self.register(client, buffer);
+            }
             if self.is_over(TURN_MAX) {
                 break;
             }
@@ -438,7 +464,12 @@ impl Server {
         if events.intersects(EpollFlags::EPOLLOUT) {
             self.connections.mark_dirty(client);
         }
-        if self.connections[client].postponed {
+        if self.connections[client].is_paused() {
+            // The kernel reports these whether they are wanted or not.
+            if events.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
+                self.end_of_stream(client, "disconnected");
+            }
+        } else if self.connections[client].postponed {
             // It is read when its requests are handled. Only sending can tell that it has disconnected.
             if events.intersects(EpollFlags::EPOLLHUP | EpollFlags::EPOLLERR) {
                 self.connections.mark_dirty(client);
@@ -450,11 +481,13 @@ impl Server {
 
     fn read(&mut self, client: ClientId, buffer: &mut [u8]) {
         let connection = &self.connections[client];
-        if connection.closing {
+        if connection.closing || connection.is_paused() {
             return;
         }
         match connection.read(buffer) {
             Ok(0) => self.end_of_stream(client, "end of stream"),
+            #[cfg(feature = "tls")]
+            Ok(bytes) if connection.is_tls() => self.received_tls(client, &buffer[..bytes]),
             Ok(bytes) => self.received(client, &buffer[..bytes]),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
             Err(e) => self.end_of_stream(client, e.desc()),
@@ -495,6 +528,13 @@ impl Server {
         let mut rest = input;
         let mut handled = 0;
         while !self.connections[client].closing {
+            if self.connections[client].is_paused() {
+                // There is no deadline for what the client has sent whole.
+                if !self.connections.buffer(client, rest) {
+                    self.close_after_flush(client, INPUT_FULL);
+                }
+                return;
+            }
             if handled > 0 && !rest.is_empty() && self.must_postpone(client, handled) {
                 if !self.connections.postpone(client, rest, self.now) {
                     self.close_after_flush(client, INPUT_FULL);
@@ -538,7 +578,7 @@ impl Server {
     /// although no process has this connection any more (the command has closed it, or the lock was resumed since), the
     /// command keeps the lock.
     fn hand_over_to_child(&mut self, client: ClientId) {
-        let Some(child) = self.connections[client].child else { return };
+        let Some(child) = self.connections[client].child() else { return };
         let Some(record) = self.lookup().record_of_client(client) else { return };
         let process = match Liveness::of_process(Some(child), self.now) {
             Ok(Liveness::Alive(process)) => Ok(process),
@@ -841,12 +881,18 @@ impl Server {
             Sent::Part if !self.connections.left_unread(client, self.now) => {
                 return Some("output buffers full");
             }
-            Sent::Part if self.connections[client].postponed => self.set_interest(client, Interest::Output),
+            Sent::Part if self.connections[client].postponed || self.connections[client].is_paused() => {
+                self.set_interest(client, Interest::Output);
+            }
             Sent::Part => self.set_interest(client, Interest::Both),
             Sent::All => {
                 self.connections.all_read(client);
-                let more = self.has_more_status(client);
-                self.set_interest(client, if more { Interest::Both } else { Interest::Input });
+                let interest = match self.has_more_status(client) {
+                    _ if self.connections[client].is_paused() => Interest::Nothing,
+                    true => Interest::Both,
+                    false => Interest::Input,
+                };
+                self.set_interest(client, interest);
             }
         }
         None
@@ -864,12 +910,13 @@ impl Server {
             Interest::Input => EpollFlags::EPOLLIN,
             Interest::Both => EpollFlags::EPOLLIN | EpollFlags::EPOLLOUT,
             Interest::Output => EpollFlags::EPOLLOUT,
+            Interest::Nothing => EpollFlags::empty(),
         };
         let mut event = EpollEvent::new(flags, Source::Connection(id).pack());
         if let Err(e) = self.epoll.modify(&*connection, &mut event) {
             // Its output is sent with its next answer, or never.
             if self.limiter.allows(log::Event::Unwatched, self.peer_uid(client), self.now) {
-                warn!("cannot watch {} for output: {e}", self.connections.describe(client));
+                warn!("cannot watch {}: {e}", self.connections.describe(client));
             }
         }
     }
@@ -877,16 +924,32 @@ impl Server {
     fn close(&mut self, client: ClientId) {
         // Closing removes the descriptor from the epoll set too: no other descriptor refers to this open file (epoll(7),
         // question 6).
+        let id = self.connections.id(client);
         if self.listings.remove(&client).is_some()
             && let Some(cluster) = &mut self.cluster
         {
-            cluster.forget(self.connections.id(client));
+            cluster.forget(id);
         }
-        let connection = self.connections.remove(client);
+        let mut connection = self.connections.remove(client);
+        connection.end();
+        if let Some(identity) = connection.identity.as_deref_mut() {
+            self.gate.closed(id, identity);
+        }
         self.closing -= 1;
         if self.connections.is_empty() {
             self.idle_since = Some(self.now);
         }
         self.acceptor.closed(&connection, &self.epoll);
     }
+}
+
+/// Returns a pipe that becomes readable with these signals.
+fn signal_pipe(signals: &[i32], epoll: &Epoll, source: Source) -> io::Result<UnixStream> {
+    let (reader, writer) = UnixStream::pair()?;
+    reader.set_nonblocking(true)?;
+    for &signal in signals {
+        signal_hook::low_level::pipe::register(signal, writer.try_clone()?)?;
+    }
+    epoll.add(&reader, EpollEvent::new(EpollFlags::EPOLLIN, source.pack()))?;
+    Ok(reader)
 }

@@ -17,12 +17,18 @@ pub(super) enum Source {
     Files,
     /// The threads that talk to etcd, or the alarm of the lease.
     Cluster,
+    /// The pipe that the signal to read files again is written to.
+    Reload,
+    /// The thread that verifies secrets.
+    Verifier,
 }
 
 impl Source {
     const ORPHAN: u64 = 1 << 63;
     const CLUSTER: u32 = u32::MAX;
     const FILES: u32 = u32::MAX - 1;
+    const RELOAD: u32 = u32::MAX - 2;
+    const VERIFIER: u32 = u32::MAX - 3;
 
     /// Generation 0 marks everything that is not a connection. Generations and tokens never reach the highest bit.
     pub(super) fn pack(self) -> u64 {
@@ -30,6 +36,8 @@ impl Source {
             Source::Signals => 0,
             Source::Cluster => u64::from(Source::CLUSTER),
             Source::Files => u64::from(Source::FILES),
+            Source::Reload => u64::from(Source::RELOAD),
+            Source::Verifier => u64::from(Source::VERIFIER),
             Source::Listener(index) => index as u64 + 1,
             Source::Connection(id) => u64::from(id.generation) << 32 | u64::from(id.client.0),
             Source::Orphan(token) => Source::ORPHAN | token.0,
@@ -43,6 +51,8 @@ impl Source {
             (0, 0) => Source::Signals,
             (0, Source::CLUSTER) => Source::Cluster,
             (0, Source::FILES) => Source::Files,
+            (0, Source::RELOAD) => Source::Reload,
+            (0, Source::VERIFIER) => Source::Verifier,
             (0, number) => Source::Listener(number as usize - 1),
             _ => Source::Connection(ConnectionId { client: ClientId(low), generation }),
         }
@@ -61,6 +71,8 @@ mod tests {
             Source::Signals,
             Source::Cluster,
             Source::Files,
+            Source::Reload,
+            Source::Verifier,
             Source::Listener(0),
             Source::Listener(7),
             connection(0, 1),

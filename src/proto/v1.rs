@@ -34,6 +34,44 @@ pub enum Request {
     Violation,
 }
 
+/// Another protocol, as browsers and misconfigured clients speak it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Foreign {
+    /// An HTTP request.
+    Http,
+    /// The hello of a TLS client.
+    Tls,
+}
+
+impl Foreign {
+    /// What ends a TLS client: the fatal alert "unexpected message" (RFC 8446, 6).
+    pub const TLS_ALERT: [u8; 7] = [21, 3, 3, 0, 2, 2, 10];
+}
+
+/// The methods of HTTP (RFC 9110, 5789, 9113), each with the blank behind it.
+const HTTP_METHODS: [&[u8]; 10] = [
+    b"GET ",
+    b"POST ",
+    b"PUT ",
+    b"HEAD ",
+    b"DELETE ",
+    b"OPTIONS ",
+    b"CONNECT ",
+    b"TRACE ",
+    b"PATCH ",
+    b"PRI ",
+];
+
+/// Returns the other protocol that an idle client speaks. Of the identities of protocol 1, which are random, three in a
+/// thousand million look like that; they are refused.
+pub fn foreign(input: &[u8]) -> Option<Foreign> {
+    if HTTP_METHODS.iter().any(|method| input.starts_with(method)) {
+        return Some(Foreign::Http);
+    }
+    // A record of the handshake, of version 3.x, with a client hello in it (RFC 8446, 4 and 5.1).
+    matches!(input, [22, 3, 0..=4, _, _, 1, ..]).then_some(Foreign::Tls)
+}
+
 /// Takes one message off the front of `input`, which holds what has arrived and was not yet taken. `None`: there is no
 /// whole message yet.
 pub fn decode(state: State, input: &mut &[u8]) -> Option<Request> {
@@ -60,6 +98,17 @@ mod tests {
     use super::*;
 
     const KEY: &[u8; 16] = b"0123456789abcdef";
+
+    #[test]
+    fn other_protocols_are_recognised() {
+        for text in ["GET / HTTP/1.1\r\n", "POST /x HTTP/1.0", "PRI * HTTP/2.0\r\n", "OPTIONS * HTTP/1.1"] {
+            assert_eq!(foreign(text.as_bytes()), Some(Foreign::Http), "{text}");
+        }
+        assert_eq!(foreign(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03"), Some(Foreign::Tls));
+        for text in [b"GETTING-A-MUTEX!".as_slice(), b"GE", b"get / http/1.1", b"", &[22, 3, 1], KEY] {
+            assert_eq!(foreign(text), None, "{text:?}");
+        }
+    }
 
     #[test]
     fn a_key_may_come_in_pieces() {

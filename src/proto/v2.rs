@@ -5,7 +5,7 @@ use std::num::NonZeroU32;
 use serde::{Deserialize, Serialize};
 
 pub use super::text::ShortText;
-use super::{Key, Nonce, Outcome, Pid, Protocol, Token};
+use super::{Key, Nonce, Outcome, Pid, Protocol, Secret, Token};
 
 /// What a client sends first, in place of a protocol 1 key.
 pub const PREAMBLE: [u8; 16] = *b"\0kmutex proto 2\n";
@@ -21,6 +21,13 @@ pub const SLOTS_MAX: u32 = 1_000_000;
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
 pub enum Request {
+    /// The client is this name. Comes before every other request, if the daemon wants it.
+    Auth {
+        /// The name.
+        name: String,
+        /// Its secret.
+        secret: Secret,
+    },
     /// I want this lock.
     Lock(Box<LockRequest>),
     /// I am done with the lock that I hold.
@@ -227,6 +234,8 @@ pub enum Answer {
         /// Of the daemon.
         pid: u32,
     },
+    /// The daemon knows the client by the name that it gave.
+    Welcome,
     /// You hold the lock.
     Granted {
         /// The fencing token of this grant.
@@ -341,6 +350,8 @@ pub enum ErrorCode {
     PerHost,
     /// The daemon, or this user, has too many connections. The connection is closed.
     TooMany,
+    /// The port speaks TLS, and the client does not. The connection is closed.
+    TlsRequired,
     /// What a newer daemon may say.
     #[serde(other)]
     Other,
@@ -448,6 +459,8 @@ struct Frame<'a> {
     pid: Option<u32>,
     #[serde(default)]
     cluster: bool,
+    name: Option<String>,
+    secret: Option<Secret>,
 }
 
 /// Reads one request from one line, with or without its newline.
@@ -492,6 +505,10 @@ pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
         },
         "status" => Ok(Request::Status { key: frame.key.map(key).transpose()?, cluster: frame.cluster }),
         "ping" => Ok(Request::Ping),
+        "auth" => match (frame.name, frame.secret) {
+            (Some(name), Some(secret)) => Ok(Request::Auth { name, secret }),
+            _ => Err(error(ErrorCode::BadRequest, "auth: name or secret is missing")),
+        },
         kind => {
             let kind = ShortText::from(kind);
             Err(error(ErrorCode::UnknownType, format!("no such request: {:?}", kind.as_str())))

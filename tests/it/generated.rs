@@ -13,7 +13,7 @@ use clap_mangen::Man;
 use kmutex::cli::Cli;
 
 /// The hand-written sections, and the pages that they go to.
-const SECTIONS: [(&str, &str); 8] = [
+const SECTIONS: [(&str, &str); 9] = [
     ("kmutex", include_str!("../../man/sections/kmutex.roff")),
     ("kmutex-run", include_str!("../../man/sections/kmutex-run.roff")),
     ("kmutex-lock", include_str!("../../man/sections/kmutex-lock.roff")),
@@ -22,6 +22,7 @@ const SECTIONS: [(&str, &str); 8] = [
     ("kmutex-status", include_str!("../../man/sections/kmutex-status.roff")),
     ("kmutex-break", include_str!("../../man/sections/kmutex-break.roff")),
     ("kmutex-serve", include_str!("../../man/sections/kmutex-serve.roff")),
+    ("kmutex-hash-secret", include_str!("../../man/sections/kmutex-hash-secret.roff")),
 ];
 
 #[test]

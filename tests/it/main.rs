@@ -5,6 +5,8 @@
 mod authority;
 mod autostart;
 mod breaking;
+#[cfg(feature = "tls")]
+mod certificates;
 #[cfg(feature = "etcd")]
 mod cluster;
 mod cluster_trouble;
@@ -51,7 +53,11 @@ mod signals;
 mod single_flight;
 mod status;
 mod terminal;
+#[cfg(feature = "tls")]
+mod tls;
 mod too_many;
 mod vanished;
+#[cfg(feature = "tls")]
+mod who;
 mod words;
 mod world;

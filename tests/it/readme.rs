@@ -15,6 +15,8 @@ use crate::harness::{Autostarted, KMUTEX, tool};
 
 const README: &str = include_str!("../../README.md");
 const PROTOCOL: &str = include_str!("../../docs/protocol.md");
+#[cfg(feature = "tls")]
+const TCP: &str = include_str!("../../docs/tcp.md");
 #[cfg(feature = "etcd")]
 const CLUSTER: &str = include_str!("../../docs/cluster.md");
 
@@ -52,6 +54,13 @@ fn the_sessions_of_the_protocols_page_work_as_printed() {
     tool("openssl");
     let folder = tempfile::tempdir().unwrap();
     assert_eq!(play(PROTOCOL, folder.path()), 2, "sessions");
+}
+
+#[cfg(feature = "tls")]
+#[test]
+fn the_session_of_the_page_on_tcp_works_as_printed() {
+    let folder = tempfile::tempdir().unwrap();
+    assert_eq!(play(TCP, folder.path()), 1, "sessions");
 }
 
 #[cfg(feature = "etcd")]

@@ -4,14 +4,21 @@ use super::{Server, v2};
 use crate::daemon::admission::Access;
 use crate::daemon::connection::Protocol;
 use crate::daemon::log;
-use crate::proto::v1::{OWNER, RELEASE, Request, decode};
+use crate::proto::v1::{OWNER, RELEASE, Request, State, decode, foreign};
 use crate::proto::{LockId, Outcome, v2::PREAMBLE};
 use crate::table::{ClientId, Notification, NotificationKind};
 
 impl Server {
     /// Takes one message from the front of `input`. Returns `false` if there is no whole one.
     pub(super) fn received_v1(&mut self, client: ClientId, input: &mut &[u8]) -> bool {
-        let Some(request) = decode(self.table.state(client), input) else { return false };
+        let state = self.table.state(client);
+        if state == State::Idle
+            && let Some(what) = foreign(input)
+        {
+            self.foreign(client, what);
+            return false;
+        }
+        let Some(request) = decode(state, input) else { return false };
         match request {
             Request::Lock(LockId(PREAMBLE)) => {
                 self.connections[client].protocol = Protocol::V2 { status: None };
@@ -23,6 +30,9 @@ impl Server {
             // Protocol 1 has no word for it.
             Request::Lock(_) if self.connections[client].access != Access::Full => {
                 self.close_after_flush(client, "too many connections");
+            }
+            Request::Lock(lock) if !self.may_lock_by_id(client, lock) => {
+                self.close_after_flush(client, "not permitted");
             }
             Request::Lock(lock) => {
                 self.apply(|table, now, effects| table.lock_v1(now, client, lock, effects));

@@ -20,7 +20,7 @@ use crate::proto::v2::{
     proof,
 };
 use crate::proto::{Key, Outcome, Pid};
-use crate::table::{ClientId, Loss, Notification, NotificationKind};
+use crate::table::{ClientId, Loss, Notification, NotificationKind, RequestView};
 
 /// A status continues when less output than this waits to be sent. One lock of it may be as long as a frame.
 const STATUS_BYTES_AHEAD: usize = 16 * 1024;
@@ -91,12 +91,16 @@ impl Server {
         Viewer::new(self.connections[client].peer().map(|peer| peer.uid), self.shows_commands)
     }
 
-    fn refuse(&mut self, client: ClientId, code: ErrorCode, message: impl Into<String>) {
+    pub(super) fn refuse(&mut self, client: ClientId, code: ErrorCode, message: impl Into<String>) {
         self.connections.answer(client, &error(code, message));
     }
 
     fn request(&mut self, client: ClientId, request: Request) {
+        if !matches!(request, Request::Auth { .. }) && !self.is_admitted(client) {
+            return;
+        }
         match (request, self.table.state(client)) {
+            (Request::Auth { name, secret }, _) => self.authenticate(client, name, secret),
             (Request::Lock(asked), State::Idle) => self.lock(client, asked),
             (Request::Lock(_), _) => {
                 let message = "lock: this connection has a lock, or waits for one";
@@ -104,7 +108,7 @@ impl Server {
             }
             (Request::Child { pid }, State::Owner) => {
                 failpoint::hit("child");
-                self.connections[client].child = Some(pid);
+                self.connections[client].set_child(Some(pid));
                 self.record_hold(client);
             }
             // The client has lost the lock meanwhile, and was told.
@@ -140,11 +144,19 @@ impl Server {
     }
 
     fn lock(&mut self, client: ClientId, mut asked: Box<LockRequest>) {
+        if let Some(identity) = self.identity(client) {
+            if let Err(message) = self.gate.may_lock(identity, &asked.key) {
+                return self.refuse(client, ErrorCode::NotPermitted, message);
+            }
+            if let Some(name) = identity.name() {
+                asked.who.user = name.into();
+            }
+        }
         let connection = &mut self.connections[client];
         if let Access::NoLock(limit) = connection.access {
             return self.too_many(client, limit);
         }
-        connection.child = asked.child;
+        connection.set_child(asked.child);
         connection.inherits = asked.inherits;
         connection.guard = asked.nonce.filter(|_| asked.inherits || asked.exec).map(Box::new);
         let uid = connection.peer().map(|peer| peer.uid);
@@ -212,7 +224,8 @@ impl Server {
     /// Root, the daemon's own user and the holder's user may break a lock; one of another host, only the first two.
     fn break_lock(&mut self, client: ClientId, key: &Key) {
         let by = self.connections[client].peer().map(|peer| peer.uid);
-        let is_admin = by.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw());
+        let is_admin = by.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw())
+            || self.identity(client).is_some_and(|identity| self.gate.is_admin(identity));
         if is_admin && self.table.held_here(key.id()).is_none() && self.cluster.is_some() {
             let name = self.connections.describe(client);
             if self.limiter.allows(log::Event::Break, by, self.now) {
@@ -224,8 +237,12 @@ impl Server {
         let Some(lock) = self.table.find(key.id()).filter(|lock| lock.holding() > 0) else {
             return self.refuse(client, ErrorCode::NotHeld, "break: this lock is not held");
         };
-        if !is_admin && !lock.holders().all(|holder| by.is_some() && lookup.uid(&holder) == by) {
-            let message = "break: only root, the daemon's user and the holder's user may do this";
+        let name = self.connections[client].name();
+        let is_own = |holder: RequestView<'_>| {
+            (by.is_some() && lookup.uid(&holder) == by) || (name.is_some() && lookup.name(&holder) == name)
+        };
+        if !is_admin && !lock.holders().all(is_own) {
+            let message = "break: only root, the daemon's user, the holder's user or name, and !admin names may do this";
             return self.refuse(client, ErrorCode::NotPermitted, message);
         }
         if self.limiter.allows(log::Event::Break, by, self.now) {

@@ -1,0 +1,170 @@
+//! The stream under a connection: a socket, or TLS over one.
+
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
+use std::time::Instant;
+
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
+use nix::sys::socket::{MsgFlags, recv, send};
+
+use super::{Error, Target};
+#[cfg(feature = "tls")]
+use crate::addr::Addr;
+#[cfg(feature = "tls")]
+use crate::tls::ClientStream;
+
+/// How much is read at a time.
+const READ_BYTES: usize = 4096;
+/// How long a TLS handshake may take, if the caller sets no deadline.
+#[cfg(feature = "tls")]
+const HANDSHAKE_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
+
+#[derive(Debug)]
+pub(super) enum Transport {
+    Plain(OwnedFd),
+    #[cfg(feature = "tls")]
+    Tls(Box<ClientStream>),
+}
+
+impl Transport {
+    /// Begins the stream that the target's address asks for, on a socket that is connected to it.
+    pub(super) fn begin(target: &Target, fd: OwnedFd, deadline: Option<Instant>) -> Result<Transport, Error> {
+        #[cfg(feature = "tls")]
+        if let Addr::Tls { host, .. } = &target.addr {
+            let limit = Instant::now() + HANDSHAKE_WAIT;
+            let stream =
+                ClientStream::connect(fd, &target.tls, host, deadline.map_or(limit, |d| d.min(limit)));
+            let stream = stream.map_err(|error| match error {
+                crate::tls::Error::TimedOut if deadline.is_some_and(|d| d <= limit) => Error::TimedOut,
+                error => Error::Tls { addr: target.addr.clone(), error },
+            })?;
+            return Ok(Transport::Tls(Box::new(stream)));
+        }
+        let _ = (target, deadline);
+        Ok(Transport::Plain(fd))
+    }
+
+    /// Writes all of it.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] when the daemon is gone.
+    pub(super) fn write_all(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
+        match self {
+            Transport::Plain(fd) => {
+                while !bytes.is_empty() {
+                    match send(fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
+                        Ok(sent) => bytes = &bytes[sent..],
+                        Err(nix::Error::EINTR) => {}
+                        Err(e) => return Err(closed_or("write to the daemon", e)),
+                    }
+                }
+                Ok(())
+            }
+            #[cfg(feature = "tls")]
+            Transport::Tls(stream) => stream.write_all(bytes).map_err(tls_error),
+        }
+    }
+
+    /// Appends what has arrived to `input`, without waiting. Returns `false` if nothing has arrived. (With TLS, what arrives may
+    /// be part of a record, which adds nothing yet.)
+    ///
+    /// # Errors
+    /// [`Error::Closed`] when the daemon is gone.
+    pub(super) fn try_read(&mut self, input: &mut Vec<u8>) -> Result<bool, Error> {
+        match self {
+            Transport::Plain(fd) => receive(fd, input, MsgFlags::MSG_DONTWAIT),
+            #[cfg(feature = "tls")]
+            Transport::Tls(stream) => match stream.try_read(input).map_err(tls_error)? {
+                None => Ok(false),
+                Some(0) => Err(Error::Closed),
+                Some(_) => Ok(true),
+            },
+        }
+    }
+
+    /// Appends what arrives to `input`, at most until `deadline`.
+    ///
+    /// # Errors
+    /// [`Error::TimedOut`] at the deadline, [`Error::Closed`] when the daemon is gone.
+    pub(super) fn read(&mut self, input: &mut Vec<u8>, deadline: Option<Instant>) -> Result<(), Error> {
+        // Without a deadline, one system call does both.
+        if let (Transport::Plain(fd), None) = (&self, deadline) {
+            return receive(fd, input, MsgFlags::empty()).map(|_| ());
+        }
+        loop {
+            self.wait_readable(deadline)?;
+            if self.try_read(input)? {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Waits until something has arrived, at most until `deadline`.
+    pub(super) fn wait_readable(&self, deadline: Option<Instant>) -> Result<(), Error> {
+        loop {
+            let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
+                let left = deadline.saturating_duration_since(Instant::now());
+                // Rounded up: poll(2) counts whole milliseconds and would return too early.
+                let millis = left.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
+                PollTimeout::try_from(millis).expect("it is from 0 to i32::MAX")
+            });
+            match poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout) {
+                Ok(0) if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
+                    return Err(Error::TimedOut);
+                }
+                Ok(0) | Err(nix::Error::EINTR) => {}
+                Ok(_) => return Ok(()),
+                Err(e) => return Err(Error::Io("wait for the daemon", e.into())),
+            }
+        }
+    }
+}
+
+impl AsFd for Transport {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        match self {
+            Transport::Plain(fd) => fd.as_fd(),
+            #[cfg(feature = "tls")]
+            Transport::Tls(stream) => stream.as_fd(),
+        }
+    }
+}
+
+fn receive(fd: &OwnedFd, input: &mut Vec<u8>, flags: MsgFlags) -> Result<bool, Error> {
+    let mut buffer = [0; READ_BYTES];
+    loop {
+        match recv(fd.as_raw_fd(), &mut buffer, flags) {
+            Ok(0) => return Err(Error::Closed),
+            Ok(bytes) => {
+                input.extend_from_slice(&buffer[..bytes]);
+                return Ok(true);
+            }
+            Err(nix::Error::EAGAIN) => return Ok(false),
+            Err(nix::Error::EINTR) => {}
+            Err(e) => return Err(closed_or("read from the daemon", e)),
+        }
+    }
+}
+
+fn closed_or(doing: &'static str, error: nix::Error) -> Error {
+    match error {
+        nix::Error::EPIPE | nix::Error::ECONNRESET | nix::Error::ETIMEDOUT => Error::Closed,
+        other => Error::Io(doing, other.into()),
+    }
+}
+
+/// An error of a stream whose handshake is over. TLS 1.3 lets a daemon refuse the client's certificate only after that.
+#[cfg(feature = "tls")]
+fn tls_error(error: crate::tls::Error) -> Error {
+    use crate::tls::Error as E;
+    match error {
+        E::Io(e) => match e.raw_os_error() {
+            Some(number) => closed_or("speak with the daemon", nix::Error::from_raw(number)),
+            None => Error::Io("speak with the daemon", e),
+        },
+        E::Closed => Error::Closed,
+        E::Refused(why) => {
+            Error::NotPermitted(format!("the daemon refused this client's certificate: {why}"))
+        }
+        other => Error::Protocol(other.to_string()),
+    }
+}

@@ -1,0 +1,218 @@
+//! Clients over TCP: their TLS sessions, their names and secrets, and clients that speak another protocol altogether.
+
+use std::os::fd::AsFd;
+use std::time::Duration;
+
+use ::log::{debug, warn};
+
+use super::Server;
+use crate::daemon::gate::Verdict;
+use crate::daemon::identity::Identity;
+#[cfg(feature = "tls")]
+use crate::daemon::identity::Standing;
+use crate::proto::v1::Foreign;
+#[cfg(feature = "tls")]
+use crate::proto::v2::error;
+use crate::proto::v2::{Answer, ErrorCode};
+use crate::proto::{LockId, Secret};
+use crate::table::{ClientId, Timestamp};
+#[cfg(feature = "tls")]
+use crate::tls::{Stream, is_hello};
+
+/// How many lines a second the log has at most about clients that speak another protocol.
+const WARNINGS_MAX: u32 = 20;
+
+/// Counts those lines.
+#[derive(Debug)]
+pub(super) struct ForeignWarnings {
+    since: Timestamp,
+    count: u32,
+}
+
+impl ForeignWarnings {
+    pub(super) fn new() -> ForeignWarnings {
+        ForeignWarnings { since: Timestamp(0), count: 0 }
+    }
+
+    /// Returns `true` if there may be another line.
+    fn may_warn(&mut self, now: Timestamp) -> bool {
+        if self.since.plus(Duration::from_secs(1)) <= now {
+            *self = ForeignWarnings { since: now, count: 0 };
+        }
+        self.count += 1;
+        self.count <= WARNINGS_MAX
+    }
+}
+
+impl Server {
+    /// Begins with a client over TCP. Returns `false` if it cannot be served.
+    pub(super) fn admit(&mut self, client: ClientId, from: (std::net::IpAddr, bool)) -> bool {
+        match self.gate.admit(client, from.0, from.1, self.now) {
+            Ok(identity) => {
+                self.connections[client].identity = identity;
+                true
+            }
+            Err(e) => {
+                warn!("cannot begin a TLS session: {e}");
+                self.close_after_flush(client, "no TLS session");
+                false
+            }
+        }
+    }
+
+    /// Closes clients that have not said in time who they are, and tells others what became of their attempts.
+    pub(super) fn poll_gate(&mut self) {
+        while let Some(client) = self.gate.pop_overdue(self.now) {
+            self.close_after_flush(client, "has not said who it is");
+        }
+        while let Some((id, name)) = self.gate.poll(self.now) {
+            if let Some(client) = self.connections.find(id) {
+                self.authenticated(client, name);
+            }
+        }
+    }
+
+    fn authenticated(&mut self, client: ClientId, name: Option<Box<str>>) {
+        let Some(identity) = &mut self.connections[client].identity else { return };
+        let Some(name) = name else {
+            warn!(
+                "{} gave a wrong name or secret, from {}",
+                self.connections.describe(client),
+                self.address(client)
+            );
+            self.refuse(client, ErrorCode::NotPermitted, "wrong name or secret");
+            return self.close_after_flush(client, "wrong name or secret");
+        };
+        self.gate.admitted(client, identity, Some(name));
+        self.connections.answer(client, &Answer::Welcome);
+        // What the client has sent behind its secret.
+        let (input, _) = self.connections.take_input(client);
+        self.handle_requests(client, &input, Timestamp::NEVER);
+    }
+
+    /// The client says who it is.
+    pub(super) fn authenticate(&mut self, client: ClientId, name: String, secret: Secret) {
+        let id = self.connections.id(client);
+        let Some(identity) = &mut self.connections[client].identity else {
+            // On a Unix socket the kernel says who it is; elsewhere the daemon does not want to know.
+            return self.connections.answer(client, &Answer::Welcome);
+        };
+        if let Some(known) = identity.name() {
+            let message = format!("auth: this connection is that of {known:?} already");
+            return match known == name {
+                true => self.connections.answer(client, &Answer::Welcome),
+                false => self.refuse(client, ErrorCode::WrongState, message),
+            };
+        }
+        match self.gate.authenticate(id, identity, name, secret) {
+            Verdict::Admitted => self.connections.answer(client, &Answer::Welcome),
+            // Nothing more is read from it for now.
+            Verdict::Pending => self.connections.mark_dirty(client),
+            Verdict::Crowded => {
+                let message = "too many clients of this address are saying who they are";
+                self.refuse(client, ErrorCode::Unavailable, message);
+                self.close_after_flush(client, message);
+            }
+        }
+    }
+
+    /// Returns `true` if the client may make requests. One that must say first who it is, is closed.
+    pub(super) fn is_admitted(&mut self, client: ClientId) -> bool {
+        if self.identity(client).is_none_or(Identity::is_admitted) {
+            return true;
+        }
+        let message = "this daemon wants a name that it knows: by --auth-file, or by a certificate";
+        self.refuse(client, ErrorCode::NotPermitted, message);
+        self.close_after_flush(client, "has not said who it is");
+        false
+    }
+
+    /// Returns `true` if a client of protocol 1 may use this lock.
+    pub(super) fn may_lock_by_id(&self, client: ClientId, lock: LockId) -> bool {
+        self.identity(client)
+            .is_none_or(|identity| identity.is_admitted() && self.gate.may_lock_by_id(identity, lock))
+    }
+
+    pub(super) fn identity(&self, client: ClientId) -> Option<&Identity> {
+        self.connections[client].identity.as_deref()
+    }
+
+    /// Closes a client that speaks another protocol, such as a browser. Clients of TLS are told so in theirs.
+    pub(super) fn foreign(&mut self, client: ClientId, what: Foreign) {
+        let (words, alert): (_, &[u8]) = match what {
+            Foreign::Http => ("HTTP", &[]),
+            Foreign::Tls => ("TLS", &Foreign::TLS_ALERT),
+        };
+        self.connections[client].output().extend_from_slice(alert);
+        self.warn_foreign(client, words);
+        self.close_after_flush(client, "speaks another protocol");
+    }
+
+    fn warn_foreign(&mut self, client: ClientId, words: &str) {
+        let name = self.connections.describe(client);
+        if self.foreign_warnings.may_warn(self.now) {
+            warn!("closed {name} from {}: it speaks {words} to a port that does not", self.address(client));
+        } else {
+            debug!("{name} speaks {words} to a port that does not");
+        }
+    }
+
+    /// Returns where a client over TCP is, for the log.
+    fn address(&self, client: ClientId) -> String {
+        let fd = self.connections[client].as_fd().try_clone_to_owned();
+        // A client may have reset its connection, or come over a Unix socket.
+        let peer = fd.and_then(|fd| std::net::TcpStream::from(fd).peer_addr());
+        peer.map_or("an unknown address".into(), |peer| peer.to_string())
+    }
+
+    /// Decrypts what has arrived of a TLS stream, and takes the requests out of it.
+    #[cfg(feature = "tls")]
+    pub(super) fn received_tls(&mut self, client: ClientId, bytes: &[u8]) {
+        let connection = &mut self.connections[client];
+        let Some(identity) = &mut connection.identity else { return };
+        let Some(tls) = &mut identity.tls else { return };
+        if !tls.has_begun() && !is_hello(bytes) {
+            return self.refuse_plain(client, bytes);
+        }
+        let mut plaintext = std::mem::take(&mut self.plaintext);
+        let stream = tls.receive(bytes, &mut plaintext);
+        if identity.standing == Standing::Handshaking && !tls.is_handshaking() {
+            self.gate.handshake_over(client, identity);
+        }
+        if self.connections[client].wants_write() {
+            self.connections.mark_dirty(client);
+        }
+        if !plaintext.is_empty() {
+            self.received(client, &plaintext);
+            plaintext.clear();
+        }
+        self.plaintext = plaintext;
+        match stream {
+            Ok(Stream::Open) => {}
+            Ok(Stream::Ended) => self.end_of_stream(client, "end of stream"),
+            Err(e) => {
+                debug!("{}: TLS: {e}", self.connections.describe(client));
+                self.close_after_flush(client, "TLS error");
+            }
+        }
+    }
+
+    /// Closes a client that does not speak TLS to a port that does. A kmutex client is told why.
+    #[cfg(feature = "tls")]
+    fn refuse_plain(&mut self, client: ClientId, bytes: &[u8]) {
+        if let Some(identity) = &mut self.connections[client].identity {
+            // What follows is not encrypted.
+            identity.tls = None;
+        }
+        match crate::proto::v1::foreign(bytes) {
+            Some(what) => self.foreign(client, what),
+            None => {
+                if bytes[0] == crate::proto::v2::PREAMBLE[0] {
+                    let message = "this port speaks TLS: connect to tls://HOST:PORT";
+                    self.connections.answer(client, &error(ErrorCode::TlsRequired, message));
+                }
+                self.close_after_flush(client, "does not speak TLS");
+            }
+        }
+    }
+}
