@@ -5,6 +5,7 @@ use nix::time::{ClockId, clock_gettime};
 use crate::timestamp::Timestamp;
 
 /// Returns the milliseconds since 1970, by the clock that the administrator can set.
+#[cfg(feature = "daemon")]
 pub(crate) fn unix_ms() -> u64 {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     since.map_or(0, |since| since.as_millis() as u64)

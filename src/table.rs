@@ -214,7 +214,9 @@ impl Table {
             let lock = self.store[id].lock;
             self.remove_request(id);
             self.request_left(lock, effects);
-        } else if !is_deferred {
+        } else if is_deferred {
+            self.store.move_to(id, Stage::Deferred);
+        } else {
             self.wait_or_query(now, id, effects);
         }
         Ok(())
@@ -563,7 +565,7 @@ impl Table {
         }
     }
 
-    /// Adds a deferred request, at its place from before a restart or behind all others.
+    /// Adds a request, at its place from before a restart or behind all others.
     #[expect(clippy::too_many_arguments, reason = "they are the parts of one request")]
     fn add_request(
         &mut self,
@@ -582,7 +584,7 @@ impl Table {
             client: None,
             lock,
             links: Links::default(),
-            stage: Stage::Deferred,
+            stage: Stage::New,
             wait_list,
             terms,
             place: place.unwrap_or(arrival),

@@ -15,7 +15,8 @@ pub struct Checked {
 impl Checked {
     pub fn new() -> Checked {
         let hold_limit = Some(Duration::from_secs(1));
-        let config = Config { hash_key: 1, first_token: Token(1), hold_limit, is_clustered: false, remember_max: 5 };
+        let config =
+            Config { hash_key: 1, first_token: Token(1), hold_limit, is_clustered: false, remember_max: 5 };
         Checked { table: Table::new(config), now: Timestamp(0) }
     }
 

@@ -164,7 +164,7 @@ impl Search {
             let arrived = match request.stage {
                 Stage::Holding(token) => self.token(table, table.store[request.lock].id, token),
                 Stage::Waiting => self.lock(table, request.lock),
-                Stage::Deferred | Stage::Undecided => false,
+                Stage::New | Stage::Deferred | Stage::Undecided => false,
             };
             if arrived {
                 return true;

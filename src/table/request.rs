@@ -78,6 +78,8 @@ impl LockIndex {
 /// How far a request has come; it says which list the request is in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Stage {
+    /// New, and in no list: the event that brought it decides where it goes.
+    New,
     /// Undecided until every event that came before it is in the table.
     Deferred,
     /// Undecided until etcd has answered.
@@ -159,7 +161,7 @@ impl Request {
     pub(super) fn token(&self) -> Option<Token> {
         match self.stage {
             Stage::Holding(token) => Some(token),
-            Stage::Deferred | Stage::Undecided | Stage::Waiting => None,
+            Stage::New | Stage::Deferred | Stage::Undecided | Stage::Waiting => None,
         }
     }
 

@@ -168,7 +168,7 @@ impl Table {
                 self.stop_if_due(self.store[id].lock, effects);
             }
             Stage::Waiting => self.notify_waiting(id, effects),
-            Stage::Deferred | Stage::Undecided => {}
+            Stage::New | Stage::Deferred | Stage::Undecided => {}
         }
         Ok(())
     }

@@ -1,7 +1,7 @@
 //! What the table keeps, and where: locks by identity, requests by client, and the lists that requests are in.
 //!
-//! A request is in exactly one list, the one that its [`Stage`] names, from [`Store::insert`] to [`Store::remove`]. The counts
-//! of a lock follow from that. No rule about locks is decided here.
+//! A request is in exactly one list, the one that its [`Stage`] names; only a new one is in none, until the event that brought it
+//! is over. The counts of a lock follow from that. No rule about locks is decided here.
 
 use std::hash::{BuildHasher, DefaultHasher, Hasher};
 use std::ops::{Index, IndexMut};
@@ -141,6 +141,7 @@ impl Store {
         let weight = terms.weight_or_one();
         let lock = &mut self.locks[lock.get()];
         match stage {
+            Stage::New => {}
             Stage::Deferred => self.deferred.insert_by_place(&mut self.requests, id),
             Stage::Undecided => lock.undecided.insert_by_place(&mut self.requests, id),
             Stage::Waiting => {
@@ -161,6 +162,7 @@ impl Store {
         let lock = &mut self.locks[lock.get()];
         lock.newest.take_if(|newest| *newest == id);
         let list = match stage {
+            Stage::New => return,
             Stage::Deferred => &mut self.deferred,
             Stage::Undecided => &mut lock.undecided,
             Stage::Waiting => {

@@ -9,6 +9,7 @@ mod breaking;
 mod certificates;
 #[cfg(feature = "etcd")]
 mod cluster;
+#[cfg(feature = "etcd")]
 mod cluster_trouble;
 #[cfg(feature = "failpoints")]
 mod crash;

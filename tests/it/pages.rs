@@ -1,10 +1,12 @@
 //! What the documents and man pages say of files and command lines is true: files that they name exist, and commands that
 //! they print are ones that kmutex takes. `readme.rs` runs the commands that are printed with their output.
 
+#[cfg(feature = "etcd")]
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+#[cfg(feature = "etcd")]
 use kmutex::cli;
 
 fn root() -> &'static Path {

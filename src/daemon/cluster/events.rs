@@ -39,7 +39,7 @@ pub(super) enum Reading {
     Lock(LockId),
 }
 
-/// What a thread reports. `generation` counts the changes of the store ([`Client::generation`]).
+/// What a thread reports. `generation` counts the changes of the store (`etcd::Client::generation`).
 #[derive(Debug)]
 pub(super) enum Event {
     /// The lease lives, and did when this was requested, at `sent`.
