@@ -5,11 +5,13 @@
 //! | --- | --- |
 //! | `auth/file.rs` | the file of names: reading it, and reading it again |
 //! | `auth/patterns.rs` | which keys a name may lock |
+//! | `auth/random.rs` | random bytes |
 //! | `auth/secret.rs` | hashing and verifying secrets, which is slow |
 //! | `auth/verified.rs` | secrets that were verified, which is quick |
 
 mod file;
 mod patterns;
+mod random;
 mod secret;
 mod verified;
 

@@ -2,7 +2,9 @@
 
 use std::fs::{File, Metadata, OpenOptions};
 use std::io::{self, Read};
-use std::os::unix::fs::{MetadataExt, OpenOptionsExt};
+#[cfg(feature = "daemon")]
+use std::os::unix::fs::MetadataExt;
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 
 /// Reads a regular file of at most `bytes_max` bytes, and returns what was known of the file when it was opened.

@@ -4,6 +4,8 @@ use argon2::password_hash::phc::PasswordHash;
 use argon2::password_hash::{PasswordHasher, PasswordVerifier};
 use argon2::{Argon2, Params};
 
+use super::random;
+use crate::addr::Reason;
 use crate::proto::Secret;
 
 /// The most memory that one verification may take, in KiB.
@@ -16,8 +18,10 @@ const PASSES_MAX: u32 = 32;
 /// # Errors
 /// If the kernel gives no random bytes.
 pub fn hash(secret: &Secret) -> Result<String, String> {
-    let hash = Argon2::default().hash_password(secret.as_bytes()).map_err(|e| e.to_string())?;
-    Ok(hash.to_string())
+    let mut salt = [0; 16];
+    random::fill(&mut salt).map_err(|e| Reason(&e).to_string())?;
+    let hash = Argon2::default().hash_password_with_salt(secret.as_bytes(), &salt);
+    Ok(hash.map_err(|e| e.to_string())?.to_string())
 }
 
 /// The hash of a secret, as the file of names has it.

@@ -2,12 +2,12 @@
 //! Only a keyed hash of each is kept, under a key that exists in this process alone.
 
 use std::collections::HashMap;
-use std::fs::File;
-use std::io::{self, Read};
+use std::io;
 
 use blake2::Blake2sMac256;
 use blake2::digest::{KeyInit, Mac};
 
+use super::random;
 use crate::proto::Secret;
 
 pub(crate) struct Verified {
@@ -20,7 +20,7 @@ impl Verified {
     /// If the kernel gives no random bytes.
     pub(crate) fn new() -> io::Result<Verified> {
         let mut key = [0; 32];
-        File::open("/dev/urandom")?.read_exact(&mut key)?;
+        random::fill(&mut key)?;
         Ok(Verified { key, by_name: HashMap::new() })
     }
 
