@@ -18,7 +18,7 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 /// How long anything may take before the test fails. Far more than it needs, even on a busy machine.
-pub const TIMEOUT: Duration = Duration::from_secs(30);
+pub const TIMEOUT: Duration = Duration::from_secs(60);
 
 /// The program under test.
 pub const KMUTEX: &str = env!("CARGO_BIN_EXE_kmutex");
