@@ -30,6 +30,7 @@ const PATH_BYTES_MAX: usize = 107;
 
 /// The address of a daemon.
 #[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Addr {
     /// A Unix socket.
     Unix(PathBuf),

@@ -118,6 +118,7 @@ impl Target {
 
 /// How a lock request ended.
 #[derive(Clone, Debug, PartialEq)]
+#[non_exhaustive]
 pub enum LockReply {
     /// The session holds the lock, under this fencing token, as long as it lives.
     Granted(Token),

@@ -3,6 +3,7 @@
 /// Why kmutex ended without the command's own status. The numbers are those of sysexits.h and of the shell, where these
 /// have one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum Exit {
     /// The command line is invalid.
     Usage,

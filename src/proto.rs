@@ -19,6 +19,7 @@ pub use secret::{SECRET_BYTES_MAX, Secret};
 /// The protocol that a client speaks: that of KeyedMutex 0.06, or kmutex's own.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "u8", into = "u8")]
+#[non_exhaustive]
 pub enum Protocol {
     /// Protocol 1.
     V1,
@@ -122,6 +123,7 @@ impl From<Key> for String {
 
 /// Why a text is no key.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub enum KeyError {
     /// It has no bytes.
     Empty,
@@ -202,6 +204,7 @@ impl From<Nonce> for String {
 /// How a holder ended, as its waiters are told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Outcome {
     /// The command ended with this status.
     Exit(u8),

@@ -20,6 +20,7 @@ pub const SLOTS_MAX: u32 = 1_000_000;
 /// What a client asks.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Request {
     /// The client is this name. Comes before every other request, if the daemon wants it.
     Auth {
@@ -177,6 +178,7 @@ fn is_one(slots: &u32) -> bool {
 /// What a waiter waits for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Mode {
     /// To hear that the holder is done: its work need not be done again.
     #[default]
@@ -226,6 +228,7 @@ mod pid_or_zero {
 /// What the daemon answers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "type", rename_all = "lowercase")]
+#[non_exhaustive]
 pub enum Answer {
     /// The greeting, once, in answer to the preamble.
     Hello {
@@ -321,6 +324,7 @@ pub struct LeaseTerms {
 /// The kinds of error, for programs. See `docs/protocol.md` for which of them end the connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
+#[non_exhaustive]
 pub enum ErrorCode {
     /// The line is no JSON object, or is too long. The connection is closed.
     BadFrame,
