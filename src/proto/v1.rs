@@ -14,7 +14,6 @@ pub const KEY_BYTES: usize = 16;
 
 /// What a client is to the daemon when its next byte arrives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum State {
     /// It holds nothing and waits for nothing.
     Idle,
@@ -26,7 +25,6 @@ pub enum State {
 
 /// One message from a client.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Request {
     /// 16 bytes from an idle client: it wants this lock. (Or they are the preamble of protocol 2.)
     Lock(LockId),
@@ -38,7 +36,6 @@ pub enum Request {
 
 /// Another protocol, as browsers and misconfigured clients speak it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Foreign {
     /// An HTTP request.
     Http,
