@@ -509,7 +509,7 @@ pub struct Serve {
 
     /// Admit only clients over TCP that give a name and its secret, as listed in FILE
     ///
-    /// FILE has lines NAME SECRET [PATTERN]...: the secret as printed by kmutex hash-secret, or - for a name that is used with
+    /// FILE has lines NAME SECRET PATTERN...: the secret as printed by kmutex hash-secret, or - for a name that is used with
     /// certificates only; the patterns (with * and ?) of the keys that the name may lock, or none for all keys. The pattern
     /// !admin permits the name to break every lock. The daemon reads FILE again when it changes, and on SIGUSR1.
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
