@@ -2,7 +2,7 @@
 
 use std::collections::HashMap;
 use std::io::{self, IsTerminal, Write};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::client::{self, Session, Target};
 use crate::describe;
@@ -43,6 +43,9 @@ pub struct Question<'a> {
     pub heading: Option<&'a str>,
 }
 
+/// How long the daemon may take to send the whole status. (Each line of it has a time of its own.)
+const LISTING_WAIT: Duration = Duration::from_secs(60);
+
 /// Prints locks.
 ///
 /// # Errors
@@ -59,7 +62,11 @@ pub fn print(question: &Question<'_>, format: Format, out: &mut impl Write) -> R
     session.send(&Request::Status { key, cluster })?;
     let mut table = Table::default();
     let mut notes = Vec::new();
+    let give_up = Instant::now() + LISTING_WAIT;
     loop {
+        if give_up <= Instant::now() {
+            return Err(client::Error::Silent.into());
+        }
         match (session.answer()?, format) {
             (Answer::Lock(status), Format::Json) => {
                 let line = serde_json::to_string(&status).map_err(io::Error::from)?;

@@ -50,10 +50,14 @@ pub(super) fn locks_of(path: &Path) -> Option<String> {
     let owner = fs::symlink_metadata(path).ok()?.uid();
     let mut target = Target::new(Addr::Unix(path.into()));
     target.trusted_uids.push(owner);
+    let limit = Instant::now() + WAIT;
     let mut session = Session::connect_within(&target, WAIT).ok()?;
     session.send(&Request::Status { key: None, cluster: false }).ok()?;
     let mut names = Vec::new();
-    while let Ok(Answer::Lock(status)) = session.answer() {
+    // The daemon may be any user's.
+    while Instant::now() < limit
+        && let Ok(Answer::Lock(status)) = session.answer_until(limit)
+    {
         if status.holding > 0 {
             names.push(format!("{:?}", status.key.as_deref().unwrap_or(&status.id)));
         }

@@ -123,6 +123,18 @@ impl Error {
         Error::Protocol("it answers like a daemon of protocol 1".into())
     }
 
+    /// What the daemon answered to a lock request.
+    pub(super) fn of_lock(code: ErrorCode, message: String) -> Error {
+        match code {
+            ErrorCode::CannotRecord => Error::Unrecorded(message),
+            ErrorCode::Deadlock => Error::Deadlock(message),
+            ErrorCode::Unavailable => Error::Unavailable(message),
+            ErrorCode::PerHost => Error::PerHost(message),
+            ErrorCode::SlotsDiffer => Error::SlotsDiffer(message),
+            code => Error::unexpected(Answer::Error { code, message }),
+        }
+    }
+
     pub(crate) fn unexpected(answer: Answer) -> Error {
         match answer {
             Answer::Error { code: ErrorCode::TooMany, message } => Error::Unavailable(message),

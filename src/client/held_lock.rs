@@ -17,6 +17,8 @@ use crate::timestamp::millis;
 pub const RELEASE_WAIT: Duration = Duration::from_secs(2);
 /// The daemon learns the command's pid after this time, since most commands end sooner.
 const NAME_CHILD_AFTER: Duration = Duration::from_millis(100);
+/// How many answers are taken in at a time.
+const ANSWERS_AT_ONCE_MAX: usize = 64;
 /// How long connecting may take. (A Unix socket accepts at once, unless its backlog is full.)
 const CONNECT_WAIT: Duration = Duration::from_secs(1);
 
@@ -93,8 +95,9 @@ impl HeldLock {
 
     /// Returns when [`HeldLock::poll`] has something to do even if nothing is readable.
     pub fn poll_at(&self) -> Option<Instant> {
-        let due = match self.link {
-            Link::Down { retry_at, .. } => Some(retry_at),
+        let due = match &self.link {
+            Link::Down { retry_at, .. } => Some(*retry_at),
+            Link::Up(session) | Link::Resuming(session) if session.has_unread() => Some(Instant::now()),
             Link::Up(_) | Link::Resuming(_) => self.name_child_at,
         };
         due.into_iter().chain(self.lease.as_ref().map(Lease::due)).min()
@@ -126,71 +129,73 @@ impl HeldLock {
         }
     }
 
-    /// Reads what the daemon has sent, and resumes the lock if the daemon was restarted. Does not wait for an answer.
+    /// Reads what the daemon has sent, and resumes the lock if the daemon was restarted. Does not wait for an answer, and reads
+    /// only so much at a time: a daemon that goes on sending must not keep the caller from other things, such as signals.
     ///
     /// # Errors
     /// [`Error::Lost`] when the lock was lost.
     pub fn poll(&mut self) -> Result<(), Error> {
         self.name_child_if_due();
         self.check_lease()?;
-        loop {
-            match std::mem::replace(&mut self.link, Link::down()) {
-                Link::Up(mut session) => match session.try_receive() {
-                    Ok(None) => {
-                        self.link = Link::Up(session);
-                        return Ok(());
-                    }
-                    Ok(Some(Answer::Lost { why })) => return Err(Error::Lost(why.as_str().into())),
-                    Ok(Some(Answer::Pong { lease })) => {
-                        if let Some(mine) = &mut self.lease {
-                            mine.answered(lease);
-                        }
-                        self.link = Link::Up(session);
-                    }
-                    Ok(Some(Answer::Stop { why })) => {
-                        self.stop = Some(why.as_str().into());
-                        self.link = Link::Up(session);
-                    }
-                    // At worst an error from an older daemon, which does not know the request that names the child.
-                    Ok(Some(_)) => self.link = Link::Up(session),
-                    Err(_) => {}
-                },
-                Link::Resuming(mut session) => match session.try_receive() {
-                    Ok(None) => {
-                        self.link = Link::Resuming(session);
-                        return Ok(());
-                    }
-                    Ok(Some(Answer::Granted { token, lease })) if token == self.token => {
-                        if let Some(mine) = &mut self.lease {
-                            mine.answered(lease);
-                        }
-                        self.link = Link::Up(session)
-                    }
-                    Ok(Some(Answer::Lost { why })) => return Err(Error::Lost(why.as_str().into())),
-                    // A daemon with too many clients has not decided about the lock.
-                    Ok(Some(Answer::Error { code: ErrorCode::TooMany, .. })) => {
-                        self.link = Link::Down { retry_at: Instant::now() + PAUSE_MAX, pause: PAUSE_MAX }
-                    }
-                    Ok(Some(other)) => return Err(Error::Lost(Error::unexpected(other).to_string())),
-                    Err(_) => {
-                        self.link = Link::Down { retry_at: Instant::now() + PAUSE_MIN, pause: PAUSE_MIN }
-                    }
-                },
-                Link::Down { retry_at, pause } if retry_at > Instant::now() => {
-                    self.link = Link::Down { retry_at, pause };
-                    return Ok(());
-                }
-                Link::Down { pause, .. } => match self.resume() {
-                    Ok(session) => {
-                        self.name_child_at = None;
-                        self.link = Link::Resuming(session);
-                    }
-                    Err(_) => {
-                        let pause = (pause * 2).min(PAUSE_MAX);
-                        self.link = Link::Down { retry_at: Instant::now() + pause, pause };
-                    }
-                },
+        for _ in 0..ANSWERS_AT_ONCE_MAX {
+            let (link, goes_on) = match std::mem::replace(&mut self.link, Link::down()) {
+                Link::Up(session) => self.poll_up(session)?,
+                Link::Resuming(session) => self.poll_resuming(session)?,
+                Link::Down { retry_at, pause } => self.poll_down(retry_at, pause),
+            };
+            self.link = link;
+            if !goes_on {
+                break;
             }
+        }
+        Ok(())
+    }
+
+    /// Takes in one answer. The flag says whether there may be more to do.
+    fn poll_up(&mut self, mut session: Session) -> Result<(Link, bool), Error> {
+        match session.try_receive() {
+            Ok(None) => return Ok((Link::Up(session), false)),
+            Ok(Some(Answer::Lost { why })) => return Err(Error::Lost(why.as_str().into())),
+            Ok(Some(Answer::Pong { lease })) => {
+                if let Some(mine) = &mut self.lease {
+                    mine.answered(lease);
+                }
+            }
+            Ok(Some(Answer::Stop { why })) => self.stop = Some(why.as_str().into()),
+            // At worst an error from an older daemon, which does not know the request that names the child.
+            Ok(Some(_)) => {}
+            Err(_) => return Ok((Link::down(), true)),
+        }
+        Ok((Link::Up(session), true))
+    }
+
+    fn poll_resuming(&mut self, mut session: Session) -> Result<(Link, bool), Error> {
+        match session.try_receive() {
+            Ok(None) => Ok((Link::Resuming(session), false)),
+            Ok(Some(Answer::Granted { token, lease })) if token == self.token => {
+                if let Some(mine) = &mut self.lease {
+                    mine.answered(lease);
+                }
+                Ok((Link::Up(session), true))
+            }
+            Ok(Some(Answer::Lost { why })) => Err(Error::Lost(why.as_str().into())),
+            // A daemon with too many clients has not decided about the lock.
+            Ok(Some(Answer::Error { code: ErrorCode::TooMany, .. })) => Ok((Link::down_for(PAUSE_MAX), true)),
+            Ok(Some(other)) => Err(Error::Lost(Error::unexpected(other).to_string())),
+            Err(_) => Ok((Link::down_for(PAUSE_MIN), true)),
+        }
+    }
+
+    fn poll_down(&mut self, retry_at: Instant, pause: Duration) -> (Link, bool) {
+        if retry_at > Instant::now() {
+            return (Link::Down { retry_at, pause }, false);
+        }
+        match self.resume() {
+            Ok(session) => {
+                self.name_child_at = None;
+                (Link::Resuming(session), true)
+            }
+            Err(_) => (Link::down_for((pause * 2).min(PAUSE_MAX)), true),
         }
     }
 
@@ -294,5 +299,9 @@ impl Link {
     /// The connection has just closed: the client tries at once to reconnect.
     fn down() -> Link {
         Link::Down { retry_at: Instant::now(), pause: PAUSE_MIN }
+    }
+
+    fn down_for(pause: Duration) -> Link {
+        Link::Down { retry_at: Instant::now() + pause, pause }
     }
 }

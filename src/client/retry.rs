@@ -12,7 +12,8 @@ use crate::proto::v2::LockRequest;
 /// keeps its place in the queue.
 ///
 /// # Errors
-/// [`Error::TimedOut`] at the deadline; others when no daemon can be reached or trusted, or it does not speak the
+/// [`Error::TimedOut`] at the deadline; [`Error::Silent`] if a request that does not wait has no reply within [`PROMPT_WAIT`],
+/// whatever the daemon does; others when no daemon can be reached or trusted, or it does not speak the
 /// protocol.
 pub fn lock(
     target: &Target,
@@ -20,13 +21,26 @@ pub fn lock(
     deadline: Option<Instant>,
     observer: &mut dyn WaitObserver,
 ) -> Result<(Session, LockReply), Error> {
+    if !request.nowait {
+        return lock_until(target, request, deadline, observer);
+    }
+    lock_until(target, request, Some(Instant::now() + PROMPT_WAIT), observer).map_err(|error| match error {
+        // The request does not wait for the lock, and so it did not time out.
+        Error::TimedOut => Error::Silent,
+        other => other,
+    })
+}
+
+fn lock_until(
+    target: &Target,
+    request: &LockRequest,
+    deadline: Option<Instant>,
+    observer: &mut dyn WaitObserver,
+) -> Result<(Session, LockReply), Error> {
     let mut request = request.clone();
     let mut retry = Retry::new(None);
-    let connect_until = if request.nowait { Some(Instant::now() + PROMPT_WAIT) } else { deadline };
     loop {
-        let mut session = match Session::connect(target, connect_until) {
-            // The request does not wait for the lock, and so it did not time out.
-            Err(Error::TimedOut) if request.nowait => return Err(Error::Silent),
+        let mut session = match Session::connect(target, deadline) {
             Err(e) if retry.is_worth(&e) => {
                 retry.pause(deadline)?;
                 continue;

@@ -8,22 +8,27 @@ use nix::unistd::Uid;
 
 use super::credentials::Credentials;
 use super::lease::Lease;
-use super::transport::Transport;
+use super::transport::{Transport, silent};
 use super::{Error, LockReply, Target, autostart};
 use crate::addr::{self, Addr};
 use crate::clock;
 use crate::lock_file;
 use crate::lookup;
 use crate::proto::v2::{
-    Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, LockUser, Mode, PREAMBLE, Request,
-    decode_answer, encode, encode_proven,
+    Answer, ErrorCode, FRAME_BYTES_MAX, LeaseTerms, LockRequest, LockStatus, LockUser, Mode, PREAMBLE,
+    Request, decode_answer, encode, encode_proven,
 };
 use crate::proto::{Key, Nonce};
+use crate::timestamp::Timestamp;
 
 /// How long a daemon may take to answer a request that it answers at once.
 pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(10);
-/// The same for a user who asked not to wait (`--nonblock`), or only looks.
-pub const PROMPT_WAIT: Duration = Duration::from_secs(3);
+/// The same for a user who asked not to wait (`--nonblock`), or only looks: such a command ends within 3 seconds, whatever the
+/// daemon does.
+pub const PROMPT_WAIT: Duration = Duration::from_millis(2500);
+
+/// How often the client reads at once what has arrived: often enough for a whole frame.
+const READS_AT_ONCE_MAX: usize = 20;
 
 /// Follows a request that waits: shows who holds the lock.
 pub trait WaitObserver {
@@ -46,6 +51,25 @@ impl WaitObserver for NoObserver {
     fn on_waiting(&mut self, _holders: &[LockUser], _ahead: u32) {}
 }
 
+/// A lock request under way.
+struct LockWait {
+    /// When it was sent.
+    sent: Timestamp,
+    deadline: Option<Instant>,
+    /// The daemon has let it wait.
+    has_waited: bool,
+    /// How many requests of the queue come first.
+    ahead: u32,
+    /// When to ask again who holds the lock.
+    look_at: Option<Instant>,
+}
+
+impl LockWait {
+    fn is_over(&self) -> bool {
+        self.deadline.is_some_and(|deadline| deadline <= Instant::now())
+    }
+}
+
 fn next_look(observer: &dyn WaitObserver) -> Option<Instant> {
     Some(Instant::now() + observer.pause()?)
 }
@@ -65,6 +89,8 @@ pub struct Session {
     credentials: Option<Box<Credentials>>,
     /// Bytes that have arrived and are not decoded yet.
     input: Vec<u8>,
+    /// How many of these bytes are known to contain no end of a line.
+    searched: usize,
     stage: Stage,
     /// The place in the order of arrival that the daemon stated, if it let the request wait.
     place: Option<u64>,
@@ -116,6 +142,7 @@ impl Session {
             transport,
             credentials,
             input: Vec::new(),
+            searched: 0,
             stage: Stage::Silent,
             place: None,
             lease: None,
@@ -134,88 +161,115 @@ impl Session {
         Ok(Session { answer_wait: limit, ..session })
     }
 
-    /// Asks for a lock and waits for the reply, at most until `deadline`.
+    /// Asks for a lock and waits for the reply, at most until `deadline`; a request with `nowait` has [`PROMPT_WAIT`] if there is
+    /// no deadline.
     ///
     /// # Errors
-    /// [`Error::TimedOut`] at the deadline. The caller drops the session then, since the reply may still come.
+    /// [`Error::TimedOut`] at the deadline, [`Error::Silent`] for a request with `nowait`. The caller drops the session then, since
+    /// the reply may still come.
     pub fn lock(
         &mut self,
         request: &LockRequest,
         deadline: Option<Instant>,
         observer: &mut dyn WaitObserver,
     ) -> Result<LockReply, Error> {
+        let mut wait = LockWait {
+            sent: clock::now(),
+            deadline: deadline.or_else(|| request.nowait.then(|| Instant::now() + PROMPT_WAIT)),
+            has_waited: false,
+            ahead: 0,
+            look_at: None,
+        };
         self.send(&Request::Lock(Box::new(request.clone())))?;
-        let limit = Instant::now() + PROMPT_WAIT;
-        let mut ahead = 0;
-        let mut look_at = None;
         loop {
-            let answer = match (deadline, look_at) {
-                // The daemon answers a request with `nowait` at once.
-                (None, None) if request.nowait => self.receive(Some(limit)).map_err(silent),
-                (Some(deadline), Some(look_at)) => self.receive(Some(deadline.min(look_at))),
-                (one, other) => self.receive(one.or(other)),
+            let at = [wait.deadline, wait.look_at].into_iter().flatten().min();
+            let reply = match self.receive(at) {
+                Err(Error::TimedOut) if !wait.is_over() => {
+                    self.look(request, &mut wait, observer).map(|()| None)
+                }
+                Err(e) => Err(e),
+                Ok(answer) => self.lock_reply(request, answer, &mut wait, observer),
             };
-            return Ok(match answer {
-                Err(Error::TimedOut) if deadline.is_none_or(|deadline| Instant::now() < deadline) => {
-                    look_at = next_look(observer);
-                    self.send(&Request::Status { key: Some(request.key.clone()), cluster: false })?;
-                    continue;
-                }
+            match reply {
+                Err(e) if request.nowait => return Err(silent(e)),
                 Err(e) => return Err(e),
-                Ok(Answer::Granted { token, lease }) => {
-                    if lease.is_some() {
-                        self.measure_lease()?;
-                    }
-                    LockReply::Granted(token)
+                Ok(Some(reply)) => return Ok(reply),
+                // A daemon that goes on sending must not keep the client from its deadline.
+                Ok(None) if wait.is_over() => {
+                    return Err(if request.nowait { Error::Silent } else { Error::TimedOut });
                 }
-                Ok(Answer::Finished { outcome, token }) => LockReply::Finished(outcome, token),
-                Ok(Answer::Busy { holders }) => LockReply::Busy(holders),
-                Ok(Answer::Fresh { run }) => LockReply::Fresh(run),
-                Ok(Answer::Superseded) => LockReply::Superseded,
-                Ok(Answer::Waiting { place, holders, ahead: before }) => {
-                    self.place = Some(place);
-                    ahead = before;
-                    observer.on_waiting(&holders, ahead);
-                    look_at = next_look(observer);
-                    continue;
-                }
-                Ok(Answer::Lock(status)) => {
-                    ahead = ahead_of_me(&status, request).unwrap_or(ahead);
-                    observer.on_waiting(&status.holders, ahead);
-                    continue;
-                }
-                Ok(Answer::End) => continue,
-                Ok(Answer::Error { code: ErrorCode::CannotRecord, message }) => {
-                    return Err(Error::Unrecorded(message));
-                }
-                Ok(Answer::Error { code: ErrorCode::Deadlock, message }) => {
-                    return Err(Error::Deadlock(message));
-                }
-                Ok(Answer::Error { code: ErrorCode::Unavailable, message }) => {
-                    return Err(Error::Unavailable(message));
-                }
-                Ok(Answer::Error { code: ErrorCode::PerHost, message }) => {
-                    return Err(Error::PerHost(message));
-                }
-                Ok(Answer::Error { code: ErrorCode::SlotsDiffer, message }) => {
-                    return Err(Error::SlotsDiffer(message));
-                }
-                Ok(Answer::Error { code: ErrorCode::NotPermitted, message }) => {
-                    return Err(Error::NotPermitted(message));
-                }
-                Ok(Answer::Error { code: ErrorCode::HeldAbove, .. }) => LockReply::HeldAbove,
-                Ok(other) => return Err(Error::unexpected(other)),
-            });
+                Ok(None) => {}
+            }
         }
     }
 
-    /// Asks for the lease of the lock that was just granted. (The grant states it too, but not when it was sent: this
-    /// process may have slept before it read the grant.)
-    fn measure_lease(&mut self) -> Result<(), Error> {
+    /// Asks who holds the lock that this session waits for.
+    fn look(
+        &mut self,
+        request: &LockRequest,
+        wait: &mut LockWait,
+        observer: &dyn WaitObserver,
+    ) -> Result<(), Error> {
+        wait.look_at = next_look(observer);
+        self.send(&Request::Status { key: Some(request.key.clone()), cluster: false })
+    }
+
+    /// Takes in one answer to a lock request. Returns `None` if the request goes on waiting.
+    fn lock_reply(
+        &mut self,
+        request: &LockRequest,
+        answer: Answer,
+        wait: &mut LockWait,
+        observer: &mut dyn WaitObserver,
+    ) -> Result<Option<LockReply>, Error> {
+        Ok(Some(match answer {
+            Answer::Granted { token, lease } => {
+                if let Some(terms) = lease {
+                    self.begin_lease(terms, wait)?;
+                }
+                LockReply::Granted(token)
+            }
+            Answer::Finished { outcome, token } => LockReply::Finished(outcome, token),
+            Answer::Busy { holders } => LockReply::Busy(holders),
+            Answer::Fresh { run } => LockReply::Fresh(run),
+            Answer::Superseded => LockReply::Superseded,
+            Answer::Waiting { place, holders, ahead } => {
+                self.place = Some(place);
+                (wait.has_waited, wait.ahead) = (true, ahead);
+                observer.on_waiting(&holders, ahead);
+                wait.look_at = next_look(observer);
+                return Ok(None);
+            }
+            Answer::Lock(status) => {
+                wait.ahead = ahead_of_me(&status, request).unwrap_or(wait.ahead);
+                observer.on_waiting(&status.holders, wait.ahead);
+                return Ok(None);
+            }
+            Answer::End => return Ok(None),
+            Answer::Error { code: ErrorCode::HeldAbove, .. } => LockReply::HeldAbove,
+            Answer::Error { code, message } => return Err(Error::of_lock(code, message)),
+            other => return Err(Error::unexpected(other)),
+        }))
+    }
+
+    /// Begins the lease of a lock that was just granted under these terms. Of a lock that was granted at once, it is known when
+    /// the grant was sent at the earliest. After a wait it is not (this process may have slept before it read the grant), so the
+    /// daemon is asked once more.
+    fn begin_lease(&mut self, terms: LeaseTerms, wait: &LockWait) -> Result<(), Error> {
+        let quick = Duration::from_millis(terms.good_ms) / 4;
+        if !wait.has_waited && clock::now() < wait.sent.plus(quick) {
+            self.lease = Some(Lease::new(wait.sent, terms));
+            return Ok(());
+        }
+        let limit = Instant::now() + self.answer_wait;
+        self.measure_lease(wait.deadline.map_or(limit, |deadline| deadline.min(limit)))
+    }
+
+    fn measure_lease(&mut self, limit: Instant) -> Result<(), Error> {
         let sent = clock::now();
         self.send(&Request::Ping)?;
         loop {
-            match self.answer()? {
+            match self.answer_until(limit)? {
                 Answer::Pong { lease: Some(terms) } => {
                     self.lease = Some(Lease::new(sent, terms));
                     return Ok(());
@@ -225,6 +279,7 @@ impl Session {
                 Answer::Lost { why } => return Err(Error::Lost(why.as_str().into())),
                 other => return Err(Error::unexpected(other)),
             }
+            check_limit(limit)?;
         }
     }
 
@@ -235,9 +290,10 @@ impl Session {
     pub fn leave(mut self) -> Result<(), Error> {
         // An error means that the connection is closed already.
         let _ = shutdown(self.transport.as_fd().as_raw_fd(), Shutdown::Write);
+        let limit = Instant::now() + self.answer_wait;
         loop {
-            match self.answer() {
-                Ok(_) => {}
+            match self.answer_until(limit) {
+                Ok(_) => check_limit(limit)?,
                 Err(Error::Silent) => return Err(Error::Silent),
                 Err(_) => return Ok(()),
             }
@@ -263,7 +319,15 @@ impl Session {
     /// # Errors
     /// [`Error::Silent`] when no answer comes, [`Error::Closed`] when the daemon is gone.
     pub fn answer(&mut self) -> Result<Answer, Error> {
-        self.receive(Some(Instant::now() + self.answer_wait)).map_err(silent)
+        self.answer_until(Instant::now() + self.answer_wait)
+    }
+
+    /// Returns the next answer, if it comes until `limit`.
+    ///
+    /// # Errors
+    /// As [`Session::answer`].
+    pub fn answer_until(&mut self, limit: Instant) -> Result<Answer, Error> {
+        self.receive(Some(limit)).map_err(silent)
     }
 
     /// Returns the status of one lock, or `None` if it has no holder and no waiter.
@@ -308,16 +372,18 @@ impl Session {
     /// Waits until the daemon confirms a release.
     ///
     /// # Errors
-    /// [`Error::Lost`] when the lock was lost before, [`Error::Closed`] when the daemon is gone.
+    /// [`Error::Lost`] when the lock was lost before, [`Error::Closed`] when the daemon is gone, [`Error::Silent`] when it does
+    /// not confirm in time.
     pub(super) fn confirm_release(&mut self) -> Result<(), Error> {
+        let limit = Instant::now() + self.answer_wait;
         loop {
-            return match self.answer()? {
-                Answer::Released => Ok(()),
+            match self.answer_until(limit)? {
+                Answer::Released => return Ok(()),
                 // Sent before the daemon read the release.
-                Answer::Pong { .. } | Answer::Stop { .. } => continue,
-                Answer::Lost { why } => Err(Error::Lost(why.as_str().into())),
-                other => Err(Error::unexpected(other)),
-            };
+                Answer::Pong { .. } | Answer::Stop { .. } => check_limit(limit)?,
+                Answer::Lost { why } => return Err(Error::Lost(why.as_str().into())),
+                other => return Err(Error::unexpected(other)),
+            }
         }
     }
 
@@ -342,7 +408,7 @@ impl Session {
             // From now on a command may have this connection too, and the daemon takes no request without a proof.
             self.proof = lock.nonce.filter(|_| lock.inherits || lock.exec);
         }
-        self.transport.write_all(&message)
+        self.transport.write_all(&message, self.answer_wait)
     }
 
     /// Waits for the next answer, at most until `deadline`. Checks the greeting and skips it.
@@ -350,20 +416,27 @@ impl Session {
     /// # Errors
     /// [`Error::TimedOut`] at the deadline, [`Error::Closed`] when the daemon is gone.
     pub fn receive(&mut self, deadline: Option<Instant>) -> Result<Answer, Error> {
+        let mut has_read = false;
         loop {
             if let Some(answer) = self.take()? {
                 return Ok(answer);
             }
+            // A part of an answer, however small, may always be there.
+            if has_read && deadline.is_some_and(|deadline| deadline <= Instant::now()) {
+                return Err(Error::TimedOut);
+            }
             self.transport.read(&mut self.input, deadline)?;
+            has_read = true;
         }
     }
 
-    /// Returns the next answer, if it has arrived.
+    /// Returns the next answer, if it has arrived. Reads no more than there is in a frame: what is left keeps the descriptor
+    /// readable.
     ///
     /// # Errors
     /// [`Error::Closed`] when the daemon is gone.
     pub(super) fn try_receive(&mut self) -> Result<Option<Answer>, Error> {
-        loop {
+        for _ in 0..READS_AT_ONCE_MAX {
             if let Some(answer) = self.take()? {
                 return Ok(Some(answer));
             }
@@ -371,13 +444,20 @@ impl Session {
                 return Ok(None);
             }
         }
+        self.take()
+    }
+
+    /// Returns `true` if there may be an answer among the bytes that were read, which no longer make the descriptor readable.
+    pub(super) fn has_unread(&self) -> bool {
+        self.input.len() > self.searched
     }
 
     /// Decodes one answer from the bytes that have arrived.
     fn take(&mut self) -> Result<Option<Answer>, Error> {
         // Not memchr's search: it would first detect the processor's features, which costs more than it saves.
-        while let Some(end) = self.input.iter().position(|&byte| byte == b'\n') {
-            let line: Vec<u8> = self.input.drain(..=end).collect();
+        while let Some(end) = self.input[self.searched..].iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = self.input.drain(..=self.searched + end).collect();
+            self.searched = 0;
             if line[0] != b'{' {
                 return Err(Error::not_version_2());
             }
@@ -392,6 +472,7 @@ impl Session {
                 (_, answer) => return Err(Error::unexpected(answer)),
             }
         }
+        self.searched = self.input.len();
         match self.input.first() {
             Some(&byte) if byte != b'{' => Err(Error::not_version_2()),
             _ if self.input.len() > FRAME_BYTES_MAX => {
@@ -423,10 +504,7 @@ fn check_trust(target: &Target, fd: &OwnedFd) -> Result<(), Error> {
     Err(Error::Untrusted { addr: target.addr.clone(), uid, user: lookup::user(uid) })
 }
 
-/// An answer that was due at once did not come.
-fn silent(error: Error) -> Error {
-    match error {
-        Error::TimedOut => Error::Silent,
-        other => other,
-    }
+/// Fails when the time is up, for a client that reads answers until one of a certain kind comes.
+fn check_limit(limit: Instant) -> Result<(), Error> {
+    if limit <= Instant::now() { Err(Error::Silent) } else { Ok(()) }
 }

@@ -1,7 +1,7 @@
 //! The stream under a connection: a socket, or TLS over one.
 
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{MsgFlags, recv, send};
@@ -16,7 +16,7 @@ use crate::tls::ClientStream;
 const READ_BYTES: usize = 4096;
 /// How long a TLS handshake may take, if the caller sets no deadline.
 #[cfg(feature = "tls")]
-const HANDSHAKE_WAIT: std::time::Duration = std::time::Duration::from_secs(10);
+const HANDSHAKE_WAIT: Duration = Duration::from_secs(10);
 
 #[derive(Debug)]
 pub(super) enum Transport {
@@ -43,24 +43,31 @@ impl Transport {
         Ok(Transport::Plain(fd))
     }
 
-    /// Writes all of it.
+    /// Writes all of it. `wait`: how long the daemon may take to make room.
     ///
     /// # Errors
-    /// [`Error::Closed`] when the daemon is gone.
-    pub(super) fn write_all(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
+    /// [`Error::Closed`] when the daemon is gone, [`Error::Silent`] when it does not read.
+    pub(super) fn write_all(&mut self, mut bytes: &[u8], wait: Duration) -> Result<(), Error> {
         match self {
             Transport::Plain(fd) => {
                 while !bytes.is_empty() {
-                    match send(fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL) {
+                    match send(fd.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT) {
                         Ok(sent) => bytes = &bytes[sent..],
                         Err(nix::Error::EINTR) => {}
+                        Err(nix::Error::EAGAIN) => {
+                            wait_for(&*fd, PollFlags::POLLOUT, Some(Instant::now() + wait))
+                                .map_err(silent)?;
+                        }
                         Err(e) => return Err(closed_or("write to the daemon", e)),
                     }
                 }
                 Ok(())
             }
             #[cfg(feature = "tls")]
-            Transport::Tls(stream) => stream.write_all(bytes).map_err(tls_error),
+            Transport::Tls(stream) => match stream.write_all(bytes, Instant::now() + wait) {
+                Err(crate::tls::Error::TimedOut) => Err(Error::Silent),
+                other => other.map_err(tls_error),
+            },
         }
     }
 
@@ -100,21 +107,26 @@ impl Transport {
 
     /// Waits until something has arrived, at most until `deadline`.
     pub(super) fn wait_readable(&self, deadline: Option<Instant>) -> Result<(), Error> {
-        loop {
-            let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
-                let left = deadline.saturating_duration_since(Instant::now());
-                // Rounded up: poll(2) counts whole milliseconds and would return too early.
-                let millis = left.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
-                PollTimeout::try_from(millis).expect("it is from 0 to i32::MAX")
-            });
-            match poll(&mut [PollFd::new(self.as_fd(), PollFlags::POLLIN)], timeout) {
-                Ok(0) if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
-                    return Err(Error::TimedOut);
-                }
-                Ok(0) | Err(nix::Error::EINTR) => {}
-                Ok(_) => return Ok(()),
-                Err(e) => return Err(Error::Io("wait for the daemon", e.into())),
+        wait_for(self, PollFlags::POLLIN, deadline)
+    }
+}
+
+/// Waits until a descriptor is ready, at most until `deadline`.
+fn wait_for(fd: &impl AsFd, event: PollFlags, deadline: Option<Instant>) -> Result<(), Error> {
+    loop {
+        let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
+            let left = deadline.saturating_duration_since(Instant::now());
+            // Rounded up: poll(2) counts whole milliseconds and would return too early.
+            let millis = left.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
+            PollTimeout::try_from(millis).expect("it is from 0 to i32::MAX")
+        });
+        match poll(&mut [PollFd::new(fd.as_fd(), event)], timeout) {
+            Ok(0) if deadline.is_some_and(|deadline| deadline <= Instant::now()) => {
+                return Err(Error::TimedOut);
             }
+            Ok(0) | Err(nix::Error::EINTR) => {}
+            Ok(_) => return Ok(()),
+            Err(e) => return Err(Error::Io("wait for the daemon", e.into())),
         }
     }
 }
@@ -142,6 +154,14 @@ fn receive(fd: &OwnedFd, input: &mut Vec<u8>, flags: MsgFlags) -> Result<bool, E
             Err(nix::Error::EINTR) => {}
             Err(e) => return Err(closed_or("read from the daemon", e)),
         }
+    }
+}
+
+/// An answer, or room for a request, that was due at once did not come.
+pub(super) fn silent(error: Error) -> Error {
+    match error {
+        Error::TimedOut => Error::Silent,
+        other => other,
     }
 }
 

@@ -18,6 +18,9 @@ const CA: &str = "--tls-ca";
 const CERT: &str = "--tls-cert";
 const KEY: &str = "--tls-key";
 
+/// How often what a daemon has sent is read, in search of why it closed the connection.
+const LAST_READS_MAX: usize = 64;
+
 /// The PEM files of a client.
 #[derive(Clone, Debug, Default)]
 pub struct ClientFiles {
@@ -59,7 +62,7 @@ fn system_authorities() -> Result<RootCertStore, Error> {
     if store.is_empty() { Err(Error::NoAuthorities) } else { Ok(store) }
 }
 
-/// A TLS connection of a client, over a socket that blocks.
+/// A TLS connection of a client.
 #[derive(Debug)]
 pub struct ClientStream {
     fd: OwnedFd,
@@ -87,37 +90,44 @@ impl ClientStream {
         let mut stream = ClientStream { fd, tls, early: Vec::new(), ended: false };
         let mut early = Vec::new();
         while stream.tls.is_handshaking() {
-            stream.flush()?;
+            stream.flush(deadline)?;
             if !stream.tls.is_handshaking() {
                 break;
             }
-            wait_readable(&stream.fd, deadline)?;
+            wait_for(&stream.fd, PollFlags::POLLIN, deadline)?;
             if stream.try_read(&mut early)? == Some(0) {
                 return Err(Error::Closed);
             }
+            // A daemon may always have sent a little more.
+            if stream.tls.is_handshaking() && deadline <= Instant::now() {
+                return Err(Error::TimedOut);
+            }
         }
-        stream.flush()?;
+        stream.flush(deadline)?;
         stream.early = early;
         Ok(stream)
     }
 
-    /// Writes all of it.
+    /// Writes all of it, until `deadline` at the most.
     ///
     /// # Errors
-    /// What the kernel gives, or what the daemon said before it closed the connection.
-    pub fn write_all(&mut self, mut plaintext: &[u8]) -> Result<(), Error> {
+    /// What the kernel gives, or what the daemon said before it closed the connection; [`Error::TimedOut`] when it does not read.
+    pub fn write_all(&mut self, mut plaintext: &[u8], deadline: Instant) -> Result<(), Error> {
         while !plaintext.is_empty() {
             let taken = self.tls.writer().write(plaintext).map_err(Error::Io)?;
             plaintext = &plaintext[taken..];
-            self.flush()?;
+            self.flush(deadline)?;
         }
         Ok(())
     }
 
-    fn flush(&mut self) -> Result<(), Error> {
+    fn flush(&mut self, deadline: Instant) -> Result<(), Error> {
         while self.tls.wants_write() {
             match self.tls.write_tls(&mut Socket(&self.fd)) {
                 Ok(_) => {}
+                Err(e) if e.kind() == io::ErrorKind::WouldBlock => {
+                    wait_for(&self.fd, PollFlags::POLLOUT, deadline)?;
+                }
                 Err(error) => return Err(self.last_words(error)),
             }
         }
@@ -126,14 +136,14 @@ impl ClientStream {
 
     /// Why the daemon takes nothing any more: it may have said so before.
     fn last_words(&mut self, error: io::Error) -> Error {
-        let mut ignored = Vec::new();
-        loop {
-            match self.try_read(&mut ignored) {
+        for _ in 0..LAST_READS_MAX {
+            match self.try_read(&mut Vec::new()) {
                 Ok(Some(1..)) => {}
-                Ok(None | Some(0)) | Err(Error::Io(_)) => return Error::Io(error),
+                Ok(None | Some(0)) | Err(Error::Io(_)) => break,
                 Err(said) => return said,
             }
         }
+        Error::Io(error)
     }
 
     /// Reads what has arrived, without waiting, and appends its plaintext to `plaintext`. Returns how many bytes were read, which
@@ -188,12 +198,12 @@ impl AsFd for ClientStream {
     }
 }
 
-/// Writes to a socket, and never dies of SIGPIPE.
+/// Writes to a socket without waiting, and never dies of SIGPIPE.
 struct Socket<'a>(&'a OwnedFd);
 
 impl Write for Socket<'_> {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        Ok(send(self.0.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL)?)
+        Ok(send(self.0.as_raw_fd(), bytes, MsgFlags::MSG_NOSIGNAL | MsgFlags::MSG_DONTWAIT)?)
     }
 
     fn flush(&mut self) -> io::Result<()> {
@@ -201,13 +211,13 @@ impl Write for Socket<'_> {
     }
 }
 
-fn wait_readable(fd: &OwnedFd, deadline: Instant) -> Result<(), Error> {
+fn wait_for(fd: &OwnedFd, event: PollFlags, deadline: Instant) -> Result<(), Error> {
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
         // Rounded up, since poll(2) counts whole milliseconds, and would return too early.
         let millis = left.as_micros().div_ceil(1000).min(i32::MAX as u128) as i32;
         let timeout = PollTimeout::try_from(millis).expect("it is from 0 to i32::MAX");
-        match poll(&mut [PollFd::new(fd.as_fd(), PollFlags::POLLIN)], timeout) {
+        match poll(&mut [PollFd::new(fd.as_fd(), event)], timeout) {
             Ok(0) if deadline <= Instant::now() => return Err(Error::TimedOut),
             Ok(0) | Err(nix::Error::EINTR) => {}
             Ok(_) => return Ok(()),

@@ -124,7 +124,7 @@ fn converse(
     let (near, far) = UnixStream::pair().unwrap();
     let daemon = echo(tls, far, step);
     let client = ClientStream::connect(near.into(), files, host, soon()).and_then(|mut stream| {
-        stream.write_all(b"hello\n")?;
+        stream.write_all(b"hello\n", soon())?;
         read(&mut stream, 6)
     });
     (client, daemon.join().unwrap())
@@ -151,7 +151,7 @@ fn much_data_passes_and_no_buffer_of_the_session_grows() {
         ClientStream::connect(near.into(), &authority.client_files(), "localhost", soon()).unwrap();
     let piece: Vec<u8> = (0..10_000_u32).map(|number| number as u8).collect();
     for _ in 0..100 {
-        stream.write_all(&piece).unwrap();
+        stream.write_all(&piece, soon()).unwrap();
         assert_eq!(read(&mut stream, piece.len()).unwrap(), piece);
     }
     drop(stream);

@@ -29,6 +29,7 @@ mod first_caller;
 mod generated;
 mod harmless;
 mod harness;
+mod hostile;
 mod imports;
 mod init;
 mod keyedmutex;
