@@ -562,7 +562,7 @@ _kmutex() {
             return 0
             ;;
         kmutex__subcmd__serve)
-            opts="-s -f -m -t -h --socket --sock --force --maxconn --timeout --no-log --log-level --mode --group --max-per-uid --show-commands --state --grace --remember-max --auth-file --open --tls-cert --tls-key --tls-client-ca --etcd --etcd-ca --etcd-cert --etcd-key --etcd-user --etcd-password-file --etcd-ttl --etcd-timeout --etcd-prefix --ready-fd --idle-exit --detach --help"
+            opts="-s -f -m -t -h --socket --sock --force --maxconn --timeout --no-log --log-level --mode --group --max-per-uid --reserve --show-commands --state --grace --remember-max --auth-file --open --tls-cert --tls-key --tls-client-ca --etcd --etcd-ca --etcd-cert --etcd-key --etcd-user --etcd-password-file --etcd-ttl --etcd-timeout --etcd-prefix --ready-fd --idle-exit --detach --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -609,6 +609,10 @@ _kmutex() {
                     return 0
                     ;;
                 --max-per-uid)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --reserve)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -970,15 +974,21 @@ fi
 # Completes with the keys that are held or waited for, where a KEY is expected.
 _kmutex_with_keys() {
     _kmutex "$@"
-    local current="${COMP_WORDS[COMP_CWORD]}" previous="${COMP_WORDS[COMP_CWORD-1]}" index
+    local current="${COMP_WORDS[COMP_CWORD]}" word=$COMP_CWORD line="${COMP_LINE:0:COMP_POINT}" index
+    # Bash divides a word at characters like = and :, and replaces only the last part, "$2".
+    while [[ word -gt 2 && -n "$line" && "$line" == *"${COMP_WORDS[word-1]}$current" ]]; do
+        word=$((word - 1)) current="${COMP_WORDS[word]}$current"
+    done
+    local kept="${current%"$2"}"
+    local previous="${COMP_WORDS[word-1]}"
     case "${COMP_WORDS[1]}" in
-        run|lock|unlock|status|break) ;;
+        run|lock|unlock|status|break|forget) ;;
         *) return ;;
     esac
-    [[ COMP_CWORD -lt 2 || "$current" == -* ]] && return
+    [[ word -lt 2 || "$current" == -* ]] && return
     if [[ "$previous" != -k && "$previous" != --key ]]; then
         # Only the first word that is neither an option nor, as far as one can see, the value of one.
-        for ((index = 2; index < COMP_CWORD; index++)); do
+        for ((index = 2; index < word; index++)); do
             [[ "${COMP_WORDS[index]}" == -* || "${COMP_WORDS[index-1]}" == -* ]] || return
         done
     fi
@@ -987,7 +997,7 @@ _kmutex_with_keys() {
     local key quoted
     while IFS= read -r key; do
         printf -v quoted %q "$key"
-        [[ "$key" == "$current"* || "$quoted" == "$current"* ]] && COMPREPLY+=("$quoted")
+        [[ "$key" == "$current"* || "$quoted" == "$current"* ]] && COMPREPLY+=("${quoted#"$kept"}")
     done < <(kmutex status --keys 2>/dev/null)
 }
 complete -F _kmutex_with_keys -o bashdefault -o default kmutex

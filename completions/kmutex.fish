@@ -151,6 +151,7 @@ debug\t'Every connect, grant, wait, release, expiry and close'"
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l mode -d 'Create Unix sockets with this octal mode' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l group -d 'Create Unix sockets with this group: a name or a number' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l max-per-uid -d 'Serve at most N connections per user on Unix sockets; refuse further ones' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l reserve -d 'Reserve the keys that begin with PREFIX for USER, or for the members of :GROUP; repeat for more' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l state -d 'Keep the journal in FILE instead of beside the first Unix socket' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l grace -d 'Keep the lock of a holder that has not reconnected for DURATION after a restart' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l remember-max -d 'Remember for N locks when their work was last done (see run --fresh); the oldest are forgotten first' -r

@@ -101,11 +101,12 @@ impl Addr {
         })
     }
 
-    /// The addresses of a TCP address, in the order in which they should be tried. None for a Unix socket.
+    /// The addresses of a TCP address, in the order in which they should be tried. None for a Unix socket. Resolving a name
+    /// ends at the deadline, if there is one, and takes a few seconds at the most.
     ///
     /// # Errors
     /// [`Error::Io`] when the host's name cannot be resolved.
-    pub fn resolve(&self) -> Result<Vec<SocketAddr>, Error> {
+    pub fn resolve(&self, deadline: Option<Instant>) -> Result<Vec<SocketAddr>, Error> {
         match self {
             Addr::Unix(_) => Ok(Vec::new()),
             Addr::Loopback(port) => Ok(vec![
@@ -113,7 +114,7 @@ impl Addr {
                 SocketAddr::from(([0u16, 0, 0, 0, 0, 0, 0, 1], *port)),
             ]),
             Addr::Tcp { host, port } | Addr::Tls { host, port } => {
-                let found = lookup::host(host).map_err(|e| self.error("resolve", e))?;
+                let found = lookup::host(host, deadline).map_err(|e| self.error("resolve", e))?;
                 Ok(found.into_iter().map(|ip| SocketAddr::new(ip, *port)).collect())
             }
         }
@@ -129,7 +130,7 @@ impl Addr {
             Addr::Unix(path) => connect_unix(path, deadline).map_err(error),
             _ => {
                 let mut last = io::Error::from(io::ErrorKind::AddrNotAvailable);
-                for addr in self.resolve()? {
+                for addr in self.resolve(deadline)? {
                     match connect_tcp(addr, deadline) {
                         Ok(fd) => return Ok(fd),
                         Err(e) => last = e,

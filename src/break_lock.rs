@@ -35,7 +35,7 @@ pub fn break_lock(target: &Target, key: Key, confirm: Confirm) -> Result<(), Err
         Answer::Error { code: ErrorCode::Unavailable, message } => {
             Err(Error::Client(client::Error::Unavailable(message)))
         }
-        Answer::Error { code: ErrorCode::NotPermitted, .. } => Err(Error::NotPermitted(key)),
+        Answer::Error { code: ErrorCode::NotPermitted, message } => Err(Error::NotPermitted(key, message)),
         other => Err(Error::Client(client::Error::unexpected(other))),
     }
 }
@@ -74,9 +74,9 @@ pub enum Error {
     /// No client holds the lock.
     #[error("no client holds the lock {:?}", .0.as_str())]
     NotHeld(Key),
-    /// This user may not break the lock.
-    #[error("not permitted to break the lock {:?}: only root, the daemon's user, the holder's user or name, and !admin names may", .0.as_str())]
-    NotPermitted(Key),
+    /// This user may not break the lock, and why.
+    #[error("not permitted to break the lock {:?}: {}", .0.as_str(), .1)]
+    NotPermitted(Key, String),
     /// The user said no.
     #[error("not broken")]
     Refused,
@@ -94,7 +94,7 @@ impl Error {
         match self {
             Error::Client(error) => error.exit(),
             Error::NotHeld(_) => Exit::BadData,
-            Error::NotPermitted(_) | Error::Refused => Exit::NotPermitted,
+            Error::NotPermitted(..) | Error::Refused => Exit::NotPermitted,
             Error::NoTerminal => Exit::Usage,
             Error::Terminal(_) => Exit::Os,
         }

@@ -483,6 +483,14 @@ pub struct Serve {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..))]
     pub max_per_uid: Option<u32>,
 
+    /// Reserve the keys that begin with PREFIX for USER, or for the members of :GROUP; repeat for more
+    ///
+    /// Only these users and root can lock such a key, break its lock, or forget its runs. USER is also the name of a client over
+    /// TCP (see --auth-file). The longest PREFIX counts; with the same PREFIX several times, each USER may. Without this
+    /// option, a key that begins with @NAME/ belongs to the user NAME. No client of protocol 1 can hold a reserved key.
+    #[arg(long, value_name = "PREFIX=USER|:GROUP", value_parser = reservation)]
+    pub reserve: Vec<(String, String)>,
+
     /// Show the commands and notes of all users to every user
     ///
     /// Without this option, kmutex status shows them only to root, to the daemon's user and to the user whose they are. A
@@ -682,6 +690,16 @@ fn etcd_timeout(text: &str) -> Result<Duration, String> {
     match timeout.as_secs_f64() {
         0.05..=60.0 => Ok(timeout),
         _ => Err("not from 0.05 to 60 seconds".into()),
+    }
+}
+
+/// Parses `PREFIX=USER` or `PREFIX=:GROUP`. A prefix may have equals signs, a name has none.
+fn reservation(text: &str) -> Result<(String, String), String> {
+    match text.rsplit_once('=') {
+        Some(("", _)) => Err("PREFIX is empty".into()),
+        Some((_, "" | ":")) => Err("USER or :GROUP is missing".into()),
+        Some((prefix, owner)) => Ok((prefix.into(), owner.into())),
+        None => Err("not PREFIX=USER or PREFIX=:GROUP".into()),
     }
 }
 

@@ -19,6 +19,8 @@
 //! | `connections.rs` | all of them: which have output, which have sent only part of a message |
 //! | `identity.rs` | who a client over TCP is, and its TLS session |
 //! | `gate.rs` | who may use the TCP ports, and as whom |
+//! | `reserve.rs` | which keys belong to which users |
+//! | `users.rs` | the users of this machine, looked up by threads |
 //! | `attempts.rs`, `verifier.rs` | in which order secrets are verified, and the thread that does it |
 //! | `lookup.rs` | a read-only view of table, connections and orphans, for status, log and journal |
 //! | `recorder.rs` | the table's changes to the journal |
@@ -55,9 +57,11 @@ mod orphans;
 mod processes;
 mod recorder;
 mod remote;
+mod reserve;
 mod server;
 mod socket_lock;
 mod source;
+mod users;
 mod verifier;
 
 use std::fs::File;
@@ -79,6 +83,7 @@ use gate::{Exposure, Gate};
 pub use listener::Access;
 use listener::Listener;
 use recorder::Recorder;
+pub use reserve::{Owner, Reservation};
 use server::Server;
 use socket_lock::SocketLock;
 
@@ -99,6 +104,8 @@ pub struct Config {
     /// How many connections one user may have on the Unix sockets, the processes of `kmutex lock` included. `None`: a quarter
     /// of all connections, and at least 16; root and the daemon's own user then have no limit.
     pub per_uid_max: Option<u32>,
+    /// The keys that belong to some users only, besides those which begin with `@NAME/`.
+    pub reservations: Vec<Reservation>,
     /// Show the commands and notes of all users to all users in a status.
     pub shows_commands: bool,
     /// After a restart, how long the daemon keeps a lock for a holder that has not come back and whose process it cannot
@@ -161,6 +168,7 @@ impl Config {
             when_full: WhenFull::Answer,
             hold_limit: Some(Duration::from_secs(30)),
             per_uid_max: None,
+            reservations: Vec::new(),
             shows_commands: false,
             grace: Duration::from_secs(30),
             state: None,

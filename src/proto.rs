@@ -81,7 +81,10 @@ pub const KEY_BYTES_MAX: usize = 1024;
 /// What a lock is called: 1 to [`KEY_BYTES_MAX`] bytes of UTF-8.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
-pub struct Key(Box<str>);
+pub struct Key {
+    text: Box<str>,
+    is_reserved: bool,
+}
 
 impl Key {
     /// Takes the text as it is: no trimming, no normal form.
@@ -92,20 +95,44 @@ impl Key {
         let text = text.into();
         match text.len() {
             0 => Err(KeyError::Empty),
-            1..=KEY_BYTES_MAX => Ok(Key(text)),
+            1..=KEY_BYTES_MAX => {
+                let is_reserved = owner(&text).is_some();
+                Ok(Key { text, is_reserved })
+            }
             bytes => Err(KeyError::TooLong(bytes)),
         }
     }
 
     /// The key as it was given.
     pub fn as_str(&self) -> &str {
-        &self.0
+        &self.text
     }
 
-    /// The lock's identity in both protocols: the MD5 of the key's bytes.
-    pub fn id(&self) -> LockId {
-        LockId(Md5::digest(self.0.as_bytes()).into())
+    /// Returns the user to whom the key belongs by its name: `NAME` of a key that begins with `@NAME/`.
+    pub fn owner(&self) -> Option<&str> {
+        owner(&self.text)
     }
+
+    /// Notes that the key belongs to some users only (`kmutex serve --reserve`), or that it does not, which changes its
+    /// identity. A key with an [owner](Key::owner) always belongs to that.
+    #[doc(hidden)]
+    pub fn set_reserved(&mut self, is_reserved: bool) {
+        self.is_reserved = is_reserved || self.owner().is_some();
+    }
+
+    /// The lock's identity: the MD5 of the key's bytes, in both protocols. The identity of a reserved key is one that protocol 1
+    /// cannot name ([`LockId::is_reserved`]).
+    pub fn id(&self) -> LockId {
+        let mut bytes: [u8; 16] = Md5::digest(self.text.as_bytes()).into();
+        if self.is_reserved {
+            bytes[..LockId::RESERVED.len()].copy_from_slice(&LockId::RESERVED);
+        }
+        LockId(bytes)
+    }
+}
+
+fn owner(text: &str) -> Option<&str> {
+    Some(text.strip_prefix('@')?.split_once('/')?.0)
 }
 
 impl TryFrom<String> for Key {
@@ -117,7 +144,7 @@ impl TryFrom<String> for Key {
 
 impl From<Key> for String {
     fn from(key: Key) -> String {
-        key.0.into()
+        key.text.into()
     }
 }
 
@@ -147,6 +174,17 @@ impl std::error::Error for KeyError {}
 /// The identity of a lock: the MD5 of its key. Protocol 1 sends no more of a key.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct LockId(pub [u8; 16]);
+
+impl LockId {
+    /// What the identity of a reserved key begins with. Behind it are the last twelve bytes of the key's MD5.
+    const RESERVED: [u8; 4] = *b"\0km@";
+
+    /// Returns `true` for the identity of a reserved key. Protocol 1, which sends no key, cannot lock it: of the other keys, one
+    /// in four thousand million has such an identity.
+    pub fn is_reserved(&self) -> bool {
+        self.0.starts_with(&LockId::RESERVED)
+    }
+}
 
 impl fmt::Display for LockId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -236,6 +274,34 @@ mod tests {
         // RFC 1321, appendix A.5.
         let key = Key::new("message digest").unwrap();
         assert_eq!(key.id().to_string(), "f96b697d7cb7938d525a2f31aaf161d0");
+    }
+
+    #[test]
+    fn a_reserved_key_has_an_identity_of_its_own() {
+        let id = |text: &str| Key::new(text).unwrap().id();
+        for text in ["@bob/backup", "@bob/", "@/x", "@1000/a/b"] {
+            assert!(id(text).is_reserved(), "{text}");
+            assert_eq!(id(text).0[4..], Md5::digest(text.as_bytes())[4..], "{text}");
+        }
+        assert_ne!(id("@bob/backup"), id("@bob/restore"));
+        for text in ["@bob", "bob/x", "a@bob/x", "message digest"] {
+            assert_eq!(id(text).0[..], Md5::digest(text.as_bytes())[..], "{text}");
+            let mut key = Key::new(text).unwrap();
+            key.set_reserved(true);
+            assert!(key.id().is_reserved(), "{text}");
+        }
+        let mut owned = Key::new("@bob/x").unwrap();
+        owned.set_reserved(false);
+        assert!(owned.id().is_reserved());
+        assert!(!LockId(v2::PREAMBLE).is_reserved());
+    }
+
+    #[test]
+    fn the_owner_of_a_key_stands_before_the_first_slash() {
+        let owner = |text: &str| Key::new(text).unwrap().owner().map(String::from);
+        assert_eq!(owner("@bob/a/b").as_deref(), Some("bob"));
+        assert_eq!(owner("@/x").as_deref(), Some(""));
+        assert_eq!([owner("@bob"), owner("bob/x"), owner(" @bob/x")], [None, None, None]);
     }
 
     #[test]

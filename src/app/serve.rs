@@ -1,6 +1,7 @@
 //! `kmutex serve`, and the same daemon under the name of KeyedMutex's, `keyedmutexd`: from the arguments to the daemon's
 //! configuration.
 
+use std::io;
 #[cfg(feature = "tls")]
 use std::path::PathBuf;
 use std::time::Duration;
@@ -9,12 +10,11 @@ use env_logger::Target;
 
 #[cfg(feature = "tls")]
 use super::lock;
-#[cfg(feature = "etcd")]
-use super::usage;
-use super::{Failure, failure, log, other_daemons};
-use crate::addr::{self, Addr};
+use super::{Failure, failure, log, other_daemons, usage};
+use crate::addr::{self, Addr, Reason};
 use crate::cli::{self, Keyedmutexd, LogLevel};
 use crate::daemon;
+use crate::lookup;
 #[cfg(feature = "tls")]
 use crate::tls::ServerFiles;
 #[cfg(feature = "etcd")]
@@ -53,11 +53,13 @@ impl TryFrom<cli::Serve> for daemon::Config {
         };
         #[cfg(feature = "tls")]
         let tls = tls_files(&args, &addrs)?;
+        let reservations = reservations(&args)?;
         Ok(daemon::Config {
             access: daemon::Access { mode: args.mode, group: args.group },
             connections_max: args.maxconn,
             hold_limit: (args.timeout > Duration::ZERO).then_some(args.timeout),
             per_uid_max: args.max_per_uid,
+            reservations,
             shows_commands: args.show_commands,
             grace: args.grace,
             state: args.state,
@@ -74,6 +76,25 @@ impl TryFrom<cli::Serve> for daemon::Config {
             ..daemon::Config::new(addrs)
         })
     }
+}
+
+/// Returns which keys belong to whom. With names over TCP, a user need not be one of this machine.
+fn reservations(args: &cli::Serve) -> Result<Vec<daemon::Reservation>, Failure> {
+    let bad = |prefix: &str, owner: &str, e: io::Error| {
+        usage(&format!("--reserve {prefix}={owner}: {}", Reason(&e)))
+    };
+    let reservation = |(prefix, owner): &(String, String)| {
+        let found = match owner.strip_prefix(':') {
+            Some(group) => lookup::group(group).map(|gid| daemon::Owner::Group(group.into(), gid)),
+            None => match lookup::uid(owner) {
+                Err(e) if args.auth_file.is_none() => Err(e),
+                uid => Ok(daemon::Owner::User { name: owner.clone(), uid: uid.ok() }),
+            },
+        };
+        let owner = found.map_err(|e| bad(prefix, owner, e))?;
+        Ok(daemon::Reservation { prefix: prefix.clone(), owner })
+    };
+    args.reserve.iter().map(reservation).collect()
 }
 
 /// Returns the daemon's certificates. `None`: it has none.

@@ -47,6 +47,8 @@ pub(super) struct Connection {
     pub(super) interest: Interest,
     /// `input` holds whole requests, which are handled when the output was sent. Until then nothing is read.
     pub(super) postponed: bool,
+    /// Its next request is handled when the daemon has looked up a user. Until then nothing is read.
+    pub(super) awaits_user: bool,
     /// It holds nothing and waits for nothing any more. It is closed once `output` was sent, or cannot be sent.
     pub(super) closing: bool,
     /// `peer` is known, which it is on a Unix socket. (The two fields are not an `Option` because that would take four
@@ -110,6 +112,7 @@ impl Connection {
             dirty: false,
             interest: Interest::Input,
             postponed: false,
+            awaits_user: false,
             closing: false,
             has_peer: peer.is_some(),
             peer: peer.unwrap_or(Peer { pid: 0, uid: 0 }),
@@ -156,7 +159,8 @@ impl Connection {
 
     /// Returns `true` if nothing is to be read for now.
     pub(super) fn is_paused(&self) -> bool {
-        self.identity.as_ref().is_some_and(|identity| identity.standing == Standing::Verifying)
+        self.awaits_user
+            || self.identity.as_ref().is_some_and(|identity| identity.standing == Standing::Verifying)
     }
 
     /// Reads what has arrived, without waiting.

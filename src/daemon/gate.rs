@@ -293,6 +293,11 @@ impl Gate {
         rights.is_some_and(|rights| rights.may_lock_by_id(lock))
     }
 
+    /// Returns `true` if clients over TCP may have this name.
+    pub(super) fn is_name(&self, name: &str) -> bool {
+        self.auth.as_ref().is_some_and(|auth| auth.file.find(name).is_some())
+    }
+
     /// Returns `true` if the client may break every lock.
     pub(super) fn is_admin(&self, identity: &Identity) -> bool {
         let rights = identity.name().zip(self.auth.as_ref()).and_then(|(name, auth)| auth.file.find(name));

@@ -301,7 +301,7 @@ fn bind_tcp(addr: &Addr, exposure: Exposure, listeners: &mut Vec<Listener>) -> R
     let error = |e| Error::bind(addr, e);
     let is_tls = matches!(addr, Addr::Tls { .. });
     let before = listeners.len();
-    for mut socket in addr.resolve()? {
+    for mut socket in addr.resolve(None)? {
         check_exposure(socket, is_tls, exposure)?;
         if let (Some(first), 0) = (listeners.get(before), socket.port()) {
             // Port 0 lets the kernel choose; all sockets of one address get the port that it chose for the first.

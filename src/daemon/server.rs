@@ -35,7 +35,9 @@ use super::orphans::{Orphans, Successor};
 use super::processes::Liveness;
 use super::recorder::{Grant, Recorder};
 use super::remote::{RemoteReply, RemoteRequest};
+use super::reserve::Reservations;
 use super::source::Source;
+use super::users::Users;
 use super::{Config, failpoint, log};
 use crate::addr::Reason;
 use crate::clock;
@@ -74,6 +76,10 @@ pub(super) struct Server {
     signals: UnixStream,
     reload: UnixStream,
     gate: Gate,
+    reservations: Reservations,
+    users: Users,
+    /// Locks are held, or were, that an earlier daemon recorded.
+    has_restored: bool,
     acceptor: Acceptor,
     connections: Connections,
     table: Table,
@@ -142,6 +148,9 @@ impl Server {
             signals,
             reload,
             gate,
+            reservations: Reservations::new(config.reservations.clone(), cluster.is_some()),
+            users: Users::default(),
+            has_restored: false,
             #[cfg(feature = "tls")]
             plaintext: Vec::new(),
             foreign_warnings: ForeignWarnings::new(),
@@ -214,6 +223,7 @@ impl Server {
                     self.acceptor.admission.keep(survivor.held.uid);
                 }
                 self.orphans.restore(survivor, &self.epoll)?;
+                self.has_restored = true;
                 Ok(true)
             }
             _ => Ok(false),
@@ -298,6 +308,7 @@ impl Server {
             Source::Cluster => {}
             Source::Reload => self.reload(),
             Source::Verifier => self.gate.verifier_ready(),
+            Source::Users => self.users_ready(),
         }
         Ok(None)
     }

@@ -21,6 +21,8 @@ pub(super) enum Source {
     Reload,
     /// The thread that verifies secrets.
     Verifier,
+    /// The threads that look up users.
+    Users,
 }
 
 impl Source {
@@ -29,6 +31,7 @@ impl Source {
     const FILES: u32 = u32::MAX - 1;
     const RELOAD: u32 = u32::MAX - 2;
     const VERIFIER: u32 = u32::MAX - 3;
+    const USERS: u32 = u32::MAX - 4;
 
     /// Generation 0 marks everything that is not a connection. Generations and tokens never reach the highest bit.
     pub(super) fn pack(self) -> u64 {
@@ -38,6 +41,7 @@ impl Source {
             Source::Files => u64::from(Source::FILES),
             Source::Reload => u64::from(Source::RELOAD),
             Source::Verifier => u64::from(Source::VERIFIER),
+            Source::Users => u64::from(Source::USERS),
             Source::Listener(index) => index as u64 + 1,
             Source::Connection(id) => u64::from(id.generation) << 32 | u64::from(id.client.0),
             Source::Orphan(token) => Source::ORPHAN | token.0,
@@ -53,6 +57,7 @@ impl Source {
             (0, Source::FILES) => Source::Files,
             (0, Source::RELOAD) => Source::Reload,
             (0, Source::VERIFIER) => Source::Verifier,
+            (0, Source::USERS) => Source::Users,
             (0, number) => Source::Listener(number as usize - 1),
             _ => Source::Connection(ConnectionId { client: ClientId(low), generation }),
         }
@@ -73,6 +78,7 @@ mod tests {
             Source::Files,
             Source::Reload,
             Source::Verifier,
+            Source::Users,
             Source::Listener(0),
             Source::Listener(7),
             connection(0, 1),

@@ -65,7 +65,7 @@ impl HostResolver {
         let shared = Arc::clone(&self.0);
         let name = name.to_string();
         let look_up = move || {
-            let found = lookup::host(&name);
+            let found = lookup::host(&name, None);
             let mut hosts = shared.hosts();
             let host = hosts.entry(name).or_default();
             match found {

@@ -622,3 +622,27 @@ fn what_is_wrong_with_the_options_is_said_before_anything_is_served() {
     refused(&password, 64, &["--etcd-password-file", "nothing"]);
     refused(&["--etcd-ttl", "5"], 64, &["--etcd"]);
 }
+
+/// What each host reserves is its own affair; which lock a key names is not.
+#[test]
+#[ignore = "needs etcd"]
+fn a_reserved_key_is_the_same_lock_on_hosts_that_reserve_other_keys() {
+    let etcd = Etcd::single();
+    let reserving: Vec<String> = [options(&etcd), vec!["--reserve".into(), "db/=root".into()]].concat();
+    let a = Daemon::with(&reserving.iter().map(String::as_str).collect::<Vec<_>>());
+    a.wait_for_log("clustering locks under lease");
+    let b = host(&etcd);
+    for key in ["db/x".to_string(), format!("@{}/x", nix::unistd::Uid::current())] {
+        let holder = b.hold(&key);
+        finish(&mut a.run(&["-n", &key, "true"])).assert_silent(BUSY);
+        assert_eq!(holder.finish(0), 0);
+        let holder = a.hold(&key);
+        finish(&mut b.run(&["-n", &key, "true"])).assert_silent(BUSY);
+        assert_eq!(holder.finish(0), 0);
+    }
+    // On the host that reserves it, protocol 1 cannot hold it.
+    let mut old = std::os::unix::net::UnixStream::connect(a.sock()).unwrap();
+    old.write_all(&Key::new("db/x").unwrap().id().0).unwrap();
+    old.set_read_timeout(Some(TIMEOUT)).unwrap();
+    assert_eq!(std::io::Read::read(&mut old, &mut [0]).unwrap(), 0, "the daemon closes the connection");
+}

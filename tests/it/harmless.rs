@@ -76,15 +76,25 @@ fn a_waiter_of_another_user_sees_the_note_and_not_the_command() {
 
 /// What TAB offers in bash for a command line whose last word is `current`.
 fn offers(daemon: &Daemon, current: &str) -> Vec<String> {
+    offers_with(daemon, &[current], current)
+}
+
+/// The same for a word that bash has divided into these, of which it replaces `replaced`.
+fn offers_with(daemon: &Daemon, words: &[&str], replaced: &str) -> Vec<String> {
     let script = r#"
         source "$COMPLETIONS/kmutex.bash"
-        COMP_WORDS=(kmutex status "$1") COMP_CWORD=2
-        _kmutex_with_keys kmutex "$1" status
+        COMP_WORDS=(kmutex status "$@") COMP_CWORD=$(($# + 1))
+        [[ $# -gt 1 ]] && { COMP_LINE=$(printf %s "kmutex status " "$@"); COMP_POINT=${#COMP_LINE}; }
+        _kmutex_with_keys kmutex "$REPLACED" status
         printf '%s\n' "${COMPREPLY[@]}"
     "#;
     let path = format!("{}:{}", std::path::Path::new(KMUTEX).parent().unwrap().display(), env!("PATH"));
     let mut bash: Command = tool("bash");
-    bash.args(["-c", script, "bash", current]).env("PATH", path).env("KMUTEX_SOCK", daemon.sock());
+    bash.args(["-c", script, "bash"])
+        .args(words)
+        .env("REPLACED", replaced)
+        .env("PATH", path)
+        .env("KMUTEX_SOCK", daemon.sock());
     bash.env("COMPLETIONS", concat!(env!("CARGO_MANIFEST_DIR"), "/completions")).current_dir(daemon.folder());
     let output = finish(&mut bash).assert_silent(0);
     output.lines().map(String::from).filter(|line| !line.starts_with('-')).collect()
@@ -109,4 +119,20 @@ fn completion_runs_nothing_that_a_key_says() {
     }
     assert!(!daemon.folder().join("x").exists(), "a key was executed");
     assert_eq!(offers(&daemon, r"a\$").len(), 1, "a word that is quoted already is completed too");
+}
+
+#[test]
+fn completion_knows_keys_with_the_characters_at_which_bash_divides_words() {
+    let daemon = Daemon::start();
+    let me = nix::unistd::Uid::current();
+    let mine = format!("@{me}/backup");
+    let _holders = [mine.as_str(), "a:b=c", "other"].map(|key| daemon.hold(key));
+    wait_until("all keys", || daemon.status().len() == 3);
+    // Bash keeps an @ at the beginning with what follows.
+    let (after, whole) = (format!("{me}/ba"), format!("@{me}/ba"));
+    assert_eq!(offers_with(&daemon, &["@", &after], &whole), [mine.as_str()]);
+    assert_eq!(offers_with(&daemon, &[&whole], &whole), [mine.as_str()]);
+    assert_eq!(offers_with(&daemon, &["a", ":", "b"], "b"), ["b=c"]);
+    assert_eq!(offers_with(&daemon, &["a", ":", "b", "="], ""), ["c"]);
+    assert_eq!(offers(&daemon, "o"), ["other"]);
 }

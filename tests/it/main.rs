@@ -46,6 +46,7 @@ mod protocol2;
 mod purity;
 mod readme;
 mod removed;
+mod reserved;
 mod resume;
 mod run;
 mod service;

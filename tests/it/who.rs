@@ -162,6 +162,34 @@ fn a_name_may_lock_only_the_keys_of_its_patterns() {
 }
 
 #[test]
+fn a_key_of_a_user_belongs_to_the_client_with_that_name() {
+    let names = Names::new();
+    let hash = hash("open sesame");
+    names.write(&format!("ci {hash}\nops {hash} !admin\nother {hash}\n"));
+    write_private(&names.path("other"), "other open sesame");
+    let options = ["--sock", "127.0.0.1:0", "--auth-file", &names.text("auth"), "--reserve", "db/=other"];
+    let daemon = Daemon::with(&options);
+    assert_eq!(names.run(&daemon, "ci", "@ci/x").stdout, "ran\n");
+    assert_refused(&names.run(&daemon, "other", "@ci/x"), "belongs to the user \"ci\"");
+    assert_refused(&names.run(&daemon, "ops", "@ci/x"), "belongs to the user \"ci\"");
+    assert_eq!(names.run(&daemon, "other", "db/x").stdout, "ran\n");
+    assert_refused(&names.run(&daemon, "ci", "db/x"), "belongs to the user \"other\"");
+    let mut holder = names.hold(&daemon, "ci", "@ci/x");
+    let broken_by = |file| finish(&mut names.kmutex(&daemon, file, &["break", "--yes", "@ci/x"]));
+    assert_refused(&broken_by("other"), "belongs to the user");
+    assert_eq!(broken_by("ops").code, 0);
+    assert_eq!(holder.wait(), 74);
+}
+
+#[test]
+fn without_names_no_client_over_tcp_may_take_a_key_of_a_user() {
+    let daemon = Daemon::with(&["--sock", "127.0.0.1:0"]);
+    let me = nix::unistd::Uid::current();
+    let done = finish(&mut daemon.run(&["--sock", &tcp_sock(&daemon), &format!("@{me}/x"), "true"]));
+    assert_refused(&done, "belongs to the user");
+}
+
+#[test]
 fn a_lock_is_broken_by_the_name_that_holds_it_and_by_an_admin_only() {
     let names = Names::new();
     let hash = hash("open sesame");

@@ -31,7 +31,8 @@ impl Server {
             Request::Lock(_) if self.connections[client].access != Access::Full => {
                 self.close_after_flush(client, "too many connections");
             }
-            Request::Lock(lock) if !self.may_lock_by_id(client, lock) => {
+            // Reserved keys belong to users, and this protocol says nothing of users.
+            Request::Lock(lock) if self.is_reserved_by_id(lock) || !self.may_lock_by_id(client, lock) => {
                 self.close_after_flush(client, "not permitted");
             }
             Request::Lock(lock) => {
@@ -46,6 +47,10 @@ impl Server {
             Request::Violation => self.close_after_flush(client, "protocol violation"),
         }
         true
+    }
+
+    fn is_reserved_by_id(&self, lock: LockId) -> bool {
+        lock.is_reserved() || self.reservations.exclude_protocol_1()
     }
 
     pub(super) fn notify_v1(&mut self, notification: Notification) {

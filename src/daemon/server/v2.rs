@@ -1,6 +1,7 @@
 //! Protocol 2 in the daemon: its lines to the table, and the table's effects to its lines.
 
 use std::collections::btree_map::Entry;
+use std::os::fd::AsFd;
 
 use ::log::warn;
 use nix::unistd::Uid;
@@ -14,13 +15,14 @@ use crate::daemon::listing::{Listing, Step};
 use crate::daemon::log;
 use crate::daemon::lookup::Viewer;
 use crate::daemon::remote::RemoteRequest;
+use crate::daemon::reserve::{Claimant, Decision};
 use crate::proto::v1::State;
 use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, Request, decode_request, encode, error,
     proof,
 };
-use crate::proto::{Key, Outcome, Pid};
-use crate::table::{ClientId, Loss, Notification, NotificationKind, RequestView};
+use crate::proto::{self, Key, Outcome, Pid};
+use crate::table::{ClientId, Loss, Notification, NotificationKind, RequestView, Timestamp};
 
 /// A status continues when less output than this waits to be sent. One lock of it may be as long as a frame.
 const STATUS_BYTES_AHEAD: usize = 16 * 1024;
@@ -43,6 +45,16 @@ pub(super) fn describe_loss(loss: Loss) -> &'static str {
     }
 }
 
+/// Returns the key of a request that has one.
+fn key_of(request: &mut Request) -> Option<&mut Key> {
+    match request {
+        Request::Lock(asked) => Some(&mut asked.key),
+        Request::Unlock { key, .. } | Request::Break { key } | Request::Forget { key } => Some(key),
+        Request::Status { key, .. } => key.as_mut(),
+        _ => None,
+    }
+}
+
 impl Server {
     /// Takes one line from the front of `input`. Returns `false` if there is no whole line.
     pub(super) fn received_v2(&mut self, client: ClientId, input: &mut &[u8]) -> bool {
@@ -56,9 +68,13 @@ impl Server {
             return false;
         };
         let (line, rest) = input.split_at(end + 1);
-        *input = rest;
         match decode_request(line) {
-            Ok(request) if self.may_request(client, line) => self.request(client, request),
+            Ok(request) if self.may_request(client, line) => {
+                if !self.request(client, request) {
+                    // The line is handled again when the daemon knows more.
+                    return true;
+                }
+            }
             Ok(_) => {
                 let message = "a command has inherited this connection: its requests need a proof";
                 self.refuse(client, ErrorCode::NotPermitted, message);
@@ -70,6 +86,7 @@ impl Server {
                 }
             }
         }
+        *input = rest;
         true
     }
 
@@ -95,10 +112,83 @@ impl Server {
         self.connections.answer(client, &error(code, message));
     }
 
-    fn request(&mut self, client: ClientId, request: Request) {
+    /// Handles a request. Returns `false` if it can only be handled later; until then, nothing more is read from the client.
+    fn request(&mut self, client: ClientId, mut request: Request) -> bool {
         if !matches!(request, Request::Auth { .. }) && !self.is_admitted(client) {
+            return true;
+        }
+        if let Some(key) = key_of(&mut request) {
+            self.identify(key);
+        }
+        match self.decide(client, &request) {
+            Decision::Permitted => self.permitted(client, request),
+            Decision::Refused(why) => self.refuse(client, ErrorCode::NotPermitted, why),
+            Decision::Pending => {
+                self.users.wait(self.connections.id(client));
+                self.connections[client].awaits_user = true;
+                self.connections.mark_dirty(client);
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Decides whether the client may take the key of its request, if the request takes one.
+    fn decide(&mut self, client: ClientId, request: &Request) -> Decision {
+        let connection = &self.connections[client];
+        let key = match request {
+            // A hold of before is the client's own, whatever has been reserved since.
+            Request::Lock(asked) if asked.holds.is_none() => &asked.key,
+            Request::Break { .. }
+                if connection.identity.as_deref().is_some_and(|it| self.gate.is_admin(it)) =>
+            {
+                return Decision::Permitted;
+            }
+            Request::Break { key } | Request::Forget { key } => key,
+            _ => return Decision::Permitted,
+        };
+        let claimant = match (connection.peer(), connection.name()) {
+            (Some(peer), _) => Claimant::User { uid: peer.uid, connection: connection.as_fd() },
+            (None, Some(name)) => Claimant::Name(name),
+            (None, None) => Claimant::Unknown,
+        };
+        let (users, gate, epoll, now) = (&mut self.users, &self.gate, &self.epoll, self.now);
+        let look_up = |query| users.look_up(query, now, epoll);
+        self.reservations.decide(key, claimant, look_up, |name| gate.is_name(name))
+    }
+
+    /// Gives a key the identity that its lock has.
+    fn identify(&self, key: &mut Key) {
+        let is_reserved = self.reservations.changes_identity(key);
+        if is_reserved {
+            key.set_reserved(true);
+        }
+        if !self.has_restored {
             return;
         }
+        // A lock that was held before the daemon was restarted with other reservations has the identity of before.
+        key.set_reserved(!is_reserved);
+        let is_of_before = self.table.find(key.id()).is_some_and(|lock| {
+            let knows_key = |holder: RequestView<'_>| holder.terms.protocol == proto::Protocol::V2;
+            lock.holders().any(|holder| holder.client.is_none() || knows_key(holder))
+        });
+        if !is_of_before {
+            key.set_reserved(is_reserved);
+        }
+    }
+
+    /// Goes on with the requests that waited to hear of a user.
+    pub(super) fn users_ready(&mut self) {
+        for id in self.users.ready(self.now) {
+            let Some(client) = self.connections.find(id) else { continue };
+            self.connections[client].awaits_user = false;
+            self.connections.mark_dirty(client);
+            let (input, _) = self.connections.take_input(client);
+            self.handle_requests(client, &input, Timestamp::NEVER);
+        }
+    }
+
+    fn permitted(&mut self, client: ClientId, request: Request) {
         match (request, self.table.state(client)) {
             (Request::Auth { name, secret }, _) => self.authenticate(client, name, secret),
             (Request::Lock(asked), State::Idle) => self.lock(client, asked),
@@ -242,7 +332,7 @@ impl Server {
             (by.is_some() && lookup.uid(&holder) == by) || (name.is_some() && lookup.name(&holder) == name)
         };
         if !is_admin && !lock.holders().all(is_own) {
-            let message = "break: only root, the daemon's user, the holder's user or name, and !admin names may do this";
+            let message = "only root, the daemon's user, the holder's user or name, and !admin names may";
             return self.refuse(client, ErrorCode::NotPermitted, message);
         }
         if self.limiter.allows(log::Event::Break, by, self.now) {
