@@ -130,12 +130,12 @@ impl Journal {
     pub fn create(path: &Path, boot: BootId, lease: ClusterLease, content: &Snapshot) -> io::Result<Journal> {
         let mut bytes = header(&boot, &place(path)).to_vec();
         if lease.is_clustered() {
-            bytes.extend(encode(Entry::Lease(lease)));
+            encode(Entry::Lease(lease), &mut bytes);
         }
-        bytes.extend(content.holds.iter().flat_map(|hold| encode(Entry::Grant(hold))));
+        content.holds.iter().for_each(|hold| encode(Entry::Grant(hold), &mut bytes));
         for run in &content.runs {
-            bytes.extend(encode(Entry::Run(run)));
-            bytes.extend(encode(Entry::RunBy(run)));
+            encode(Entry::Run(run), &mut bytes);
+            encode(Entry::RunBy(run), &mut bytes);
         }
         let file = replace(path, &bytes)?;
         let length = bytes.len() as u64;
@@ -153,30 +153,30 @@ impl Journal {
 
     /// Notes that a lock is held, for the next [`Journal::write`]. One with the same token as before replaces it.
     pub fn grant(&mut self, record: &HoldRecord) {
-        self.pending.extend_from_slice(&encode(Entry::Grant(record)));
+        encode(Entry::Grant(record), &mut self.pending);
     }
 
     /// Notes that the hold with this token has ended, for the next [`Journal::write`].
     pub fn end(&mut self, token: Token) {
-        self.pending.extend_from_slice(&encode(Entry::End(token)));
+        encode(Entry::End(token), &mut self.pending);
     }
 
     /// Notes that a run is over and counts for a while, for the next [`Journal::write`].
     pub fn run(&mut self, run: &RunRecord) {
-        self.pending.extend_from_slice(&encode(Entry::Run(run)));
-        self.pending.extend_from_slice(&encode(Entry::RunBy(run)));
+        encode(Entry::Run(run), &mut self.pending);
+        encode(Entry::RunBy(run), &mut self.pending);
     }
 
     /// Notes that the run with this token does not count any more, for the next [`Journal::write`].
     pub fn forget_run(&mut self, token: Token) {
-        self.pending.extend_from_slice(&encode(Entry::RunForgotten(token)));
+        encode(Entry::RunForgotten(token), &mut self.pending);
     }
 
     /// Notes that the locks are clustered from now on, and under which lease, for the next [`Journal::write`].
     pub fn set_lease(&mut self, lease: ClusterLease) {
         debug_assert!(lease.is_clustered(), "a journal of clustered locks stays one");
         self.lease = lease;
-        self.pending.extend_from_slice(&encode(Entry::Lease(lease)));
+        encode(Entry::Lease(lease), &mut self.pending);
     }
 
     /// True when there is something to write.
@@ -493,72 +493,79 @@ fn is_whole(header: &[u8; RECORD_BYTES]) -> bool {
     header[84..] == crc32fast::hash(&header[..84]).to_le_bytes()
 }
 
-fn encode(entry: Entry<'_>) -> [u8; RECORD_BYTES] {
-    let mut bytes = [0; RECORD_BYTES];
-    let mut put = |at: usize, value: &[u8]| bytes[at..at + value.len()].copy_from_slice(value);
+/// Writes a record behind `records`.
+fn encode(entry: Entry<'_>, records: &mut Vec<u8>) {
+    let start = records.len();
+    records.resize(start + RECORD_BYTES, 0);
+    let bytes = records[start..].first_chunk_mut::<RECORD_BYTES>().expect("it was made room for");
     match entry {
-        Entry::Grant(HoldRecord { held, pid, child, granted, recorded }) => {
-            let flags = [
-                (held.terms.shared, SHARED),
-                (held.terms.exec, EXEC),
-                (held.terms.inherits, INHERITS),
-                (held.nonce.is_some(), HAS_NONCE),
-                (held.uid.is_some(), HAS_UID),
-                (held.until.is_some(), HAS_UNTIL),
-                (held.terms.weight.is_some(), HAS_WEIGHT),
-            ];
-            let flags = flags.iter().filter(|(set, _)| *set).map(|(_, bit)| bit).sum::<u8>();
-            put(4, &[GRANT, held.terms.protocol.into(), flags]);
-            put(8, &held.terms.slots.to_le_bytes());
-            put(12, &held.uid.unwrap_or(0).to_le_bytes());
-            put(16, &Pid::number(*pid).to_le_bytes());
-            put(20, &Pid::number(*child).to_le_bytes());
-            put(24, &held.token.0.to_le_bytes());
-            put(32, &held.lock.0);
-            put(48, &held.nonce.map_or(0, |nonce| nonce.0).to_le_bytes());
-            put(64, &granted.0.to_le_bytes());
-            // Only protocol 1 has a limit, and only protocol 2 a weight.
-            let weight = held.terms.weight.map_or(0, |weight| weight.get().into());
-            put(72, &held.until.map_or(weight, |until| until.0).to_le_bytes());
-            put(80, &recorded.0.to_le_bytes());
-        }
-        Entry::End(token) => {
-            put(4, &[END]);
-            put(24, &token.0.to_le_bytes());
-        }
-        Entry::Run(RunRecord { run, began_unix_ms }) => {
-            let (mut flags, number) = match run.outcome {
-                Outcome::Exit(number) => (0, number),
-                Outcome::Signal(number) => (SIGNAL, number),
-                Outcome::Unknown | Outcome::Vanished => unreachable!("only what is known to be done counts"),
-            };
-            flags |= if run.uid.is_some() { HAS_UID } else { 0 };
-            put(4, &[RUN, 0, flags, number]);
-            put(12, &run.uid.unwrap_or(0).to_le_bytes());
-            put(16, &millis(run.counts_for).to_le_bytes());
-            put(24, &run.token.0.to_le_bytes());
-            put(32, &run.lock.0);
-            put(48, &run.began_ms.to_le_bytes());
-            put(56, &began_unix_ms.to_le_bytes());
-        }
+        Entry::Grant(record) => encode_grant(record, bytes),
+        Entry::Run(record) => encode_run(record, bytes),
         Entry::RunBy(RunRecord { run, .. }) => {
             let by = run.by.as_str();
-            put(4, &[RUN_BY]);
-            put(24, &run.token.0.to_le_bytes());
-            put(32, &by.as_bytes()[..by.floor_char_boundary(RUN_BY_BYTES_MAX)]);
+            let by = &by.as_bytes()[..by.floor_char_boundary(RUN_BY_BYTES_MAX)];
+            encode_mark(RUN_BY, run.token.0, bytes);
+            bytes[32..32 + by.len()].copy_from_slice(by);
         }
-        Entry::RunForgotten(token) => {
-            put(4, &[RUN_FORGOTTEN]);
-            put(24, &token.0.to_le_bytes());
-        }
-        Entry::Lease(lease) => {
-            put(4, &[LEASE]);
-            put(24, &lease.number().unwrap_or(0).to_le_bytes());
-        }
+        Entry::End(token) => encode_mark(END, token.0, bytes),
+        Entry::RunForgotten(token) => encode_mark(RUN_FORGOTTEN, token.0, bytes),
+        Entry::Lease(lease) => encode_mark(LEASE, lease.number().unwrap_or(0), bytes),
     }
     let sum = crc32fast::hash(&bytes[4..]);
-    bytes[..4].copy_from_slice(&sum.to_le_bytes());
-    bytes
+    put(bytes, 0, sum.to_le_bytes());
+}
+
+/// Inlined, so that it is one store: it is the hottest part of a grant's record.
+#[inline(always)]
+fn put<const N: usize>(bytes: &mut [u8; RECORD_BYTES], at: usize, value: [u8; N]) {
+    bytes[at..at + N].copy_from_slice(&value);
+}
+
+fn encode_mark(kind: u8, number: u64, bytes: &mut [u8; RECORD_BYTES]) {
+    bytes[4] = kind;
+    put(bytes, 24, number.to_le_bytes());
+}
+
+fn encode_grant(record: &HoldRecord, bytes: &mut [u8; RECORD_BYTES]) {
+    let HoldRecord { held, pid, child, granted, recorded } = record;
+    let flag = |is_set: bool, bit: u8| if is_set { bit } else { 0 };
+    let flags = flag(held.terms.shared, SHARED)
+        | flag(held.terms.exec, EXEC)
+        | flag(held.terms.inherits, INHERITS)
+        | flag(held.nonce.is_some(), HAS_NONCE)
+        | flag(held.uid.is_some(), HAS_UID)
+        | flag(held.until.is_some(), HAS_UNTIL)
+        | flag(held.terms.weight.is_some(), HAS_WEIGHT);
+    put(bytes, 4, [GRANT, held.terms.protocol.into(), flags]);
+    put(bytes, 8, held.terms.slots.to_le_bytes());
+    put(bytes, 12, held.uid.unwrap_or(0).to_le_bytes());
+    put(bytes, 16, Pid::number(*pid).to_le_bytes());
+    put(bytes, 20, Pid::number(*child).to_le_bytes());
+    put(bytes, 24, held.token.0.to_le_bytes());
+    put(bytes, 32, held.lock.0);
+    put(bytes, 48, held.nonce.map_or(0, |nonce| nonce.0).to_le_bytes());
+    put(bytes, 64, granted.0.to_le_bytes());
+    // Only protocol 1 has a limit, and only protocol 2 a weight.
+    let weight = held.terms.weight.map_or(0, |weight| weight.get().into());
+    put(bytes, 72, held.until.map_or(weight, |until| until.0).to_le_bytes());
+    put(bytes, 80, recorded.0.to_le_bytes());
+}
+
+fn encode_run(record: &RunRecord, bytes: &mut [u8; RECORD_BYTES]) {
+    let RunRecord { run, began_unix_ms } = record;
+    let (signal, number) = match run.outcome {
+        Outcome::Exit(number) => (0, number),
+        Outcome::Signal(number) => (SIGNAL, number),
+        Outcome::Unknown | Outcome::Vanished => unreachable!("only what is known to be done counts"),
+    };
+    let has_uid = if run.uid.is_some() { HAS_UID } else { 0 };
+    put(bytes, 4, [RUN, 0, signal | has_uid, number]);
+    put(bytes, 12, run.uid.unwrap_or(0).to_le_bytes());
+    put(bytes, 16, millis(run.counts_for).to_le_bytes());
+    put(bytes, 24, run.token.0.to_le_bytes());
+    put(bytes, 32, run.lock.0);
+    put(bytes, 48, run.began_ms.to_le_bytes());
+    put(bytes, 56, began_unix_ms.to_le_bytes());
 }
 
 fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {

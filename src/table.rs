@@ -27,6 +27,7 @@
 //! | `lock.rs` | a lock: its holders, and the lists of its waiters |
 //! | `effect.rs` | what comes out: notifications, journal entries, notices for the clustering |
 //! | `runs.rs` | runs that are over and still count, for requests that name how fresh the work must be |
+//! | `holders.rs` | the holders of protocol 2 by their tokens |
 //! | `newest.rs` | requests of which the newest wins, and holders that are asked to stop |
 //! | `resume.rs` | holds that outlive their connection: restored, resumed, ended, broken |
 //! | `nested.rs` | requests under another lock, and the cycles that they could close |
@@ -37,6 +38,7 @@
 #[cfg(any(test, fuzzing))]
 mod audit;
 mod effect;
+mod holders;
 mod list;
 mod lock;
 mod nested;
@@ -59,9 +61,10 @@ use std::time::Duration;
 
 use crate::proto::v1::State;
 use crate::proto::v2::LockRequest;
-use crate::proto::{LockId, Nonce, Outcome, Token};
+use crate::proto::{LockId, Nonce, Outcome, Protocol, Token};
 pub use crate::timestamp::Timestamp;
 pub use effect::{ClusterNotice, Effects, JournalEntry, Loss, Notification, NotificationKind};
+use holders::Holders;
 use lock::Lock;
 use nested::Nested;
 pub use nested::Step;
@@ -101,7 +104,7 @@ pub struct Table {
     /// Runs that are over and still count.
     runs: Runs,
     /// The holders of protocol 2 by their tokens.
-    holders: BTreeMap<Token, RequestId>,
+    holders: Holders,
     /// The locks are clustered: etcd says which host may grant one.
     is_clustered: bool,
     hold_limit: Option<Duration>,
@@ -135,7 +138,7 @@ impl Table {
             orphans: BTreeMap::new(),
             nested: Nested::default(),
             runs: Runs::new(config.remember_max),
-            holders: BTreeMap::new(),
+            holders: Holders::default(),
             is_clustered: config.is_clustered,
             hold_limit: config.hold_limit,
             next_token: config.first_token.0,
@@ -390,7 +393,7 @@ impl Table {
             request.deadline = now.plus(limit);
             self.deadlines.insert((request.deadline, id));
         }
-        if request.wait_list != WaitList::V1 {
+        if request.terms.protocol == Protocol::V2 {
             self.holders.insert(token, id);
         }
         self.nested_granted(id);
@@ -457,14 +460,16 @@ impl Table {
     ) {
         let request = &self.store[id];
         let token = request.token().expect("only a holder's hold ends");
-        let (lock, began) = (request.lock, request.began);
+        let (lock, began, protocol) = (request.lock, request.began, request.terms.protocol);
         if self.store[lock].remote_holder != Some(id) {
             self.remember(now, id, outcome, effects);
         }
         if self.store[id].client.is_none() {
             self.orphans.remove(&token);
         }
-        self.holders.remove(&token);
+        if protocol == Protocol::V2 {
+            self.holders.remove(token);
+        }
         self.remove_request(id);
         debug_assert!(!self.orphans.contains_key(&token), "an ended hold leaves nothing behind");
 

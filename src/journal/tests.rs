@@ -98,9 +98,9 @@ fn a_weight_is_read_as_it_was_written() {
 fn sample() -> Vec<u8> {
     let mut bytes = header(&BOOT, &[0; 16]).to_vec();
     for token in 1..=3 {
-        bytes.extend(encode(Entry::Grant(&record(token))));
+        encode(Entry::Grant(&record(token)), &mut bytes);
     }
-    bytes.extend(encode(Entry::End(Token(2))));
+    encode(Entry::End(Token(2)), &mut bytes);
     bytes
 }
 

@@ -65,11 +65,14 @@ const HTTP_METHODS: [&[u8]; 10] = [
 /// Returns the other protocol that an idle client speaks. Of the identities of protocol 1, which are random, three in a
 /// thousand million look like that; they are refused.
 pub fn foreign(input: &[u8]) -> Option<Foreign> {
-    if HTTP_METHODS.iter().any(|method| input.starts_with(method)) {
-        return Some(Foreign::Http);
+    match input {
+        [b'A'..=b'Z', ..] if HTTP_METHODS.iter().any(|method| input.starts_with(method)) => {
+            Some(Foreign::Http)
+        }
+        // A record of the handshake, of version 3.x, with a client hello in it (RFC 8446, 4 and 5.1).
+        [22, 3, 0..=4, _, _, 1, ..] => Some(Foreign::Tls),
+        _ => None,
     }
-    // A record of the handshake, of version 3.x, with a client hello in it (RFC 8446, 4 and 5.1).
-    matches!(input, [22, 3, 0..=4, _, _, 1, ..]).then_some(Foreign::Tls)
 }
 
 /// Takes one message off the front of `input`, which holds what has arrived and was not yet taken. `None`: there is no

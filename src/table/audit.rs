@@ -17,8 +17,8 @@ impl Table {
         for (token, id) in &self.orphans {
             assert_eq!(self.store.token_of(*id), Some(*token), "an orphan does not hold");
         }
-        for (token, id) in &self.holders {
-            assert_eq!(self.store.token_of(*id), Some(*token), "a token names a request that does not hold");
+        for (token, id) in self.holders.iter() {
+            assert_eq!(self.store.token_of(id), Some(token), "a token names a request that does not hold");
         }
         let mut limited = 0;
         for (id, request) in requests {

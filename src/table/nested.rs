@@ -27,7 +27,7 @@ impl Table {
     /// Returns `true` if a request of user `uid` may count as made under the lock with this token: the lock is held, and by
     /// the same user, or root asks. Otherwise one user could make it look as if another user's holder waited.
     pub(super) fn may_run_under(&self, within: Token, uid: Option<u32>) -> bool {
-        let holder = self.holders.get(&within).map(|&id| &self.store[id]);
+        let holder = self.holders.get(within).map(|id| &self.store[id]);
         holder.is_some_and(|holder| uid == Some(0) || holder.uid() == uid)
     }
 

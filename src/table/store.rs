@@ -3,7 +3,7 @@
 //! A request is in exactly one list, the one that its [`Stage`] names; only a new one is in none, until the event that brought it
 //! is over. The counts of a lock follow from that. No rule about locks is decided here.
 
-use std::hash::{BuildHasher, DefaultHasher, Hasher};
+use std::hash::{DefaultHasher, Hasher};
 use std::ops::{Index, IndexMut};
 
 use hashbrown::HashTable;
@@ -29,7 +29,7 @@ impl Store {
     /// An empty store. `hash_key` is a number that clients cannot guess.
     pub(super) fn new(hash_key: u64) -> Store {
         Store {
-            hasher: KeyedHasher(hash_key),
+            hasher: KeyedHasher::new(hash_key),
             by_id: HashTable::new(),
             locks: Slab::new(),
             requests: Slab::new(),
@@ -44,11 +44,11 @@ impl Store {
     }
 
     pub(super) fn find(&self, id: LockId) -> Option<LockIndex> {
-        self.by_id.find(self.hasher.hash_one(id.0), |&index| self[index].id == id).copied()
+        self.by_id.find(self.hasher.hash(id), |&index| self[index].id == id).copied()
     }
 
     pub(super) fn find_or_add(&mut self, id: LockId) -> LockIndex {
-        let hash = self.hasher.hash_one(id.0);
+        let hash = self.hasher.hash(id);
         if let Some(&index) = self.by_id.find(hash, |&index| self[index].id == id) {
             return index;
         }
@@ -214,14 +214,19 @@ impl IndexMut<LockIndex> for Store {
 
 /// The standard library's hash function with a secret in front. (Its own `RandomState` draws the secret itself, and the
 /// table would no longer be a function of its input.)
-struct KeyedHasher(u64);
+struct KeyedHasher(DefaultHasher);
 
-impl BuildHasher for KeyedHasher {
-    type Hasher = DefaultHasher;
-    fn build_hasher(&self) -> DefaultHasher {
+impl KeyedHasher {
+    fn new(secret: u64) -> KeyedHasher {
         let mut hasher = DefaultHasher::new();
-        hasher.write_u64(self.0);
-        hasher
+        hasher.write_u64(secret);
+        KeyedHasher(hasher)
+    }
+
+    fn hash(&self, id: LockId) -> u64 {
+        let mut hasher = self.0.clone();
+        hasher.write(&id.0);
+        hasher.finish()
     }
 }
 
