@@ -12,9 +12,11 @@ use clap::{ArgAction, Args, FromArgMatches, Parser, Subcommand, ValueEnum, Value
 use crate::acquire::OnPeerFailure;
 use crate::run::OnLost;
 
-/// The version, and the features that this binary was built with.
+/// The version, and the features that this binary was built with; `etcd` contains `tls`.
 const VERSION: &str = if cfg!(feature = "etcd") {
     concat!(env!("CARGO_PKG_VERSION"), " (etcd)")
+} else if cfg!(feature = "tls") {
+    concat!(env!("CARGO_PKG_VERSION"), " (tls)")
 } else {
     env!("CARGO_PKG_VERSION")
 };

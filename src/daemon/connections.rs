@@ -32,6 +32,8 @@ pub(super) struct Connections {
     /// The length of the output that clients have left unread, and the sum of these.
     unread: BTreeMap<ClientId, usize>,
     unread_total: usize,
+    /// Reused: an answer is written here first, so that the output of its connection grows once.
+    answer: Vec<u8>,
 }
 
 impl Connections {
@@ -68,7 +70,9 @@ impl Connections {
 
     /// Appends an answer of protocol 2 to the client's output.
     pub(super) fn answer(&mut self, client: ClientId, answer: &Answer) {
-        v2::encode(answer, self[client].output());
+        self.answer.clear();
+        v2::encode(answer, &mut self.answer);
+        self.slab[client.0 as usize].output().extend_from_slice(&self.answer);
         self.mark_dirty(client);
     }
 
