@@ -312,6 +312,7 @@ fn a_time_to_wait_goes_on_when_clients_start_another_daemon() {
 }
 
 #[test]
+#[ignore = "takes many seconds"]
 fn a_run_that_meets_a_daemon_that_is_just_ending_does_not_fail() {
     let place = Place::new();
     for round in 0..100 {
@@ -337,6 +338,7 @@ fn a_run_that_meets_a_daemon_that_is_just_ending_does_not_fail() {
 /// A daemon that dies while it starts may be an accident, so the client starts another one, but not for ever.
 #[cfg(feature = "failpoints")]
 #[test]
+#[ignore = "takes many seconds"]
 fn a_daemon_that_is_killed_whenever_it_starts_is_given_up() {
     let place = Place::new();
     let mut run = place.run(&["k", "true"]);

@@ -54,6 +54,7 @@ impl FullBacklog {
 }
 
 #[test]
+#[ignore = "takes many seconds"]
 fn a_full_backlog_keeps_no_client_for_longer_than_it_may_wait() {
     let full = FullBacklog::new();
     let silent: [&[&str]; 5] = [
@@ -75,6 +76,7 @@ fn a_full_backlog_keeps_no_client_for_longer_than_it_may_wait() {
 }
 
 #[test]
+#[ignore = "takes many seconds"]
 fn a_daemon_that_was_stopped_keeps_no_client_for_longer_than_it_may_wait() {
     let daemon = Daemon::start();
     nix::sys::signal::kill(daemon.pid(), Signal::SIGSTOP).unwrap();

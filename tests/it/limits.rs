@@ -30,6 +30,7 @@ fn trickle(mut stream: UnixStream, byte: &[u8], pause: Duration) -> Instant {
 }
 
 #[test]
+#[ignore = "takes many seconds"]
 fn half_a_message_is_waited_for_for_ten_seconds_however_it_comes() {
     let daemon = Daemon::start();
     let (mut owner, mut waiter) = (daemon.wire(), daemon.wire());
@@ -69,6 +70,7 @@ fn memory(daemon: &Daemon) -> u64 {
 }
 
 #[test]
+#[ignore = "takes many seconds"]
 fn what_one_client_sends_does_not_make_the_daemon_grow() {
     let daemon = Daemon::start();
     let mut client = daemon.wire();

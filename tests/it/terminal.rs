@@ -334,6 +334,7 @@ fn a_waiter_in_the_background_writes_nothing_and_is_not_stopped() {
 }
 
 #[test]
+#[ignore = "takes many seconds"]
 fn without_control_sequences_a_wait_is_told_once() {
     for setting in ["NO_COLOR=1", "TERM=dumb"] {
         let daemon = Daemon::start();
