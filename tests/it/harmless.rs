@@ -32,6 +32,7 @@ fn no_output_has_a_character_that_a_terminal_obeys() {
 }
 
 #[test]
+#[ignore = "needs root, to act as two users"]
 fn a_user_sees_the_commands_of_that_user_alone() {
     let other = OtherUser::new();
     for (options, shows) in [(&[][..], false), (&["--show-commands"][..], true)] {
@@ -59,6 +60,7 @@ fn a_user_sees_the_commands_of_that_user_alone() {
 }
 
 #[test]
+#[ignore = "needs root, to act as two users"]
 fn a_waiter_of_another_user_sees_the_note_and_not_the_command() {
     let other = OtherUser::new();
     let daemon = Daemon::with(&["--mode", "666"]);
