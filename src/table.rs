@@ -13,6 +13,8 @@
 //! - The table answers "busy", and lets a once waiter wait, only when every event that came before is in the table: such
 //!   requests are *deferred* until the caller calls [`Table::settle`]. Otherwise the second of two commands run one after
 //!   the other could be read before the release of the first, and would lose a race that never was.
+//! - A request that had to wait is *offered* the lock, if its client knows offers; it has the lock once its client takes the
+//!   offer. A client that does not, because it is stopped, lets the others pass, and keeps its place.
 //! - Resuming: [`Table::restore`] tells a restarted daemon's table what was held. Such a hold has no client until its holder
 //!   sends its request again, with the same nonce.
 //! - Clustered locks are granted only after etcd has granted them to this host: `remote.rs`.
@@ -28,6 +30,7 @@
 //! | `effect.rs` | what comes out: notifications, journal entries, notices for the clustering |
 //! | `runs.rs` | runs that are over and still count, for requests that name how fresh the work must be |
 //! | `holders.rs` | the holders of protocol 2 by their tokens |
+//! | `offers.rs` | offers to requests that had to wait, since their clients may be stopped by now |
 //! | `newest.rs` | requests of which the newest wins, and holders that are asked to stop |
 //! | `resume.rs` | holds that outlive their connection: restored, resumed, ended, broken |
 //! | `nested.rs` | requests under another lock, and the cycles that they could close |
@@ -43,6 +46,7 @@ mod list;
 mod lock;
 mod nested;
 mod newest;
+mod offers;
 mod remote;
 mod request;
 mod resume;
@@ -68,6 +72,7 @@ use holders::Holders;
 use lock::Lock;
 use nested::Nested;
 pub use nested::Step;
+use offers::UNDRAWN;
 pub use remote::ClusterNeeds;
 pub use request::Terms;
 use request::{Details, Links, LockIndex, Request, RequestId, Stage, WaitList};
@@ -244,6 +249,9 @@ impl Table {
             return self.end_hold(now, id, outcome, effects);
         }
         self.remove_request(id);
+        if let Stage::Offered(_) = stage {
+            return self.offer_ended(now, lock, effects);
+        }
         if stage == Stage::Waiting {
             // An exclusive waiter at the head of the queue may have held back shared ones.
             self.admit_queue(now, lock, effects);
@@ -289,7 +297,7 @@ impl Table {
         self.store.first_deferred().map(|_| self.mark())
     }
 
-    /// Ends the holds whose time limit has passed, and asks holders to stop whose time is over.
+    /// Ends the holds and the offers whose time limit has passed, and asks holders to stop whose time is over.
     pub fn expire(&mut self, now: Timestamp, effects: &mut Effects) {
         while self.expire_next(now, effects) {}
     }
@@ -300,12 +308,14 @@ impl Table {
         if deadline > now {
             return false;
         }
-        if self.store.token_of(id).is_none() {
-            self.replace_now(id, effects);
-            return true;
+        match self.store[id].stage {
+            Stage::Holding(_) => {
+                self.notify(id, NotificationKind::Expired, effects);
+                self.end_hold(now, id, Outcome::Vanished, effects);
+            }
+            Stage::Offered(_) => self.withdraw_offer(now, id, effects),
+            _ => self.replace_now(id, effects),
         }
-        self.notify(id, NotificationKind::Expired, effects);
-        self.end_hold(now, id, Outcome::Vanished, effects);
         true
     }
 
@@ -359,7 +369,7 @@ impl Table {
         let request = &self.store[id];
         let Terms { slots, weight: Some(_), .. } = request.terms else { return false };
         let lock = &self.store[request.lock];
-        let lists = [lock.holders, lock.queue, lock.once_waiters, lock.undecided];
+        let lists = [lock.holders, lock.queue, lock.once_waiters, lock.undecided, lock.stalled];
         let mut requests = lists.into_iter().flat_map(|list| self.store.members(list));
         let other = requests.find(|&other| other != id && self.store[other].terms.weight.is_some());
         let differs = other.is_some_and(|other| self.store[other].terms.slots != slots);
@@ -385,8 +395,12 @@ impl Table {
     fn grant_as(&mut self, now: Timestamp, id: RequestId, token: Token, effects: &mut Effects) {
         debug_assert!(self.may_join_holders(id), "a lock is granted beside holders that exclude the request");
         self.clear_deadline(id);
+        self.supersede_stalled(id, effects);
+        let began = match self.store[id].stage {
+            Stage::Offered(_) => self.store[id].began,
+            _ => self.mark(),
+        };
         self.store.move_to(id, Stage::Holding(token));
-        let began = self.mark();
         let request = &mut self.store[id];
         (request.since, request.began) = (now, began);
         if let (WaitList::V1, Some(limit)) = (request.wait_list, self.hold_limit) {
@@ -402,10 +416,11 @@ impl Table {
         debug_assert_eq!(self.store.token_of(id), Some(token), "a granted request holds");
     }
 
-    /// Before a grant: the request does not hold already, and the present holders admit it.
+    /// Before a grant: the request does not hold already, and the present holders admit it. (An offer is a place among them.)
     fn may_join_holders(&self, id: RequestId) -> bool {
         let request = &self.store[id];
-        request.token().is_none() && self.holders_admit(&self.store[request.lock], request)
+        matches!(request.stage, Stage::Offered(_))
+            || (request.token().is_none() && self.holders_admit(&self.store[request.lock], request))
     }
 
     fn wait(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
@@ -479,6 +494,7 @@ impl Table {
         } else {
             self.finish_waiters(lock, WaitList::Once, outcome, token, effects);
             self.finish_batch(lock, began, outcome, token, effects);
+            self.finish_stalled(lock, began, outcome, token, effects);
             self.finish_fresh_waiters(now, lock, effects);
         }
         self.admit_queue(now, lock, effects);
@@ -533,7 +549,7 @@ impl Table {
             && self.holders_admit(&self.store[lock], &self.store[next])
         {
             if !self.finish_if_fresh(now, next, effects) {
-                return self.grant(now, next, effects);
+                return self.grant_or_offer(now, next, UNDRAWN, effects);
             }
         }
     }
@@ -550,7 +566,7 @@ impl Table {
         }
     }
 
-    /// Grants the lock to as many waiting requests as the holders admit: from the head of the queue, and the newest of the
+    /// Grants or offers the lock to as many waiting requests as the holders admit: from the head of the queue, and the newest of the
     /// coalescing ones.
     fn admit_queue(&mut self, now: Timestamp, lock: LockIndex, effects: &mut Effects) {
         while !self.is_clustered
@@ -558,7 +574,7 @@ impl Table {
             && self.holders_admit(&self.store[lock], &self.store[id])
         {
             if !self.finish_if_fresh(now, id, effects) {
-                self.grant(now, id, effects);
+                self.grant_or_offer(now, id, UNDRAWN, effects);
             }
         }
     }

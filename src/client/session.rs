@@ -180,7 +180,8 @@ impl Session {
             ahead: 0,
             look_at: None,
         };
-        self.send(&Request::Lock(Box::new(request.clone())))?;
+        let offers = !request.nowait;
+        self.send(&Request::Lock(Box::new(LockRequest { offers, ..request.clone() })))?;
         loop {
             let at = [wait.deadline, wait.look_at].into_iter().flatten().min();
             let reply = match self.receive(at) {
@@ -228,6 +229,14 @@ impl Session {
                     self.begin_lease(terms, wait)?;
                 }
                 LockReply::Granted(token)
+            }
+            Answer::Offered => {
+                if !wait.is_over() {
+                    // The daemon grants the lock after it has read this.
+                    (wait.has_waited, wait.sent) = (false, clock::now());
+                    self.send(&Request::Take)?;
+                }
+                return Ok(None);
             }
             Answer::Finished { outcome, token } => LockReply::Finished(outcome, token),
             Answer::Busy { holders } => LockReply::Busy(holders),

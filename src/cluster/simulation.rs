@@ -40,6 +40,9 @@ fn run(seeds: std::ops::Range<u64>) {
     // What never came up was not tested.
     for what in [
         "granted",
+        "offered",
+        "taken",
+        "taken late",
         "finished",
         "busy",
         "waiting",

@@ -15,6 +15,7 @@ pub(super) fn notification(lookup: Lookup<'_>, notification: Notification) {
     let (client, lock) = (lookup.client_name(notification.client), lookup.lock_name(notification.lock));
     match notification.kind {
         NotificationKind::Granted(token) => debug!("grant: {lock} to {client}, token {token}"),
+        NotificationKind::Offered => debug!("offer: {lock} to {client}"),
         NotificationKind::Waiting { ahead, .. } => debug!("wait: {client} for {lock}, behind {ahead}"),
         NotificationKind::Finished(outcome, token) => {
             debug!("finished: {lock}, token {token}: {outcome}, told {client}")

@@ -31,6 +31,8 @@ pub enum Request {
     },
     /// I want this lock.
     Lock(Box<LockRequest>),
+    /// I still want the lock that I was offered. Answered with [`Answer::Granted`] if the offer still stands.
+    Take,
     /// I am done with the lock that I hold.
     Release {
         /// How it ended.
@@ -101,6 +103,10 @@ pub struct LockRequest {
     /// the end of the work, with the outcome `unknown`, and not a holder that vanished.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
     pub exec: bool,
+    /// When I have waited and it is my turn, offer me the lock, and grant it when I answer with [`Request::Take`]: I may be
+    /// stopped by then.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub offers: bool,
     /// A command will inherit the connection, and I shall name it with [`Request::Child`]: the lock lasts as long as
     /// either of us lives, even if I am killed before I can name it.
     #[serde(skip_serializing_if = "std::ops::Not::not")]
@@ -150,6 +156,7 @@ impl LockRequest {
             slots: 1,
             nowait: false,
             exec: false,
+            offers: false,
             inherits: false,
             within: None,
             holds: None,
@@ -256,6 +263,8 @@ pub enum Answer {
         /// Your place in the order of arrival, to resume with.
         place: u64,
     },
+    /// You may have the lock that you wait for: answer with [`Request::Take`]. Without that answer another waiter gets it.
+    Offered,
     /// The holder that you waited for is done. You hold nothing.
     Finished {
         /// How it ended.
@@ -441,6 +450,8 @@ struct Frame<'a> {
     #[serde(default)]
     exec: bool,
     #[serde(default)]
+    offers: bool,
+    #[serde(default)]
     inherits: bool,
     within: Option<Token>,
     #[serde(default)]
@@ -483,6 +494,7 @@ pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
     match &*frame.kind {
         "lock" => Ok(Request::Lock(Box::new(frame.into_lock()?))),
         "release" => Ok(Request::Release { outcome: frame.outcome.unwrap_or(Outcome::Unknown) }),
+        "take" => Ok(Request::Take),
         "child" => match frame.pid.and_then(Pid::new) {
             Some(pid) => Ok(Request::Child { pid }),
             None => Err(error(ErrorCode::BadRequest, "child: pid is missing")),
@@ -560,6 +572,7 @@ impl Frame<'_> {
             slots,
             nowait: self.nowait,
             exec: self.exec,
+            offers: self.offers,
             inherits: self.inherits,
             within: self.within,
             holds: self.holds,

@@ -1,6 +1,6 @@
 //! What must hold of the table's own parts, whatever has happened to it.
 
-use super::{Table, Timestamp};
+use super::{Stage, Table, Timestamp};
 
 impl Table {
     /// Panics when the table's parts contradict each other.
@@ -23,9 +23,10 @@ impl Table {
         let mut limited = 0;
         for (id, request) in requests {
             let is_limited = request.deadline != Timestamp::NEVER;
+            let is_offered = matches!(request.stage, Stage::Offered(_));
             let replaces = request.asked().is_some_and(|asked| asked.replace_after_ms.is_some());
             assert!(
-                !is_limited || request.token().is_some() || replaces,
+                !is_limited || request.token().is_some() || is_offered || replaces,
                 "a request that does not hold has a deadline"
             );
             assert!(

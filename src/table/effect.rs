@@ -26,6 +26,8 @@ pub enum NotificationKind {
         /// Its place in the order of arrival, which it may name when it resumes.
         place: u64,
     },
+    /// It may have the lock that it waits for, if it says soon that it still wants it ([`super::Table::take`]).
+    Offered,
     /// The holder that it waited for is done. The client is idle again.
     Finished(Outcome, Token),
     /// The run with this token did the work recently enough for it: [`super::Table::last_runs`] has it. The client is idle

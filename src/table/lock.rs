@@ -8,6 +8,7 @@ use crate::proto::LockId;
 pub(super) struct Lock {
     pub(super) id: LockId,
     pub(super) hash: u64,
+    /// The holders, and the requests that the lock is offered to.
     pub(super) holders: List,
     /// The requests that wait for an answer of etcd.
     pub(super) undecided: List,
@@ -15,13 +16,15 @@ pub(super) struct Lock {
     pub(super) once_waiters: List,
     pub(super) queue: List,
     pub(super) coalescing: List,
+    /// The waiters that have not answered an offer.
+    pub(super) stalled: List,
     /// The request that waits of those of which only the newest does.
     pub(super) newest: Option<RequestId>,
     /// The longest times for which requests for this lock want a success and a failure to count.
     pub(super) fresh_ms: u64,
     pub(super) fresh_failure_ms: u64,
     pub(super) holding: u32,
-    /// The sum of the holders' weights.
+    /// The sum of the weights of the holders and of the requests that the lock is offered to.
     pub(super) weight_held: u32,
     pub(super) queued: u32,
     /// The number of requests for this lock, of every stage. The lock goes with the last of them.
@@ -41,6 +44,7 @@ impl Lock {
             once_waiters: List::default(),
             queue: List::default(),
             coalescing: List::default(),
+            stalled: List::default(),
             newest: None,
             fresh_ms: 0,
             fresh_failure_ms: 0,

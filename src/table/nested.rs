@@ -163,8 +163,8 @@ impl Search {
             let request = &table.store[id];
             let arrived = match request.stage {
                 Stage::Holding(token) => self.token(table, table.store[request.lock].id, token),
-                Stage::Waiting => self.lock(table, request.lock),
-                Stage::New | Stage::Deferred | Stage::Undecided => false,
+                Stage::Waiting | Stage::Stalled => self.lock(table, request.lock),
+                Stage::New | Stage::Deferred | Stage::Undecided | Stage::Offered(_) => false,
             };
             if arrived {
                 return true;

@@ -20,6 +20,14 @@ impl Table {
         }
     }
 
+    /// A newest request is about to be granted: an older one, which has let it pass, is superseded.
+    pub(super) fn supersede_stalled(&mut self, id: RequestId, effects: &mut Effects) {
+        let older = self.store[self.store[id].lock].newest;
+        if older.is_some_and(|older| self.store[older].place < self.store[id].place) {
+            self.supersede(id, effects);
+        }
+    }
+
     /// A request waits that replaces the holder after some time: that time begins.
     pub(super) fn begin_replacing(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
         let request = &self.store[id];
@@ -52,7 +60,8 @@ impl Table {
 
     fn stop_holders(&self, lock: LockIndex, effects: &mut Effects) {
         for holder in self.store.members(self.store[lock].holders) {
-            if self.store[holder].asked().is_some_and(|asked| !asked.no_replace) {
+            let request = &self.store[holder];
+            if request.token().is_some() && request.asked().is_some_and(|asked| !asked.no_replace) {
                 self.notify(holder, NotificationKind::Stop, effects);
             }
         }

@@ -53,11 +53,15 @@ impl Table {
         }
     }
 
-    /// Returns the token under which this host holds a lock.
+    /// Returns the token under which this host holds a lock, or offers it to a waiter.
     pub fn held_here(&self, lock: LockId) -> Option<Token> {
         let lock = &self.store[self.store.find(lock)?];
-        let holder = lock.holders.head()?;
-        self.store.token_of(holder).filter(|_| lock.remote_holder != Some(holder))
+        let holder = lock.holders.head().filter(|&holder| lock.remote_holder != Some(holder))?;
+        match self.store[holder].stage {
+            Stage::Holding(token) => Some(token),
+            Stage::Offered(token) => Some(token).filter(|_| self.is_clustered),
+            _ => None,
+        }
     }
 
     /// Returns the request that would get the lock if etcd granted it to this host now: the oldest.
@@ -92,7 +96,7 @@ impl Table {
             self.store.remove_if_unused(index);
             return false;
         };
-        self.grant_as(now, oldest, token, effects);
+        self.grant_or_offer(now, oldest, token, effects);
         // The remaining requests lose to this grant, regardless of arrival order.
         self.decide(now, index, ArrivalMark(u64::MAX), effects);
         true
@@ -167,6 +171,9 @@ impl Table {
             && let Some(index) = self.store.find(lock)
             && let Some(id) = self.store[index].holders.head()
         {
+            if let Stage::Offered(_) = self.store[id].stage {
+                return self.withdraw_offer(now, id, effects);
+            }
             self.notify(id, NotificationKind::Lost(Loss::LeaseLost), effects);
             effects.record.push(JournalEntry::Ended(token));
             effects.notices.push(ClusterNotice::Needs(lock));

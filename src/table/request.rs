@@ -86,6 +86,11 @@ pub(super) enum Stage {
     Undecided,
     /// In its [`WaitList`].
     Waiting,
+    /// Its client has waited, and is to say that it still wants the lock. The token is etcd's, for a clustered lock; for
+    /// any other, the table draws one when the client answers.
+    Offered(Token),
+    /// Its client has not answered an offer in time, and keeps its place for when it does.
+    Stalled,
     /// Holds the lock, under this token.
     Holding(Token),
 }
@@ -129,10 +134,10 @@ pub(super) struct Request {
     pub(super) place: u64,
     /// When the lock was granted or, before that, requested.
     pub(super) since: Timestamp,
-    /// Of a holder: behind all requests that came before its grant.
+    /// Of a holder: behind all requests that came before its grant, or before the offer that it took.
     pub(super) began: ArrivalMark,
-    /// When the hold ends at the latest, or when a waiter that replaces the holder has it stopped; [`Timestamp::NEVER`]
-    /// unless there is a limit.
+    /// When the hold or the offer ends at the latest, or when a waiter that replaces the holder has it stopped;
+    /// [`Timestamp::NEVER`] unless there is a limit.
     pub(super) deadline: Timestamp,
     /// What only requests of protocol 2 have.
     pub(super) details: Option<Box<Details>>,
@@ -161,7 +166,12 @@ impl Request {
     pub(super) fn token(&self) -> Option<Token> {
         match self.stage {
             Stage::Holding(token) => Some(token),
-            Stage::New | Stage::Deferred | Stage::Undecided | Stage::Waiting => None,
+            Stage::New
+            | Stage::Deferred
+            | Stage::Undecided
+            | Stage::Waiting
+            | Stage::Offered(_)
+            | Stage::Stalled => None,
         }
     }
 

@@ -114,11 +114,10 @@ impl Table {
     /// Takes a lock from all its holders of this host, and grants it to the next waiter.
     pub fn break_lock(&mut self, now: Timestamp, lock: LockId, effects: &mut Effects) {
         let Some(index) = self.store.find(lock) else { return };
-        if self.held_here(lock).is_none() {
-            return;
-        }
+        let remote = self.store[index].remote_holder;
+        let is_here = |id: &RequestId| self.store.token_of(*id).is_some() && Some(*id) != remote;
         // Listed first: a holder that is admitted on the way keeps the lock.
-        let holders: Vec<RequestId> = self.store.members(self.store[index].holders).collect();
+        let holders: Vec<RequestId> = self.store.members(self.store[index].holders).filter(is_here).collect();
         for id in holders {
             self.notify(id, NotificationKind::Lost(Loss::Broken), effects);
             self.end_hold(now, id, Outcome::Vanished, effects);
@@ -168,6 +167,7 @@ impl Table {
                 self.stop_if_due(self.store[id].lock, effects);
             }
             Stage::Waiting => self.notify_waiting(id, effects),
+            Stage::Offered(_) | Stage::Stalled => self.notify(id, NotificationKind::Offered, effects),
             Stage::New | Stage::Deferred | Stage::Undecided => {}
         }
         Ok(())

@@ -6,9 +6,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Duration;
 
-use super::{
-    Effects, JournalEntry, LockIndex, NotificationKind, Request, RequestId, Table, Timestamp, WaitList,
-};
+use super::{Effects, JournalEntry, LockIndex, NotificationKind, Request, RequestId, Table, Timestamp};
 use crate::proto::v2::{LockRequest, ShortText};
 use crate::proto::{LockId, Outcome, Token};
 
@@ -216,7 +214,8 @@ impl Table {
         if self.store[lock].fresh_ms == 0 && self.store[lock].fresh_failure_ms == 0 {
             return;
         }
-        let waiters: Vec<RequestId> = self.store.members(self.store[lock].waiters(WaitList::Queue)).collect();
+        let lists = [self.store[lock].queue, self.store[lock].stalled];
+        let waiters: Vec<RequestId> = lists.into_iter().flat_map(|list| self.store.members(list)).collect();
         for id in waiters {
             self.finish_if_fresh(now, id, effects);
         }

@@ -1,7 +1,7 @@
 //! What the table keeps, and where: locks by identity, requests by client, and the lists that requests are in.
 //!
-//! A request is in exactly one list, the one that its [`Stage`] names; only a new one is in none, until the event that brought it
-//! is over. The counts of a lock follow from that. No rule about locks is decided here.
+//! A request is in exactly one list, the one that its [`Stage`] names; only a new one is in none, and one whose client has just gone
+//! on after a stop, until the event that brought it is over. The counts of a lock follow from that. No rule about locks is decided here.
 
 use std::hash::{DefaultHasher, Hasher};
 use std::ops::{Index, IndexMut};
@@ -135,7 +135,7 @@ impl Store {
         Some(client)
     }
 
-    /// Waiting requests stand in the order of arrival, holders in the order of their grants.
+    /// Waiting requests stand in the order of arrival, holders in the order of their grants and offers.
     fn link(&mut self, id: RequestId) {
         let Request { lock, stage, wait_list, terms, .. } = self.requests[id.index()];
         let weight = terms.weight_or_one();
@@ -148,8 +148,9 @@ impl Store {
                 lock.queued += u32::from(wait_list == WaitList::Queue);
                 lock.waiters_mut(wait_list).insert_by_place(&mut self.requests, id);
             }
-            Stage::Holding(_) => {
-                lock.holding += 1;
+            Stage::Stalled => lock.stalled.insert_by_place(&mut self.requests, id),
+            Stage::Holding(_) | Stage::Offered(_) => {
+                lock.holding += u32::from(matches!(stage, Stage::Holding(_)));
                 lock.weight_held = lock.weight_held.saturating_add(weight);
                 lock.holders.push_back(&mut self.requests, id);
             }
@@ -169,8 +170,9 @@ impl Store {
                 lock.queued -= u32::from(wait_list == WaitList::Queue);
                 lock.waiters_mut(wait_list)
             }
-            Stage::Holding(_) => {
-                lock.holding -= 1;
+            Stage::Stalled => &mut lock.stalled,
+            Stage::Holding(_) | Stage::Offered(_) => {
+                lock.holding -= u32::from(matches!(stage, Stage::Holding(_)));
                 lock.weight_held = lock.weight_held.saturating_sub(weight);
                 &mut lock.holders
             }
@@ -249,8 +251,10 @@ impl Store {
     fn audit_lock(&self, index: LockIndex, lock: &Lock, deferred: &[RequestId]) -> Vec<RequestId> {
         let found = self.by_id.find(lock.hash, |&other| other == index);
         assert!(found.is_some(), "a lock is not found by its identity");
-        let mut listed = self.audit_list(lock.holders, |request| matches!(request.stage, Stage::Holding(_)));
-        assert_eq!(lock.holding as usize, listed.len(), "the count of holders is wrong");
+        let is_holder = |request: &Request| matches!(request.stage, Stage::Holding(_) | Stage::Offered(_));
+        let mut listed = self.audit_list(lock.holders, is_holder);
+        let holding = listed.iter().filter(|id| self[**id].token().is_some());
+        assert_eq!(lock.holding as usize, holding.count(), "the count of holders is wrong");
         let weights = listed.iter().map(|id| self[*id].terms.weight_or_one());
         assert_eq!(lock.weight_held, weights.fold(0, u32::saturating_add), "the sum of weights is wrong");
         for list in [WaitList::V1, WaitList::Once, WaitList::Queue, WaitList::Coalesce] {
@@ -261,6 +265,7 @@ impl Store {
             }
             listed.extend(waiters);
         }
+        listed.extend(self.audit_list(lock.stalled, |request| request.stage == Stage::Stalled));
         listed.extend(self.audit_list(lock.undecided, |request| request.stage == Stage::Undecided));
         let is_here = |id: &RequestId| self[*id].lock == index;
         assert!(listed.iter().all(is_here), "a request is listed by the lock of another request");
@@ -273,7 +278,7 @@ impl Store {
     fn audit_list(&self, list: List, is_member: impl Fn(&Request) -> bool) -> Vec<RequestId> {
         let ids = list.audit(&self.requests);
         assert!(ids.iter().all(|id| is_member(&self[*id])), "a list holds a request of another list");
-        let is_holding = |id: &RequestId| matches!(self[*id].stage, Stage::Holding(_));
+        let is_holding = |id: &RequestId| matches!(self[*id].stage, Stage::Holding(_) | Stage::Offered(_));
         let is_sorted = ids.is_sorted_by_key(|id| self[*id].place);
         assert!(is_sorted || ids.iter().all(is_holding), "a list is not in the order of arrival");
         ids

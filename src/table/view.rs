@@ -69,6 +69,7 @@ impl<'a> LockView<'a> {
             self.lock.queue,
             self.lock.coalescing,
             self.lock.undecided,
+            self.lock.stalled,
         ];
         let first = lists.into_iter().flat_map(|list| self.store.members(list).take(LISTED_MAX));
         first.filter_map(|id| self.store[id].asked()).map(|asked| asked.key.as_str()).next()
@@ -87,17 +88,20 @@ impl<'a> LockView<'a> {
     /// Returns the holders, the oldest first.
     pub fn holders(&self) -> impl Iterator<Item = RequestView<'a>> {
         let this = *self;
-        self.store.members(self.lock.holders).map(move |id| this.request(id))
+        let is_holder = |id: &RequestId| this.store.token_of(*id).is_some();
+        self.store.members(self.lock.holders).filter(is_holder).map(move |id| this.request(id))
     }
 
-    /// Returns the waiters: the queue, then the coalescing waiters, then the once waiters, then the protocol 1 waiters, then the requests that wait for an
-    /// answer of etcd; in each the oldest first.
+    /// Returns the waiters: the requests that the lock is offered to, then the queue, then the coalescing waiters, then the
+    /// once waiters, then the protocol 1 waiters, then the requests that wait for an answer of etcd, then the waiters that
+    /// have not answered an offer; in each the oldest first.
     pub fn waiters(&self) -> impl Iterator<Item = RequestView<'a>> {
         let (store, this) = (self.store, *self);
         let waiters = [WaitList::Queue, WaitList::Coalesce, WaitList::Once, WaitList::V1]
             .map(|list| self.lock.waiters(list));
-        let lists = waiters.into_iter().chain([self.lock.undecided]);
-        lists.flat_map(move |list| store.members(list)).map(move |id| this.request(id))
+        let lists = waiters.into_iter().chain([self.lock.undecided, self.lock.stalled]);
+        let offered = store.members(self.lock.holders).filter(|&id| store.token_of(id).is_none());
+        offered.chain(lists.flat_map(move |list| store.members(list))).map(move |id| this.request(id))
     }
 
     pub(super) fn request(&self, id: RequestId) -> RequestView<'a> {

@@ -141,6 +141,24 @@ fn queued_clients_are_served_in_the_order_of_hosts_and_tokens_grow() {
 
 #[test]
 #[ignore = "needs etcd"]
+fn a_stopped_waiter_lets_those_of_its_host_and_of_others_pass() {
+    let etcd = Etcd::single();
+    let [a, b] = hosts(&etcd);
+    let holder = b.hold_with(&["--queue"], "k");
+    let mut stopped = waiter(&a, &["--queue"], "k", 0);
+    stopped.signal(Signal::SIGSTOP);
+    wait_until("it to be stopped", || crate::signals::state_of(stopped.pid()) == 'T');
+    let mut local = waiter(&a, &["--queue"], "k", 1);
+    wait_until("a to stand in line", || standing(&etcd, "k") == 2);
+    let mut remote = waiter(&b, &["--queue"], "k", 0);
+    assert_eq!(holder.finish(0), 0);
+    assert_eq!((local.wait(), remote.wait()), (0, 0));
+    stopped.signal(Signal::SIGCONT);
+    assert_eq!(stopped.wait(), 0);
+}
+
+#[test]
+#[ignore = "needs etcd"]
 fn the_token_is_the_create_revision_of_the_key() {
     let etcd = Etcd::single();
     let a = host(&etcd);

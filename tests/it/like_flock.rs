@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::harness::*;
+use crate::signals::state_of;
 
 /// One of the two, with locks of its own.
 struct Tool {
@@ -122,6 +123,28 @@ fn who_waits_runs_after_the_holder() {
         drop(holder.child.stdin.take());
         assert_eq!((holder.wait(), waiter.wait(), patient.wait()), (0, 0, 4));
         assert_eq!(fs::read_to_string(tool.daemon.folder().join("order")).unwrap(), "holder\nwaiter\n");
+    });
+}
+
+#[test]
+fn a_stopped_waiter_lets_the_others_pass() {
+    both(|tool| {
+        let holder = tool.hold(&[]);
+        let mut stopped = Process::spawn(&mut tool.run(&[], &["sh", "-c", "echo stopped >> order"]));
+        tool.wait_for_waiters(&[&stopped]);
+        stopped.signal(Signal::SIGSTOP);
+        wait_until("it to be stopped", || state_of(stopped.pid()) == 'T');
+        let mut other = Process::spawn(&mut tool.run(&[], &["sh", "-c", "echo other >> order"]));
+        match tool.name {
+            // The kernel takes a stopped process off its list.
+            "flock" => tool.wait_for_waiters(&[&other]),
+            _ => tool.wait_for_waiters(&[&stopped, &other]),
+        }
+        holder.finish(0);
+        assert_eq!(other.wait(), 0);
+        stopped.signal(Signal::SIGCONT);
+        assert_eq!(stopped.wait(), 0);
+        assert_eq!(fs::read_to_string(tool.daemon.folder().join("order")).unwrap(), "other\nstopped\n");
     });
 }
 

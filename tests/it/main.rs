@@ -55,6 +55,7 @@ mod shell;
 mod signals;
 mod single_flight;
 mod status;
+mod stopped;
 mod terminal;
 #[cfg(feature = "tls")]
 mod tls;

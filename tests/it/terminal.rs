@@ -13,7 +13,7 @@ use crate::signals::{COUNTER, Counter, state_of};
 
 /// A terminal with a shell script in it, in the daemon's folder; `$KMUTEX` is the program. What is written to its standard input
 /// is typed; what appears on its screen is in the file `screen`.
-fn terminal(daemon: &Daemon, shell: &str, script: &str) -> Process {
+pub fn terminal(daemon: &Daemon, shell: &str, script: &str) -> Process {
     tool(shell);
     let mut command = tool("script");
     fs::write(daemon.folder().join("script.sh"), script).unwrap();
@@ -27,7 +27,7 @@ fn terminal(daemon: &Daemon, shell: &str, script: &str) -> Process {
     Process::spawn(command.stdin(Stdio::piped()).stdout(Stdio::null()))
 }
 
-fn type_in(terminal: &mut Process, keys: &str) {
+pub fn type_in(terminal: &mut Process, keys: &str) {
     terminal.child.stdin.as_mut().unwrap().write_all(keys.as_bytes()).unwrap();
 }
 
@@ -109,7 +109,7 @@ fn parent_of(pid: Pid) -> i32 {
 }
 
 /// Whether a process is in the foreground of its terminal: fields pgrp and tpgid of /proc/PID/stat.
-fn is_in_foreground(pid: Pid) -> bool {
+pub fn is_in_foreground(pid: Pid) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap();
     let fields: Vec<&str> = stat.rsplit_once(") ").unwrap().1.split_whitespace().collect();
     fields[2] == fields[5] && fields[0] != "T"

@@ -17,6 +17,9 @@ const KEYS: u64 = 3;
 const TTL: u64 = 1_000;
 const MARGIN: u64 = 250;
 
+/// How long an offer stands.
+const OFFER_MS: u64 = 1_000;
+
 /// How often each thing came up.
 pub(super) type Seen = BTreeMap<&'static str, u64>;
 
@@ -28,6 +31,8 @@ enum Client {
         key: usize,
         since: u64,
         nowait: bool,
+        /// When it was offered the lock.
+        offered: Option<u64>,
     },
     Holding {
         key: usize,
@@ -243,6 +248,7 @@ impl World {
         if let Some(mark) = self.hosts[host].table.deferred() {
             self.feed(host, |table, _, effects| table.settle(now, mark, effects));
         }
+        self.feed(host, |table, _, effects| table.expire(now, effects));
         let mut rounds = 0;
         while self.hosts[host].cluster.has_work(now) {
             self.feed(host, |table, cluster, effects| cluster.poll(table, now, effects));
@@ -395,6 +401,10 @@ impl World {
                 self.check_grant(host, key, token);
                 Client::Holding { key }
             }
+            NotificationKind::Offered => {
+                self.note("offered", 1);
+                Client::Asking { key, since, nowait: false, offered: Some(self.now) }
+            }
             NotificationKind::Waiting { .. } => {
                 self.note("waiting", 1);
                 before
@@ -449,10 +459,13 @@ impl World {
         let line = self.store.line(self.keys[key].id());
         let before = line.entries.iter().find(|one| one.owner.is_none() && one.revision.0 < token.0 as i64);
         assert_eq!(before, None, "given beside another program's hold");
-        assert!(token > self.tokens[key], "tokens do not grow");
         let until = self.hosts[host].cluster.good_until();
         assert!(until.is_some_and(|until| until.0 > self.now), "given without a lease");
-        self.tokens[key] = token;
+        // An offer may stand since before the store went back, which the host has not noticed yet.
+        if token.0 as i64 <= line.revision.0 {
+            assert!(token > self.tokens[key], "tokens do not grow");
+            self.tokens[key] = token;
+        }
         self.note("granted", 1);
     }
 
@@ -463,6 +476,9 @@ impl World {
         let id = ClientId(client as u32);
         match self.hosts[host].clients[client] {
             Client::Idle => self.ask(host, client),
+            // Some are stopped for a while.
+            Client::Asking { offered: Some(_), .. } if self.rng.percent(10) => self.take(host, client),
+            Client::Asking { offered: Some(_), .. } if self.rng.percent(90) => {}
             Client::Asking { .. } => {
                 if self.rng.percent(5) {
                     self.hosts[host].clients[client] = Client::Idle;
@@ -487,6 +503,17 @@ impl World {
         }
     }
 
+    /// A client takes an offer, which may have been withdrawn.
+    fn take(&mut self, host: usize, client: usize) {
+        let (now, id) = (Timestamp(self.now), ClientId(client as u32));
+        if let Client::Asking { offered, .. } = &mut self.hosts[host].clients[client]
+            && let Some(at) = offered.take()
+        {
+            self.note(if self.now >= at + OFFER_MS { "taken late" } else { "taken" }, 1);
+        }
+        self.feed(host, |table, _, effects| table.take(now, id, effects));
+    }
+
     fn ask(&mut self, host: usize, client: usize) {
         let (now, id) = (Timestamp(self.now), ClientId(client as u32));
         let key = self.rng.below(KEYS) as usize;
@@ -494,12 +521,13 @@ impl World {
         let nowait = self.rng.percent(20);
         let kind = self.rng.below(10);
         self.hosts[host].clients[client] =
-            Client::Asking { key, since: self.step, nowait: nowait && kind != 0 };
+            Client::Asking { key, since: self.step, nowait: nowait && kind != 0, offered: None };
         if kind == 0 {
             return self.feed(host, |table, _, effects| table.lock_v1(now, id, lock.id(), effects));
         }
         let mode = if kind < 6 { Mode::Once } else { Mode::Queue };
-        let asked = Box::new(LockRequest { nowait, ..LockRequest::new(lock, mode) });
+        let offers = self.rng.percent(70);
+        let asked = Box::new(LockRequest { nowait, offers, ..LockRequest::new(lock, mode) });
         self.feed(host, |table, _, effects| {
             table.lock(now, id, None, asked, effects).expect("it names no other's request");
         });
@@ -576,6 +604,9 @@ impl World {
             let now = Timestamp(self.now);
             for host in 0..HOSTS {
                 for client in 0..CLIENTS as usize {
+                    if let Client::Asking { offered: Some(_), .. } = self.hosts[host].clients[client] {
+                        self.take(host, client);
+                    }
                     if let Client::Holding { key } = self.hosts[host].clients[client] {
                         self.ended[key] = self.step;
                         self.hosts[host].clients[client] = Client::Idle;

@@ -59,6 +59,7 @@ impl Server {
             NotificationKind::Finished(..) => RELEASE,
             // Protocol 1 cannot express these: the client gets no answer yet, or its connection is closed.
             NotificationKind::Waiting { .. }
+            | NotificationKind::Offered
             | NotificationKind::Busy
             | NotificationKind::Unavailable
             | NotificationKind::HeldAbove

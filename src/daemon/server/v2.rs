@@ -196,6 +196,7 @@ impl Server {
                 let message = "lock: this connection has a lock, or waits for one";
                 self.refuse(client, ErrorCode::WrongState, message);
             }
+            (Request::Take, _) => self.apply(|table, now, effects| table.take(now, client, effects)),
             (Request::Child { pid }, State::Owner) => {
                 failpoint::hit("child");
                 self.connections[client].set_child(Some(pid));
@@ -348,6 +349,7 @@ impl Server {
         let holders = || lookup.holders_of(viewer, notification.lock);
         let answer = match notification.kind {
             NotificationKind::Granted(token) => Answer::Granted { token, lease: lookup.lease_terms() },
+            NotificationKind::Offered => Answer::Offered,
             NotificationKind::Waiting { ahead, place } => {
                 Answer::Waiting { holders: holders(), ahead, place }
             }

@@ -44,9 +44,9 @@ fn any_lock_request() -> impl Strategy<Value = LockRequest> {
     let nonce = option::of(any::<u128>().prop_map(Nonce));
     let resumed = (vec(option::of(any_token()), 2), option::of(any::<u32>()), option::of(any::<u64>()));
     let flight = (any::<u64>(), any::<u64>(), any::<[bool; 2]>(), option::of(any::<u64>()), any::<u32>());
-    (any_key(), nonce, any_mode(), slots, any::<[bool; 3]>(), any_who(), resumed, flight).prop_map(
+    (any_key(), nonce, any_mode(), slots, any::<[bool; 4]>(), any_who(), resumed, flight).prop_map(
         |(key, nonce, mode, (shared, slots), flags, who, (tokens, child, place), flight)| {
-            let [nowait, exec, inherits] = flags;
+            let [nowait, exec, inherits, offers] = flags;
             let (fresh_ms, fresh_failure_ms, [newest, no_replace], replace_after_ms, weight) = flight;
             let is_single = !shared && slots == 1;
             let mode = if is_single || mode != Mode::Coalesce { mode } else { Mode::Once };
@@ -59,6 +59,7 @@ fn any_lock_request() -> impl Strategy<Value = LockRequest> {
                 slots,
                 nowait,
                 exec,
+                offers,
                 inherits,
                 within: tokens[0],
                 holds: tokens[1],
@@ -79,6 +80,7 @@ fn any_lock_request() -> impl Strategy<Value = LockRequest> {
 fn any_request() -> impl Strategy<Value = Request> {
     prop_oneof![
         4 => any_lock_request().prop_map(|asked| Request::Lock(Box::new(asked))),
+        1 => Just(Request::Take),
         1 => any_outcome().prop_map(|outcome| Request::Release { outcome }),
         1 => (option::of(any_key()), any::<bool>()).prop_map(|(key, cluster)| Request::Status { key, cluster }),
         1 => (1..=u32::MAX).prop_map(|pid| Request::Child { pid: Pid::new(pid).unwrap() }),

@@ -11,6 +11,9 @@ use super::tally::Tally;
 use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{Key, LockId, Outcome, Token};
 
+/// How long an offer stands.
+const OFFER_MAX: Duration = Duration::from_secs(1);
+
 /// What a client asks for.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Wish {
@@ -20,15 +23,23 @@ pub(super) struct Wish {
     pub(super) slots: u32,
     pub(super) nowait: bool,
     pub(super) exec: bool,
+    pub(super) offers: bool,
 }
 
 impl Wish {
-    pub(super) const V1: Wish =
-        Wish { v1: true, mode: Mode::Once, shared: false, slots: 1, nowait: false, exec: false };
+    pub(super) const V1: Wish = Wish {
+        v1: true,
+        mode: Mode::Once,
+        shared: false,
+        slots: 1,
+        nowait: false,
+        exec: false,
+        offers: false,
+    };
 
     pub(super) fn request(self, key: Key) -> LockRequest {
-        let Wish { v1: _, mode, shared, slots, nowait, exec } = self;
-        LockRequest { shared, slots, nowait, exec, ..LockRequest::new(key, mode) }
+        let Wish { v1: _, mode, shared, slots, nowait, exec, offers } = self;
+        LockRequest { shared, slots, nowait, exec, offers, ..LockRequest::new(key, mode) }
     }
 
     fn may_be_deferred(self) -> bool {
@@ -41,6 +52,7 @@ impl Wish {
 pub(super) enum Event {
     Ask { client: u32, key: usize, wish: Wish },
     Release { client: u32, outcome: Outcome },
+    Take { client: u32 },
     Gone { client: u32 },
     Settle,
     Expire,
@@ -53,6 +65,10 @@ pub(super) enum Stage {
     /// It has asked and heard nothing yet.
     Undecided,
     Waiting,
+    /// It may have the lock; it has not heard that, or has not answered.
+    Offered,
+    /// It did not answer in time.
+    Stalled,
     Holding(Token),
 }
 
@@ -70,16 +86,19 @@ pub(super) struct Client {
 pub(super) struct Lock {
     pub(super) key: Key,
     pub(super) id: LockId,
+    /// Also the clients that it is offered to.
     pub(super) holders: Vec<u32>,
     pub(super) undecided: Vec<u32>,
     pub(super) queue: Vec<u32>,
     pub(super) once: Vec<u32>,
     pub(super) v1: Vec<u32>,
+    pub(super) stalled: Vec<u32>,
 }
 
 impl Lock {
     pub(super) fn is_unused(&self) -> bool {
-        [&self.holders, &self.undecided, &self.queue, &self.once, &self.v1].iter().all(|list| list.is_empty())
+        let Lock { holders, undecided, queue, once, v1, stalled, .. } = self;
+        [holders, undecided, queue, once, v1, stalled].iter().all(|list| list.is_empty())
     }
 
     fn line(&mut self, wish: Wish) -> &mut Vec<u32> {
@@ -115,6 +134,8 @@ pub(super) struct Model {
     last_token: Option<Token>,
     arrivals: u64,
     ended: Vec<Ended>,
+    /// The keys of which an offer was not taken in the step under way.
+    withdrawn: BTreeSet<usize>,
     /// Who is recorded to hold something since the step under way.
     granting: Vec<u32>,
     /// The tokens of the holds that the journal knows.
@@ -128,8 +149,8 @@ impl Model {
         let lock = |number| {
             let key = Key::new(format!("key {number}")).unwrap();
             let id = key.id();
-            let [holders, undecided, queue, once, v1] = Default::default();
-            Lock { key, id, holders, undecided, queue, once, v1 }
+            let [holders, undecided, queue, once, v1, stalled] = Default::default();
+            Lock { key, id, holders, undecided, queue, once, v1, stalled }
         };
         let locks: Vec<Lock> = (0..keys).map(lock).collect();
         Model {
@@ -144,6 +165,7 @@ impl Model {
             last_token: None,
             arrivals: 0,
             ended: Vec::new(),
+            withdrawn: BTreeSet::new(),
             granting: Vec::new(),
             recorded: BTreeSet::new(),
             now: Timestamp(0),
@@ -158,6 +180,7 @@ impl Model {
     pub(super) fn begin(&mut self, now: Timestamp, event: Event) {
         self.now = now;
         self.ended.clear();
+        self.withdrawn.clear();
         self.touched.clear();
         match event {
             Event::Ask { client, key, wish } => self.asked(client, key, wish),
@@ -168,7 +191,8 @@ impl Model {
             }
             Event::Gone { client } => self.left(client),
             Event::Settle => self.touched.extend(self.deferred.iter().map(|&c| self.clients[c as usize].key)),
-            Event::Expire => {}
+            Event::Take { client } => drop(self.touched.insert(self.client(client).key)),
+            Event::Expire => self.withdraw_offers(),
         }
     }
 
@@ -204,7 +228,8 @@ impl Model {
             self.decide(event, client);
         }
         match notification.kind {
-            NotificationKind::Granted(token) => self.granted(client, about, token),
+            NotificationKind::Granted(token) => self.granted(event, client, about, token),
+            NotificationKind::Offered => self.offered(client, about),
             NotificationKind::Waiting { ahead, .. } => self.told_to_wait(event, client, about, ahead),
             NotificationKind::Finished(outcome, token) => self.finished(client, about, outcome, token),
             NotificationKind::Busy => self.told_busy(event, client, about),
@@ -231,11 +256,15 @@ impl Model {
                 assert!(!self.may_enter(client), "a lock is free for it, and it is not granted");
                 self.seen.deferrals += 1;
             }
+            Event::Take { client } => {
+                let is_answered = !matches!(self.client(client).stage, Stage::Offered | Stage::Stalled);
+                assert!(is_answered, "a client takes an offer, and is not told what came of it");
+            }
             Event::Settle => assert!(self.deferred.is_empty(), "a request is still undecided"),
             Event::Expire => {
                 assert!(
                     self.deadlines.range(..=(self.now, u32::MAX)).next().is_none(),
-                    "a hold outlives its limit"
+                    "a hold or an offer outlives its limit"
                 );
             }
             _ => {}
@@ -245,9 +274,14 @@ impl Model {
             let lock = &self.locks[*key];
             assert!(lock.v1.is_empty(), "a protocol 1 waiter is not told of a release");
             if *outcome != Outcome::Vanished {
-                assert!(lock.once.is_empty(), "a once waiter is not told of a release");
+                let stalled = lock.stalled.iter().map(|&client| self.client(client).wish.mode);
+                let waits_once = !lock.once.is_empty() || stalled.into_iter().any(|mode| mode == Mode::Once);
+                assert!(!waits_once, "a once waiter is not told of a release");
             }
             assert_eq!(*successor, None, "the oldest waiter does not succeed a vanished holder");
+        }
+        for &key in &self.withdrawn {
+            assert!(self.locks[key].v1.is_empty(), "a protocol 1 waiter waits for a client that is stopped");
         }
         for &key in &self.touched {
             let lock = &self.locks[key];
@@ -276,6 +310,8 @@ impl Model {
             Stage::Idle => return,
             Stage::Undecided => self.forget_undecided(client),
             Stage::Waiting => remove(self.locks[key].line(wish), client),
+            Stage::Stalled => remove(&mut self.locks[key].stalled, client),
+            Stage::Offered => self.end_offer(client),
             Stage::Holding(_) if wish.exec => return self.end_hold(client, Outcome::Unknown),
             Stage::Holding(_) => return self.end_hold(client, Outcome::Vanished),
         }
@@ -311,31 +347,80 @@ impl Model {
         self.forget_undecided(client);
     }
 
-    fn granted(&mut self, client: u32, about: Client, token: Token) {
+    /// The offers whose time is over end without a word to their clients.
+    fn withdraw_offers(&mut self) {
+        let due = self.deadlines.range(..=(self.now, u32::MAX)).map(|&(_, client)| client);
+        let due: Vec<u32> = due.filter(|&client| self.client(client).stage == Stage::Offered).collect();
+        for client in due {
+            self.end_offer(client);
+            self.clients[client as usize].stage = Stage::Stalled;
+            let key = self.client(client).key;
+            self.locks[key].stalled.push(client);
+            sort(&self.clients, &mut self.locks[key].stalled);
+            self.seen.offers[1] += 1;
+        }
+    }
+
+    fn end_offer(&mut self, client: u32) {
+        let key = self.client(client).key;
+        self.deadlines.retain(|&(_, other)| other != client);
+        remove(&mut self.locks[key].holders, client);
+        self.touched.insert(key);
+        self.withdrawn.insert(key);
+    }
+
+    /// A waiter may have the lock.
+    fn offered(&mut self, client: u32, about: Client) {
+        assert!(about.wish.offers, "it is offered something, and does not know offers");
+        assert_eq!(about.stage, Stage::Waiting, "one that has not waited is offered something");
+        assert!(self.fits(client), "it is offered a place beside holders that do not admit it");
+        self.leave_line(client, about);
+        self.locks[about.key].holders.push(client);
+        self.clients[client as usize].stage = Stage::Offered;
+        self.deadlines.insert((self.now.plus(OFFER_MAX), client));
+    }
+
+    /// A waiter leaves its line because it is its turn.
+    fn leave_line(&mut self, client: u32, about: Client) {
+        assert!(self.touched.contains(&about.key), "a waiter is granted for no reason");
+        let oldest = self.oldest_waiter(about.key);
+        let lock = &mut self.locks[about.key];
+        let ended = self.ended.iter_mut().find(|ended| ended.key == about.key);
+        match ended.map(|ended| &mut ended.successor) {
+            Some(heir) if *heir == Some(client) => {
+                self.seen.successions[about.wish.mode as usize] += 1;
+                *heir = None;
+            }
+            Some(Some(_)) => panic!("the oldest waiter is passed over"),
+            _ if oldest == Some(client) && self.withdrawn.contains(&about.key) => {}
+            _ => assert_eq!(lock.queue.first(), Some(&client), "it is not the head of the queue"),
+        }
+        remove(lock.line(about.wish), client);
+        self.seen.grants_to_waiters += 1;
+    }
+
+    fn granted(&mut self, event: Event, client: u32, about: Client, token: Token) {
         assert!(self.last_token < Some(token), "tokens do not grow");
         assert!(self.granting.contains(&client), "it is told of a grant that is not recorded");
         self.recorded.insert(token);
         self.last_token = Some(token);
-        assert!(self.fits(client), "it is granted beside holders that do not admit it");
-        let lock = &mut self.locks[about.key];
-        let ended = self.ended.iter_mut().find(|ended| ended.key == about.key);
+        let takes = matches!(event, Event::Take { client: taking } if taking == client);
         match about.stage {
-            Stage::Undecided => assert!(lock.queue.is_empty(), "it overtakes the queue"),
+            Stage::Undecided => assert!(self.locks[about.key].queue.is_empty(), "it overtakes the queue"),
             Stage::Waiting => {
-                assert!(self.touched.contains(&about.key), "a waiter is granted for no reason");
-                match ended.map(|ended| &mut ended.successor) {
-                    Some(heir) if *heir == Some(client) => {
-                        self.seen.successions[about.wish.mode as usize] += 1;
-                        *heir = None;
-                    }
-                    Some(Some(_)) => panic!("the oldest waiter is passed over"),
-                    _ => assert_eq!(lock.queue.first(), Some(&client), "it is not the head of the queue"),
-                }
-                remove(lock.line(about.wish), client);
-                self.seen.grants_to_waiters += 1;
+                assert!(!about.wish.offers, "it has waited, may be stopped, and is not asked");
+                self.leave_line(client, about);
+            }
+            Stage::Offered | Stage::Stalled => {
+                assert!(takes, "it is granted what it has not taken");
+                self.take(client, about);
             }
             _ => panic!("a holder is granted a lock"),
         }
+        // An offer is a place among the holders.
+        let fits = about.stage == Stage::Offered || self.fits(client);
+        assert!(fits, "it is granted beside holders that do not admit it");
+        let lock = &mut self.locks[about.key];
         if !lock.holders.is_empty() {
             self.seen.grants_beside_others[usize::from(about.wish.shared)] += 1;
         }
@@ -347,7 +432,41 @@ impl Model {
         }
     }
 
+    /// A client takes an offer, which may have been withdrawn.
+    fn take(&mut self, client: u32, about: Client) {
+        let lock = &mut self.locks[about.key];
+        if about.stage == Stage::Offered {
+            remove(&mut lock.holders, client);
+            self.deadlines.retain(|&(_, other)| other != client);
+            self.seen.offers[0] += 1;
+        } else {
+            remove(&mut lock.stalled, client);
+            let head = self.locks[about.key].queue.first();
+            let overtakes = head.is_some_and(|&head| self.client(head).arrival < about.arrival);
+            assert!(!overtakes, "it overtakes the queue");
+            self.seen.offers[2] += 1;
+        }
+    }
+
+    /// A client takes an offer that was withdrawn, and another client has the lock.
+    fn waits_again(&mut self, client: u32, about: Client, ahead: u32) {
+        remove(&mut self.locks[about.key].stalled, client);
+        assert!(!self.may_enter(client), "a lock is free for it, and it waits");
+        let lock = &mut self.locks[about.key];
+        lock.line(about.wish).push(client);
+        sort(&self.clients, lock.line(about.wish));
+        let place = lock.queue.iter().position(|&other| other == client).unwrap_or(0);
+        assert_eq!(ahead as usize, place, "it has lost its place");
+        self.clients[client as usize].stage = Stage::Waiting;
+        self.seen.offers[2] += 1;
+    }
+
     fn told_to_wait(&mut self, event: Event, client: u32, about: Client, ahead: u32) {
+        if about.stage == Stage::Stalled
+            && matches!(event, Event::Take { client: taking } if taking == client)
+        {
+            return self.waits_again(client, about, ahead);
+        }
         assert_eq!(about.stage, Stage::Undecided, "it is told to wait twice");
         assert!(!about.wish.nowait, "it waits, and did not want to");
         let settled = matches!(event, Event::Settle) || !about.wish.may_be_deferred();
@@ -364,7 +483,8 @@ impl Model {
     }
 
     fn finished(&mut self, client: u32, about: Client, outcome: Outcome, token: Token) {
-        assert_eq!(about.stage, Stage::Waiting, "one that does not wait is told that a holder is done");
+        let waits = matches!(about.stage, Stage::Waiting | Stage::Stalled);
+        assert!(waits, "one that does not wait is told that a holder is done");
         let wish = about.wish;
         assert!(wish.v1 || wish.mode == Mode::Once, "one that waits for its turn is sent home");
         assert!(
@@ -373,8 +493,12 @@ impl Model {
         );
         let told = (about.key, outcome, token);
         let real = |ended: &Ended| (ended.key, ended.outcome, ended.token) == told;
-        assert!(self.ended.iter().any(real), "it is told of a release that did not happen");
-        remove(self.locks[about.key].line(wish), client);
+        let is_withdrawn = wish.v1 && self.withdrawn.contains(&about.key);
+        assert!(is_withdrawn || self.ended.iter().any(real), "it is told of a release that did not happen");
+        match about.stage {
+            Stage::Stalled => remove(&mut self.locks[about.key].stalled, client),
+            _ => remove(self.locks[about.key].line(wish), client),
+        }
         self.clients[client as usize].stage = Stage::Idle;
         self.seen.finished[usize::from(wish.v1)] += 1;
     }
@@ -426,6 +550,11 @@ impl Model {
         let Lock { once, queue, .. } = &self.locks[key];
         once.iter().chain(queue).copied().min_by_key(|&client| self.client(client).arrival)
     }
+}
+
+/// Sorts a list by arrival.
+fn sort(clients: &[Client], list: &mut [u32]) {
+    list.sort_by_key(|&client| clients[client as usize].arrival);
 }
 
 fn remove(list: &mut Vec<u32>, client: u32) {

@@ -14,6 +14,8 @@ use crate::proto::{Key, Outcome, Token};
 const CLIENTS: usize = 24;
 const SLOTS: u32 = 8;
 const FRESH_MS: u64 = 400;
+/// How long an offer stands.
+const OFFER_MS: u64 = 1_000;
 /// One key for each kind of request.
 const KINDS: usize = 4;
 
@@ -21,6 +23,10 @@ const KINDS: usize = 4;
 enum Stage {
     Idle,
     Waiting,
+    /// It may have the lock if it says so until then. (It may be stopped.)
+    Offered {
+        until: u64,
+    },
     Holding(Token),
 }
 
@@ -34,6 +40,8 @@ struct Client {
     /// When it was granted, in steps and in milliseconds.
     began: u64,
     began_at: u64,
+    /// When it was offered the lock, in steps.
+    offered: u64,
 }
 
 /// A run that is over, by its token.
@@ -66,7 +74,8 @@ impl World {
             is_clustered: false,
             remember_max: 10,
         };
-        let idle = Client { stage: Stage::Idle, kind: 0, weight: 1, asked: 0, began: 0, began_at: 0 };
+        let idle =
+            Client { stage: Stage::Idle, kind: 0, weight: 1, asked: 0, began: 0, began_at: 0, offered: 0 };
         World {
             rng: Rng(seed),
             table: Table::new(config),
@@ -81,21 +90,27 @@ impl World {
 
     fn run(mut self, steps: u64) -> ([u64; KINDS], [u64; KINDS]) {
         for _ in 0..steps {
-            self.now += self.rng.below(20);
+            // Time leaps now and then, so that offers end.
+            self.now += self.rng.below(20) + if self.rng.percent(1) { OFFER_MS } else { 0 };
+            self.apply(|table, now, effects| table.expire(now, effects));
             let client = self.rng.below(CLIENTS as u64) as usize;
             match self.clients[client].stage {
                 Stage::Idle => self.ask(client),
                 Stage::Holding(_) => self.end(client),
                 Stage::Waiting if self.rng.percent(5) => self.disconnect(client),
-                Stage::Waiting => self.apply(|table, now, effects| table.expire(now, effects)),
+                Stage::Offered { .. } if self.rng.percent(30) => self.take(client),
+                Stage::Offered { .. } if self.rng.percent(3) => self.disconnect(client),
+                Stage::Waiting | Stage::Offered { .. } => {}
             }
             self.settle();
         }
         // Every holder ends: every waiter is answered.
         for _ in 0..2 * CLIENTS {
             for client in 0..CLIENTS {
-                if let Stage::Holding(_) = self.clients[client].stage {
-                    self.end(client);
+                match self.clients[client].stage {
+                    Stage::Holding(_) => self.end(client),
+                    Stage::Offered { .. } => self.take(client),
+                    Stage::Idle | Stage::Waiting => {}
                 }
             }
         }
@@ -124,9 +139,11 @@ impl World {
                 ..LockRequest::new(key, Mode::Queue)
             },
         };
+        let asked = LockRequest { offers: self.rng.percent(50), ..asked };
         let weight = if kind == 3 { weight } else { 1 };
         let believed = &mut self.clients[client];
-        *believed = Client { stage: Stage::Waiting, kind, weight, asked: self.step, ..*believed };
+        *believed =
+            Client { stage: Stage::Waiting, kind, weight, asked: self.step, offered: u64::MAX, ..*believed };
         self.apply(|table, now, effects| {
             table.lock(now, ClientId(client as u32), None, Box::new(asked), effects).unwrap();
         });
@@ -139,6 +156,11 @@ impl World {
         let outcome = Outcome::Exit(u8::from(self.rng.percent(30)));
         self.ended(client, outcome);
         self.apply(|table, now, effects| table.release(now, ClientId(client as u32), outcome, effects));
+    }
+
+    fn take(&mut self, client: usize) {
+        self.clients[client].stage = Stage::Waiting;
+        self.apply(|table, now, effects| table.take(now, ClientId(client as u32), effects));
     }
 
     fn disconnect(&mut self, client: usize) {
@@ -181,6 +203,11 @@ impl World {
                 let now = self.now;
                 let believed = &mut self.clients[client];
                 (believed.stage, believed.began, believed.began_at) = (Stage::Holding(token), self.step, now);
+            }
+            NotificationKind::Offered => {
+                let (step, until) = (self.step, self.now + OFFER_MS);
+                let believed = &mut self.clients[client];
+                (believed.stage, believed.offered) = (Stage::Offered { until }, step);
             }
             NotificationKind::Finished(outcome, token) => {
                 let run = self.runs[kind].iter().find(|run| run.token == token).expect("it is over");
@@ -225,9 +252,12 @@ impl World {
             assert!(last.is_none_or(|last| self.now - last >= FRESH_MS), "a fresh key runs again too early");
         }
         if kind == 1 {
-            let asked = self.clients[client].asked;
+            let Client { asked, offered, .. } = self.clients[client];
+            let in_batch = asked + 1..offered;
+            // One that did not take an offer in time has let the others pass.
+            let is_next = |other: &Client| other.stage == Stage::Waiting && other.offered == u64::MAX;
             let is_newer =
-                |other: &Client| other.kind == 1 && other.stage == Stage::Waiting && other.asked > asked;
+                |other: &Client| other.kind == 1 && is_next(other) && in_batch.contains(&other.asked);
             assert!(!self.clients.iter().any(is_newer), "of a batch the newest runs");
         }
     }
@@ -235,11 +265,15 @@ impl World {
     fn check(&self) {
         self.table.audit();
         for kind in 0..KINDS {
-            let of = |is: fn(Stage) -> bool| {
-                self.clients.iter().filter(move |client| client.kind == kind && is(client.stage))
+            let now = self.now;
+            let excludes = |stage: Stage| match stage {
+                Stage::Holding(_) => true,
+                Stage::Offered { until } => now < until,
+                Stage::Idle | Stage::Waiting => false,
             };
-            let waiting = of(|stage| stage == Stage::Waiting);
-            let held: u32 = of(|stage| matches!(stage, Stage::Holding(_))).map(|client| client.weight).sum();
+            let of_kind = self.clients.iter().filter(|client| client.kind == kind);
+            let waiting = of_kind.clone().filter(|client| client.stage == Stage::Waiting);
+            let held: u32 = of_kind.filter(|client| excludes(client.stage)).map(|client| client.weight).sum();
             assert!(held <= if kind == 3 { SLOTS } else { 1 }, "more is held than there is");
             if kind == 2 {
                 assert!(waiting.clone().count() <= 1, "two of the newest wait");

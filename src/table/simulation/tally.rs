@@ -7,6 +7,8 @@ pub(super) struct Tally {
     pub(super) refusals: u64,
     pub(super) expiries: u64,
     pub(super) grants_to_waiters: u64,
+    /// Offers that were taken, that were withdrawn, and that were taken when they had been withdrawn.
+    pub(super) offers: [u64; 3],
     /// Of `slots`, of shared.
     pub(super) grants_beside_others: [u64; 2],
     /// By once waiters, by queue waiters.
@@ -22,7 +24,8 @@ impl Tally {
         let Tally { deferrals, refusals, expiries, grants_to_waiters, .. } = self;
         let single = [deferrals, refusals, expiries, grants_to_waiters];
         let pairs = [&mut self.grants_beside_others, &mut self.successions, &mut self.finished];
-        single.into_iter().chain(pairs.into_iter().flatten()).chain(&mut self.waits)
+        let triples = self.waits.iter_mut().chain(&mut self.offers);
+        single.into_iter().chain(pairs.into_iter().flatten()).chain(triples)
     }
 
     pub(super) fn assert_nothing_was_missed(mut self) {

@@ -34,6 +34,10 @@ struct Odds {
     death: u64,
     /// A waiter gives up.
     despair: u64,
+    /// A client knows offers.
+    offers: u64,
+    /// A client that is offered a lock is stopped.
+    stopped: u64,
     /// Time leaps.
     leap: u64,
 }
@@ -52,6 +56,8 @@ impl Odds {
             exec: rng.below(30),
             death: rng.below(80),
             despair: rng.below(20),
+            offers: 30 + rng.below(70),
+            stopped: rng.below(80),
             leap: rng.below(4),
         }
     }
@@ -123,9 +129,13 @@ impl World {
         self.act(Event::Settle);
         for _ in 0..=self.model.clients.len() {
             for client in 0..self.model.clients.len() as u32 {
-                if matches!(self.model.client(client).stage, Stage::Holding(_)) {
-                    let event = self.end_of_hold(client);
-                    self.act(event);
+                match self.model.client(client).stage {
+                    Stage::Holding(_) => {
+                        let event = self.end_of_hold(client);
+                        self.act(event);
+                    }
+                    Stage::Offered | Stage::Stalled => self.act(Event::Take { client }),
+                    _ => {}
                 }
             }
         }
@@ -156,18 +166,26 @@ impl World {
         // Among hundreds of waiters a holder would hardly ever be drawn, and nothing would move.
         if !holders.is_empty() && self.rng.percent(25) {
             let client = holders[self.rng.below(holders.len() as u64) as usize];
-            return self.end_of_hold(client);
+            return match self.model.client(client).stage {
+                Stage::Offered => self.answer_offer(client),
+                _ => self.end_of_hold(client),
+            };
         }
         let client = self.rng.below(self.model.clients.len() as u64) as u32;
         match self.model.client(client).stage {
             Stage::Idle if self.rng.percent(85) => self.ask(client),
             Stage::Holding(_) if self.rng.percent(30) => self.end_of_hold(client),
-            Stage::Undecided | Stage::Waiting if self.rng.percent(self.odds.despair) => {
+            Stage::Offered => self.answer_offer(client),
+            Stage::Stalled if self.rng.percent(50) => Event::Take { client },
+            Stage::Undecided | Stage::Waiting | Stage::Stalled if self.rng.percent(self.odds.despair) => {
                 Event::Gone { client }
             }
             Stage::Idle if self.rng.percent(50) => Event::Gone { client },
+            Stage::Idle | Stage::Waiting | Stage::Holding(_) if self.rng.percent(10) => {
+                Event::Take { client }
+            }
             // What only a confused client does, and what must change nothing.
-            Stage::Idle | Stage::Undecided | Stage::Waiting => {
+            Stage::Idle | Stage::Undecided | Stage::Waiting | Stage::Stalled => {
                 Event::Release { client, outcome: Outcome::Exit(0) }
             }
             Stage::Holding(_) => Event::Expire,
@@ -186,9 +204,15 @@ impl World {
             slots: if shared { 1 } else { 1 + rng.below(odds.slots_max) as u32 },
             nowait: rng.percent(odds.nowait),
             exec: rng.percent(odds.exec),
+            offers: rng.percent(odds.offers),
         };
         let wish = if self.speaks_v1[client as usize] { Wish::V1 } else { wish };
         Event::Ask { client, key: key as usize, wish }
+    }
+
+    /// Most clients answer an offer; one that is stopped does not, until it is continued.
+    fn answer_offer(&mut self, client: u32) -> Event {
+        if self.rng.percent(self.odds.stopped) { Event::Expire } else { Event::Take { client } }
     }
 
     fn end_of_hold(&mut self, client: u32) -> Event {
@@ -250,6 +274,7 @@ impl World {
             }
             Event::Release { client, outcome } => table.release(now, ClientId(client), outcome, effects),
             Event::Gone { client } => table.disconnected(now, ClientId(client), effects),
+            Event::Take { client } => table.take(now, ClientId(client), effects),
             Event::Settle => {
                 if let Some(mark) = table.deferred() {
                     table.settle(now, mark, effects);
@@ -278,7 +303,7 @@ impl World {
         let believed = self.model.client(client);
         let state = match believed.stage {
             Stage::Idle => State::Idle,
-            Stage::Undecided | Stage::Waiting => State::Waiting,
+            Stage::Undecided | Stage::Waiting | Stage::Offered | Stage::Stalled => State::Waiting,
             Stage::Holding(_) => State::Owner,
         };
         assert_eq!(self.table.state(ClientId(client)), state, "the state of client {client}");
@@ -298,12 +323,16 @@ impl World {
         };
         assert!(!lock.is_unused(), "a lock is found that no client uses");
         assert_eq!(view.id(), lock.id);
-        let waiters: Vec<u32> = [&lock.queue, &lock.once, &lock.v1].into_iter().flatten().copied().collect();
-        self.check_views(view.holders(), &lock.holders);
+        let is_offered = |client: &u32| self.model.client(*client).stage == Stage::Offered;
+        let (offered, holders): (Vec<u32>, Vec<u32>) =
+            lock.holders.iter().partition(|client| is_offered(client));
+        let waiters = [&offered, &lock.queue, &lock.once, &lock.v1, &lock.stalled];
+        let waiters: Vec<u32> = waiters.into_iter().flatten().copied().collect();
+        self.check_views(view.holders(), &holders);
         self.check_views(view.waiters(), &waiters);
-        assert_eq!(view.holding() as usize, lock.holders.len(), "the count of holders");
+        assert_eq!(view.holding() as usize, holders.len(), "the count of holders");
         assert_eq!(view.waiting() as usize, waiters.len() + lock.undecided.len(), "the count of waiters");
-        let told = lock.holders.iter().chain(&waiters).any(|&client| !self.model.client(client).wish.v1);
+        let told = holders.iter().chain(&waiters).any(|&client| !self.model.client(client).wish.v1);
         assert_eq!(view.key(), told.then_some(lock.key.as_str()), "the key that is shown");
     }
 
