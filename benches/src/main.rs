@@ -2,6 +2,7 @@
 //!
 //! - `bench run`: times, as ratios in one run; writes results.json, and the table in docs/performance.md.
 //! - `bench cluster`: of these times, those of locks that are shared through etcd; the others stay as they were.
+//! - `bench flight`: of these, how many runs there are for many requests; it prints them.
 //! - `bench plot`: the pictures of docs/performance.md, from results.json.
 //! - `bench count [--check]`: instructions, system calls and bytes, which are the same each time: writes counts.json, or
 //!   fails where one has grown by more than a tenth.
@@ -15,6 +16,7 @@ mod load;
 mod plot;
 mod report;
 mod servers;
+mod single_flight;
 mod times;
 
 use std::path::{Path, PathBuf};
@@ -34,6 +36,7 @@ fn main() -> Result<()> {
             let cluster = cluster::measure(&kmutex()?)?;
             report::Report { cluster, ..report::Report::load()? }.save()
         }
+        ["flight"] => single_flight::measure(&kmutex()?).map(drop),
         ["plot"] => plot::draw(&report::Report::load()?),
         ["count"] => counts::measure(&kmutex()?)?.save(),
         ["count", "--check"] => counts::measure(&kmutex()?)?.check(),
@@ -43,7 +46,7 @@ fn main() -> Result<()> {
             counts::table_rounds(rounds.parse()?);
             Ok(())
         }
-        _ => fail("usage: bench run | cluster | plot | count [--check]"),
+        _ => fail("usage: bench run | cluster | flight | plot | count [--check]"),
     }
 }
 

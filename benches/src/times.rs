@@ -11,6 +11,7 @@ use crate::commands::{Environment, Timed, alternate};
 use crate::load::{self, Protocol};
 use crate::report::{Distribution, Report, Row, Target, Throughput};
 use crate::servers::{Server, pin_load, unpin_load};
+use crate::single_flight;
 use crate::{Result, fail, median, raise_descriptor_limit, slim_bytes};
 
 /// How often each of two commands is run.
@@ -37,6 +38,7 @@ pub fn measure(program: &Path) -> Result<Report> {
     let (bytes, slim) = (fs::metadata(program)?.len() as f64, slim_bytes()? as f64);
     report.row("binary without the feature etcd", slim / 1e6, None, "MB", Target::AtMost(2.0));
     report.row("binary with / without it", bytes / 1e6, Some(slim / 1e6), "MB", Target::Open);
+    report.rows.extend(single_flight::measure(program)?);
     report.cluster = cluster::measure(program)?;
     Ok(report)
 }

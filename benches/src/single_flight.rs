@@ -1,0 +1,78 @@
+//! Many requests for the same work. What counts here is how many runs there were, and that no request missed its change.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::report::{Row, Target};
+use crate::servers::Server;
+use crate::{Result, fail};
+
+/// How many requests come, how long all of them take to come, and how long a run takes.
+const REQUESTS: u64 = 1_000;
+const SPREAD: Duration = Duration::from_secs(10);
+const RUN: &str = "1";
+
+pub fn measure(program: &Path) -> Result<Vec<Row>> {
+    let runs = coalesced(program)?;
+    let what =
+        format!("runs for {REQUESTS} requests with `--coalesce` in {} s, of {RUN} s each", SPREAD.as_secs());
+    Ok(vec![Row::new(&what, runs as f64, None, "", Target::AtMost(12.0))])
+}
+
+/// Each request first makes a change: it counts a file up. The job copies that file when it begins. A request that returns
+/// while the copy is older than its change has missed it, which is an error.
+///
+/// Returns how many runs there were.
+fn coalesced(program: &Path) -> Result<u64> {
+    let daemon = Server::kmutex(program)?;
+    daemon.unpin()?;
+    let folder = tempfile::tempdir()?;
+    let (source, copy, runs) =
+        (folder.path().join("source"), folder.path().join("copy"), folder.path().join("runs"));
+    // Each file is renamed into its place, so that no reader finds half of one.
+    let job = format!(
+        "echo >>'{runs}'; cp '{source}' '{copy}.new'; mv '{copy}.new' '{copy}'; sleep {RUN}",
+        runs = runs.display(),
+        source = source.display(),
+        copy = copy.display()
+    );
+    let next = source.with_extension("new");
+    let last = AtomicU64::new(0);
+    let request = |number: u64| -> Result<()> {
+        // The changes are made in order, and each before its request.
+        while last.load(Ordering::Acquire) != number - 1 {
+            thread::yield_now();
+        }
+        fs::write(&next, number.to_string())?;
+        fs::rename(&next, &source)?;
+        last.store(number, Ordering::Release);
+        let mut command = Command::new(program);
+        command.args(["run", "--coalesce", "--sock"]).arg(daemon.sock()).args(["build", "sh", "-c", &job]);
+        let status = command.status()?;
+        if !matches!(status.code(), Some(0 | 79)) {
+            return fail(format!("kmutex run --coalesce: {status}"));
+        }
+        let copied: u64 = fs::read_to_string(&copy)?.parse()?;
+        if copied < number {
+            fail(format!("request {number} returned with the work of {copied}"))
+        } else {
+            Ok(())
+        }
+    };
+    let began = Instant::now();
+    thread::scope(|scope| {
+        let requests: Vec<_> = (1..=REQUESTS)
+            .map(|number| {
+                let due = SPREAD.mul_f64(number as f64 / REQUESTS as f64);
+                thread::sleep(due.saturating_sub(began.elapsed()));
+                scope.spawn(move || request(number))
+            })
+            .collect();
+        requests.into_iter().try_for_each(|request| request.join().map_err(|_| "a request panicked")?)
+    })?;
+    Ok(fs::read_to_string(&runs)?.lines().count() as u64)
+}
