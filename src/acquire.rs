@@ -2,18 +2,18 @@
 
 mod waiting;
 
-use crate::proto::Pid;
 use std::num::NonZeroU32;
 use std::time::{Duration, Instant};
 
 use clap::ValueEnum;
+use nix::unistd::Uid;
 
 use crate::addr::{self, Addr};
 use crate::client::{self, LockReply, Session, Target};
 use crate::describe;
 use crate::exit;
 use crate::proto::v2::{ClientInfo, LockRequest, Mode, RunStatus};
-use crate::proto::{Key, Outcome, Token};
+use crate::proto::{Key, Outcome, Pid, Token};
 use crate::timestamp::millis;
 use waiting::Display;
 
@@ -110,10 +110,19 @@ pub enum Acquired {
     HeldAbove,
 }
 
+/// Returns the name of this process' user, as the environment has it. A service may have none there; then it is the number, and
+/// root's name is known.
+fn user_name() -> String {
+    let name = ["USER", "LOGNAME"].into_iter().find_map(|name| std::env::var(name).ok());
+    name.filter(|name| !name.is_empty()).unwrap_or_else(|| match Uid::effective() {
+        uid if uid.is_root() => "root".into(),
+        uid => uid.to_string(),
+    })
+}
+
 impl Acquire {
     /// Returns the request to send; `command` is the command line that `kmutex status` shows.
     pub fn request(&self, command: String) -> LockRequest {
-        let user = ["USER", "LOGNAME"].into_iter().find_map(|name| std::env::var(name).ok());
         let host = nix::unistd::gethostname().unwrap_or_default();
         LockRequest {
             shared: self.shared,
@@ -129,7 +138,7 @@ impl Acquire {
             who: ClientInfo {
                 pid: Pid::new(std::process::id()),
                 host: (&*host.to_string_lossy()).into(),
-                user: user.unwrap_or_default().into(),
+                user: user_name().into(),
                 command: command.into(),
                 note: self.note.as_str().into(),
             },

@@ -53,6 +53,18 @@ fn a_failure_is_never_fresh_unless_a_request_says_so() {
 }
 
 #[test]
+fn work_of_a_service_whose_environment_names_no_user_is_reported_with_its_user() {
+    let daemon = Daemon::start();
+    let without_name =
+        |command: &mut std::process::Command| finish(command.env_remove("USER").env_remove("LOGNAME"));
+    without_name(&mut daemon.run(&["--fresh", "1h", "k", "true"])).assert_silent(0);
+    let told = without_name(&mut daemon.run(&["--fresh", "1h", "--verbose", "k", "true"]));
+    let uid = nix::unistd::Uid::effective();
+    let user = if uid.is_root() { "root".to_string() } else { uid.to_string() };
+    assert!(told.stderr.contains(&format!(" ago by {user}@")), "{}", told.stderr);
+}
+
+#[test]
 fn what_was_done_is_reported_with_its_age_and_by_whom() {
     let daemon = Daemon::start();
     let fresh = |command: &mut std::process::Command| {
