@@ -154,6 +154,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l max-per-uid -d '
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l reserve -d 'Reserve the keys that begin with PREFIX for USER, or for the members of :GROUP; repeat for more' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l state -d 'Keep the journal in FILE instead of beside the first Unix socket' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l grace -d 'Keep the lock of a holder that has not reconnected for DURATION after a restart' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l peer-timeout -d 'Count a machine at the other end of a TCP connection as gone when it says nothing for DURATION; 0 means never' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l remember-max -d 'Remember for N locks when their work was last done (see run --fresh); the oldest are forgotten first' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l auth-file -d 'Admit only clients over TCP that give a name and its secret, as listed in FILE' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l tls-cert -d 'Show the certificate in FILE (PEM) to clients of tls:// addresses [env: KMUTEX_TLS_CERT]' -r -F

@@ -303,6 +303,11 @@ impl Error {
         matches!(self, Error::Io { error, .. } if matches!(error.kind(), NotFound | ConnectionRefused))
     }
 
+    /// True when another machine, or the way to it, is the reason.
+    pub(crate) fn is_of_network(&self) -> bool {
+        matches!(self, Error::Io { addr: Addr::Tcp { .. } | Addr::Tls { .. }, .. })
+    }
+
     /// The exit code for it.
     pub fn exit(&self) -> Exit {
         match self {

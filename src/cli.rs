@@ -513,6 +513,14 @@ pub struct Serve {
     #[arg(long, value_name = "DURATION", default_value = "30", allow_negative_numbers = true, value_parser = duration)]
     pub grace: Duration,
 
+    /// Count a machine at the other end of a TCP connection as gone when it says nothing for DURATION; 0 means never
+    ///
+    /// Its locks are free then. A kmutex on that machine that cannot reach the daemon stops its command before that (status 74).
+    /// After the start of a daemon that other machines can reach and that has no journal of an earlier one, no lock is granted for
+    /// so long, because clients of an earlier daemon may hold it.
+    #[arg(long, value_name = "DURATION", default_value = "30", allow_negative_numbers = true, value_parser = peer_timeout)]
+    pub peer_timeout: Duration,
+
     /// Remember for N locks when their work was last done (see run --fresh); the oldest are forgotten first
     #[arg(long, value_name = "N", default_value_t = 100_000)]
     pub remember_max: u32,
@@ -675,6 +683,17 @@ fn duration(text: &str) -> Result<Duration, String> {
     let (number, seconds) = unit.unwrap_or((text, 1.0));
     let number: f64 = number.parse().map_err(|_| "not a number of seconds, nor one with s, m, h or d")?;
     Duration::try_from_secs_f64(number * seconds).map_err(|_| "must be from 0 to 1.8e19 seconds".into())
+}
+
+/// Parses 0, or a duration for which the kernel can watch a connection.
+fn peer_timeout(text: &str) -> Result<Duration, String> {
+    match duration(text)? {
+        short if !short.is_zero() && short < Duration::from_secs(1) => {
+            Err("must be 0, or at least 1 second".into())
+        }
+        long if long > Duration::from_secs(86_400) => Err("must be at most 1 day".into()),
+        other => Ok(other),
+    }
 }
 
 /// Parses a duration that is longer than none.

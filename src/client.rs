@@ -10,6 +10,7 @@
 //! | `client/credentials.rs` | the client's name and secret |
 //! | `client/retry.rs` | asking for a lock across restarts of the daemon |
 //! | `client/held_lock.rs` | a lock that outlives the daemon that granted it |
+//! | `client/connecting.rs` | connecting without waiting for it |
 //! | `client/options.rs` | how a program asks for a lock |
 //! | `client/lease.rs` | how long a lock is safe without news from the daemon |
 //! | `client/autostart.rs` | starting a daemon where there is none |
@@ -46,6 +47,7 @@
 //! ```
 
 mod autostart;
+mod connecting;
 mod credentials;
 mod error;
 mod held_lock;

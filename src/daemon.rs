@@ -21,6 +21,8 @@
 //! | `gate.rs` | who may use the TCP ports, and as whom |
 //! | `reserve.rs` | which keys belong to which users |
 //! | `users.rs` | the users of this machine, looked up by threads |
+//! | `leases.rs` | holders over TCP: until when each of them is believed to live |
+//! | `predecessor.rs` | an earlier daemon of which nothing is known |
 //! | `attempts.rs`, `verifier.rs` | in which order secrets are verified, and the thread that does it |
 //! | `lookup.rs` | a read-only view of table, connections and orphans, for status, log and journal |
 //! | `recorder.rs` | the table's changes to the journal |
@@ -49,11 +51,13 @@ mod file_watch;
 mod files;
 mod gate;
 mod identity;
+mod leases;
 mod listener;
 mod listing;
 mod log;
 mod lookup;
 mod orphans;
+mod predecessor;
 mod processes;
 mod recorder;
 mod remote;
@@ -111,6 +115,8 @@ pub struct Config {
     /// After a restart, how long the daemon keeps a lock for a holder that has not come back and whose process it cannot
     /// watch.
     pub grace: Duration,
+    /// How long a machine at the other end of a TCP connection may say nothing until it counts as gone. `None`: for ever.
+    pub peer_timeout: Option<Duration>,
     /// Where to keep the journal. `None`: beside the first Unix socket; if there is none, the daemon keeps no journal.
     pub state: Option<PathBuf>,
     /// Of how many locks the daemon remembers when their work was last done.
@@ -171,6 +177,7 @@ impl Config {
             reservations: Vec::new(),
             shows_commands: false,
             grace: Duration::from_secs(30),
+            peer_timeout: Some(Duration::from_secs(30)),
             state: None,
             remember_max: 100_000,
             ready_fd: None,
@@ -238,6 +245,10 @@ fn serve_until_end(config: &Config) -> Result<(), Error> {
         detach::detach().map_err(|e| Error::Os("detach", e.into()))?;
     }
     listeners.iter_mut().try_for_each(Listener::write_pid)?;
+    if let Some(timeout) = config.peer_timeout {
+        let set = listeners.iter().try_for_each(|listener| listener.set_keepalive(timeout));
+        set.map_err(|e| Error::Os("have the kernel watch TCP connections", e))?;
+    }
     for listener in &listeners {
         info!("serving on {}", listener.name());
     }

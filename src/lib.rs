@@ -20,6 +20,7 @@
 //! | `tls` | TLS: certificates, and both ends of a connection | `tls` |
 //! | `auth` | names, secrets and patterns: which client over TCP is who | `daemon` |
 //! | `config_file` | small files, read as a whole, and noticed when they change | |
+//! | `keepalive` | how the kernel notices that the other machine of a TCP connection is gone | |
 //! | `describe` | holders and times in words | `cli` |
 //! | `fd` | descriptors that this process was started with | `daemon` |
 //! | `lookup` | names of users, groups and hosts | |
@@ -91,6 +92,7 @@ pub mod fd;
 #[cfg(feature = "daemon")]
 #[doc(hidden)]
 pub mod journal;
+mod keepalive;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod lock;

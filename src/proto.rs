@@ -222,6 +222,15 @@ impl fmt::Display for Token {
 #[serde(try_from = "String", into = "String")]
 pub struct Nonce(pub u128);
 
+impl Nonce {
+    /// Returns the nonce under which a daemon keeps the request of a client with this name: sent by a client with another name,
+    /// the same nonce means another request.
+    pub fn of(self, name: &str) -> Nonce {
+        let digest = Md5::new().chain_update(self.0.to_be_bytes()).chain_update(name).finalize();
+        Nonce(u128::from_be_bytes(digest.into()))
+    }
+}
+
 impl TryFrom<String> for Nonce {
     type Error = String;
     fn try_from(text: String) -> Result<Nonce, String> {
@@ -310,6 +319,15 @@ mod tests {
         assert!(Key::new("k".repeat(1024)).is_ok());
         assert_eq!(Key::new("k".repeat(1025)), Err(KeyError::TooLong(1025)));
         assert_eq!(Key::new("é".repeat(513)), Err(KeyError::TooLong(1026)));
+    }
+
+    #[test]
+    fn a_nonce_is_another_one_for_each_name() {
+        let nonce = Nonce(7);
+        assert_eq!(nonce.of("ci"), nonce.of("ci"));
+        assert_ne!(nonce.of("ci"), nonce.of("ops"));
+        assert_ne!(nonce.of("ci"), Nonce(8).of("ci"));
+        assert_ne!(nonce.of(""), nonce);
     }
 
     #[test]

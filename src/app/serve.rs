@@ -62,6 +62,7 @@ impl TryFrom<cli::Serve> for daemon::Config {
             reservations,
             shows_commands: args.show_commands,
             grace: args.grace,
+            peer_timeout: (args.peer_timeout > Duration::ZERO).then_some(args.peer_timeout),
             state: args.state,
             remember_max: args.remember_max as usize,
             ready_fd: args.ready_fd,

@@ -5,9 +5,14 @@ use crate::proto::Pid;
 use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
-use super::lease::Lease;
+use nix::poll::PollFlags;
+
+use super::connecting::Connecting;
+use super::lease::{Due, Lease};
 use super::retry::{PAUSE_MAX, PAUSE_MIN};
+use super::transport::wait_for;
 use super::{Error, Session, Target};
+use crate::addr::Addr;
 use crate::clock;
 use crate::proto::v2::{Answer, ErrorCode, LockRequest, Request};
 use crate::proto::{Key, Outcome, Token};
@@ -19,6 +24,8 @@ pub const RELEASE_WAIT: Duration = Duration::from_secs(2);
 const NAME_CHILD_AFTER: Duration = Duration::from_millis(100);
 /// How many answers are taken in at a time.
 const ANSWERS_AT_ONCE_MAX: usize = 64;
+/// How long connecting to another machine may take, while the client does other things.
+const REMOTE_CONNECT_WAIT: Duration = Duration::from_secs(5);
 /// How long connecting may take. (A Unix socket accepts at once, unless its backlog is full.)
 const CONNECT_WAIT: Duration = Duration::from_secs(1);
 
@@ -36,12 +43,17 @@ pub struct HeldLock {
     lease: Option<Lease>,
     /// The daemon has asked the holder to stop, and why.
     stop: Option<String>,
+    /// A connection on which the daemon does not answer. It stays open until the lock is resumed on another one: its end would
+    /// release the lock.
+    stuck: Option<Session>,
 }
 
 /// The state of the connection.
 #[derive(Debug)]
 enum Link {
     Up(Session),
+    /// A thread connects; the client asks to resume on the connection that it makes.
+    Connecting(Connecting),
     /// The client has asked to resume; the daemon has not answered yet.
     Resuming(Session),
     /// There is no daemon. While there is none, no other client can get the lock, so there is no hurry.
@@ -56,7 +68,16 @@ impl HeldLock {
     pub fn new(target: Target, request: LockRequest, mut session: Session, token: Token) -> HeldLock {
         let request = LockRequest { holds: Some(token), ..request };
         let lease = session.lease.take();
-        HeldLock { target, request, token, link: Link::Up(session), name_child_at: None, lease, stop: None }
+        HeldLock {
+            target,
+            request,
+            token,
+            link: Link::Up(session),
+            name_child_at: None,
+            lease,
+            stop: None,
+            stuck: None,
+        }
     }
 
     /// Returns the key of the lock.
@@ -89,6 +110,7 @@ impl HeldLock {
     pub fn readable(&self) -> Option<BorrowedFd<'_>> {
         match &self.link {
             Link::Up(session) | Link::Resuming(session) => Some(session.as_fd()),
+            Link::Connecting(connecting) => Some(connecting.as_fd()),
             Link::Down { .. } => None,
         }
     }
@@ -99,6 +121,7 @@ impl HeldLock {
             Link::Down { retry_at, .. } => Some(*retry_at),
             Link::Up(session) | Link::Resuming(session) if session.has_unread() => Some(Instant::now()),
             Link::Up(_) | Link::Resuming(_) => self.name_child_at,
+            Link::Connecting(_) => None,
         };
         due.into_iter().chain(self.lease.as_ref().map(Lease::due)).min()
     }
@@ -141,6 +164,7 @@ impl HeldLock {
             let (link, goes_on) = match std::mem::replace(&mut self.link, Link::down()) {
                 Link::Up(session) => self.poll_up(session)?,
                 Link::Resuming(session) => self.poll_resuming(session)?,
+                Link::Connecting(connecting) => self.poll_connecting(connecting),
                 Link::Down { retry_at, pause } => self.poll_down(retry_at, pause),
             };
             self.link = link;
@@ -176,11 +200,14 @@ impl HeldLock {
                 if let Some(mine) = &mut self.lease {
                     mine.answered(lease);
                 }
+                self.stuck = None;
                 Ok((Link::Up(session), true))
             }
             Ok(Some(Answer::Lost { why })) => Err(Error::Lost(why.as_str().into())),
             // A daemon with too many clients has not decided about the lock.
-            Ok(Some(Answer::Error { code: ErrorCode::TooMany, .. })) => Ok((Link::down_for(PAUSE_MAX), true)),
+            Ok(Some(Answer::Error { code: ErrorCode::TooMany | ErrorCode::Unavailable, .. })) => {
+                Ok((Link::down_for(PAUSE_MAX), true))
+            }
             Ok(Some(other)) => Err(Error::Lost(Error::unexpected(other).to_string())),
             Err(_) => Ok((Link::down_for(PAUSE_MIN), true)),
         }
@@ -190,12 +217,36 @@ impl HeldLock {
         if retry_at > Instant::now() {
             return (Link::Down { retry_at, pause }, false);
         }
-        match self.resume() {
+        let next = (pause * 2).min(PAUSE_MAX);
+        if let Addr::Unix(_) = self.target.addr {
+            let session = Session::connect(&self.target, Some(Instant::now() + CONNECT_WAIT));
+            return (self.resume(session, next), true);
+        }
+        match Connecting::begin(self.target.clone(), REMOTE_CONNECT_WAIT) {
+            Ok(connecting) => (Link::Connecting(connecting), true),
+            Err(_) => (Link::down_for(next), true),
+        }
+    }
+
+    fn poll_connecting(&mut self, connecting: Connecting) -> (Link, bool) {
+        match connecting.result() {
+            None => (Link::Connecting(connecting), false),
+            Some(session) => (self.resume(session, PAUSE_MAX), true),
+        }
+    }
+
+    /// Asks to resume the lock on a new connection, or tries again after `pause`.
+    fn resume(&mut self, session: Result<Session, Error>, pause: Duration) -> Link {
+        if let Some(lease) = &mut self.lease {
+            lease.asked(clock::now());
+        }
+        let request = Request::Lock(Box::new(self.request.clone()));
+        match session.and_then(|mut session| session.send(&request).map(|()| session)) {
             Ok(session) => {
                 self.name_child_at = None;
-                (Link::Resuming(session), true)
+                Link::Resuming(session)
             }
-            Err(_) => (Link::down_for((pause * 2).min(PAUSE_MAX)), true),
+            Err(_) => Link::down_for(pause),
         }
     }
 
@@ -262,6 +313,10 @@ impl HeldLock {
                 Err(Error::TimedOut) => Ok(()),
                 other => other,
             },
+            Link::Connecting(connecting) => match wait_for(connecting, PollFlags::POLLIN, Some(deadline)) {
+                Err(Error::TimedOut) => Ok(()),
+                other => other,
+            },
             Link::Down { retry_at, .. } => {
                 let until = (*retry_at).min(deadline);
                 std::thread::sleep(until.saturating_duration_since(Instant::now()));
@@ -276,22 +331,20 @@ impl HeldLock {
             let why = "no lease renewal from the daemon in time";
             return Err(Error::Lost(why.into()));
         }
-        if let Link::Up(session) = &mut self.link
-            && lease.ping_due()
-            && session.send(&Request::Ping).is_err()
-        {
-            self.link = Link::down();
+        let Link::Up(session) = &mut self.link else { return Ok(()) };
+        match lease.take_due() {
+            Due::Nothing => {}
+            Due::Ping if session.send(&Request::Ping).is_ok() => {}
+            Due::Ping => self.link = Link::down(),
+            // On this machine the daemon itself is slow.
+            Due::Reconnect if matches!(self.target.addr, Addr::Unix(_)) => {}
+            Due::Reconnect => {
+                if let Link::Up(session) = std::mem::replace(&mut self.link, Link::down()) {
+                    self.stuck = Some(session);
+                }
+            }
         }
         Ok(())
-    }
-
-    fn resume(&mut self) -> Result<Session, Error> {
-        let mut session = Session::connect(&self.target, Some(Instant::now() + CONNECT_WAIT))?;
-        if let Some(lease) = &mut self.lease {
-            lease.asked(clock::now());
-        }
-        session.send(&Request::Lock(Box::new(self.request.clone())))?;
-        Ok(session)
     }
 }
 

@@ -17,6 +17,16 @@ pub(super) struct Lease {
     ask_at: Instant,
 }
 
+/// What the client does for its lease.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Due {
+    Nothing,
+    Ping,
+    /// The last ping was not answered in time. The way to the daemon may have been interrupted, and a new connection is quicker
+    /// then than the one that waits to send again.
+    Reconnect,
+}
+
 impl Lease {
     /// The lease that the daemon stated in answer to a ping sent at `sent`.
     pub(super) fn new(sent: Timestamp, terms: LeaseTerms) -> Lease {
@@ -45,17 +55,17 @@ impl Lease {
         self.margin
     }
 
-    /// Returns `true` when it is time to send a ping, which the caller does at once. There is one unanswered ping at a time.
-    pub(super) fn ping_due(&mut self) -> bool {
+    /// Returns what is due, which the caller does at once. There is one unanswered ping at a time.
+    pub(super) fn take_due(&mut self) -> Due {
         if self.ask_at > Instant::now() {
-            return false;
+            return Due::Nothing;
         }
         self.ask_at = Instant::now() + self.margin;
-        let is_due = self.asked.is_none();
-        if is_due {
-            self.asked = Some(clock::now());
+        if self.asked.is_some() {
+            return Due::Reconnect;
         }
-        is_due
+        self.asked = Some(clock::now());
+        Due::Ping
     }
 
     /// Notes that a request to resume the lock was sent, which the daemon answers with a lease too.

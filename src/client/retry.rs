@@ -3,6 +3,7 @@
 use std::time::{Duration, Instant};
 
 use super::{Error, LockReply, PROMPT_WAIT, Session, Target, WaitObserver};
+use crate::addr::Addr;
 use crate::proto::v2::LockRequest;
 
 /// Asks for a lock and waits for the reply, at most until `deadline`. The returned session holds the lock if the reply is
@@ -40,7 +41,10 @@ fn lock_until(
     let mut request = request.clone();
     let mut retry = Retry::new(None);
     loop {
-        let mut session = match Session::connect(target, deadline) {
+        let until = retry.attempt_until(target, deadline);
+        let mut session = match Session::connect(target, until) {
+            Err(Error::TimedOut) if until != deadline && !retry.is_away() => return Err(Error::Silent),
+            Err(Error::TimedOut) if until != deadline => continue,
             Err(e) if retry.is_worth(&e) => {
                 retry.pause(deadline)?;
                 continue;
@@ -67,6 +71,9 @@ fn lock_until(
 
 /// How long a client that was connected when its daemon ended waits for the next daemon.
 const SUCCESSOR_WAIT: Duration = Duration::from_secs(30);
+/// How long one attempt to connect to another machine may take, and how long while a successor of the daemon is awaited.
+const CONNECT_WAIT: Duration = Duration::from_secs(30);
+const ATTEMPT_WAIT: Duration = Duration::from_secs(3);
 /// The client gives up after so many daemons have closed the connection without an answer.
 const SILENT_MAX: u32 = 10;
 
@@ -85,14 +92,28 @@ impl Retry {
 
     fn is_worth(&self, error: &Error) -> bool {
         let is_away = match error {
-            Error::Addr(error) => error.is_absent(),
+            Error::Addr(error) => error.is_absent() || error.is_of_network(),
             // There was a daemon before, and perhaps this client cannot start its successor, but another one can.
             Error::Autostart { .. } | Error::SocketGone { .. } => true,
             #[cfg(feature = "tls")]
             Error::Tls { error, .. } => error.is_passing(),
             _ => false,
         };
-        is_away && self.away_until.is_some_and(|until| Instant::now() < until)
+        is_away && self.is_away()
+    }
+
+    /// Returns `true` if there may be no daemon for now.
+    fn is_away(&self) -> bool {
+        self.away_until.is_some_and(|until| Instant::now() < until)
+    }
+
+    /// Returns until when to try to connect once. The kernel would wait for minutes for a machine that is gone.
+    fn attempt_until(&self, target: &Target, deadline: Option<Instant>) -> Option<Instant> {
+        if let Addr::Unix(_) = target.addr {
+            return deadline;
+        }
+        let limit = Instant::now() + if self.is_away() { ATTEMPT_WAIT } else { CONNECT_WAIT };
+        Some(deadline.map_or(limit, |deadline| deadline.min(limit)))
     }
 
     fn count(&mut self) -> Result<(), Error> {

@@ -12,6 +12,7 @@ use super::transport::{Transport, silent};
 use super::{Error, LockReply, Target, autostart};
 use crate::addr::{self, Addr};
 use crate::clock;
+use crate::keepalive;
 use crate::lock_file;
 use crate::lookup;
 use crate::proto::v2::{
@@ -27,6 +28,8 @@ pub(super) const ANSWER_WAIT: Duration = Duration::from_secs(10);
 /// daemon does.
 pub const PROMPT_WAIT: Duration = Duration::from_millis(2500);
 
+/// After how long without a word the daemon's machine counts as gone, if the daemon does not say.
+const PEER_TIMEOUT: Duration = Duration::from_secs(30);
 /// How often the client reads at once what has arrived: often enough for a whole frame.
 const READS_AT_ONCE_MAX: usize = 20;
 
@@ -98,8 +101,21 @@ pub struct Session {
     proof: Option<Nonce>,
     /// How long the daemon may take to answer a request that it answers at once.
     answer_wait: Duration,
+    /// How the connection is kept from lasting for ever when the daemon's machine is gone.
+    peer: PeerWatch,
     /// The lease of the lock that the session holds, if it has one.
     pub(super) lease: Option<Lease>,
+}
+
+/// Whether the kernel watches the daemon's machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum PeerWatch {
+    /// The daemon is on this machine.
+    Needless,
+    /// It will, before the client next waits: most locks are free, and then there is no wait.
+    Due(Duration),
+    /// It does.
+    Begun,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,6 +164,10 @@ impl Session {
             lease: None,
             proof: None,
             answer_wait: ANSWER_WAIT,
+            peer: match target.addr {
+                Addr::Unix(_) => PeerWatch::Needless,
+                _ => PeerWatch::Due(PEER_TIMEOUT),
+            },
         })
     }
 
@@ -425,17 +445,47 @@ impl Session {
     /// # Errors
     /// [`Error::TimedOut`] at the deadline, [`Error::Closed`] when the daemon is gone.
     pub fn receive(&mut self, deadline: Option<Instant>) -> Result<Answer, Error> {
+        let is_over = |at: Option<Instant>| at.is_some_and(|at| at <= Instant::now());
         let mut has_read = false;
+        let greeting = self.greeting_limit();
         loop {
             if let Some(answer) = self.take()? {
                 return Ok(answer);
             }
+            let until = match self.stage {
+                Stage::Opening => [deadline, greeting].into_iter().flatten().min(),
+                _ => deadline,
+            };
+            self.watch_peer();
             // A part of an answer, however small, may always be there.
-            if has_read && deadline.is_some_and(|deadline| deadline <= Instant::now()) {
-                return Err(Error::TimedOut);
+            let read = match has_read && is_over(until) {
+                true => Err(Error::TimedOut),
+                false => self.transport.read(&mut self.input, until),
+            };
+            match read {
+                Err(Error::TimedOut) if !is_over(deadline) => return Err(Error::Closed),
+                other => other?,
             }
-            self.transport.read(&mut self.input, deadline)?;
             has_read = true;
+        }
+    }
+
+    /// Returns until when the daemon must have greeted the client, if it may be gone without a word.
+    fn greeting_limit(&self) -> Option<Instant> {
+        match (self.stage, self.peer) {
+            (Stage::Opening, PeerWatch::Due(timeout)) => Some(Instant::now() + timeout),
+            _ => None,
+        }
+    }
+
+    /// Has the kernel watch the daemon's machine from now on, if the daemon has greeted the client and is on another one.
+    fn watch_peer(&mut self) {
+        if let PeerWatch::Due(timeout) = self.peer
+            && !matches!(self.stage, Stage::Silent | Stage::Opening)
+        {
+            // It would fail only for a socket of another kind.
+            let _ = keepalive::set(&self.transport, timeout);
+            self.peer = PeerWatch::Begun;
         }
     }
 
@@ -472,12 +522,10 @@ impl Session {
             }
             match (self.stage, decode_answer(&line).map_err(Error::Protocol)?) {
                 (Stage::Open, answer) => return Ok(Some(answer)),
-                (Stage::Opening, Answer::Hello { .. }) if self.credentials.is_some() => {
-                    self.stage = Stage::Authenticating;
+                (Stage::Opening, Answer::Hello { peer_timeout_ms, .. }) => {
+                    self.greeted(peer_timeout_ms);
                 }
-                (Stage::Opening, Answer::Hello { .. }) | (Stage::Authenticating, Answer::Welcome) => {
-                    self.stage = Stage::Open;
-                }
+                (Stage::Authenticating, Answer::Welcome) => self.stage = Stage::Open,
                 (_, answer) => return Err(Error::unexpected(answer)),
             }
         }
@@ -489,6 +537,13 @@ impl Session {
             }
             _ => Ok(None),
         }
+    }
+
+    fn greeted(&mut self, peer_timeout_ms: Option<u64>) {
+        if let (PeerWatch::Due(_), Some(millis)) = (self.peer, peer_timeout_ms) {
+            self.peer = PeerWatch::Due(Duration::from_millis(millis));
+        }
+        self.stage = if self.credentials.is_some() { Stage::Authenticating } else { Stage::Open };
     }
 
     pub(super) fn wait_readable(&self, deadline: Instant) -> Result<(), Error> {

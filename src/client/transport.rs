@@ -112,7 +112,7 @@ impl Transport {
 }
 
 /// Waits until a descriptor is ready, at most until `deadline`.
-fn wait_for(fd: &impl AsFd, event: PollFlags, deadline: Option<Instant>) -> Result<(), Error> {
+pub(super) fn wait_for(fd: &impl AsFd, event: PollFlags, deadline: Option<Instant>) -> Result<(), Error> {
     loop {
         let timeout = deadline.map_or(PollTimeout::NONE, |deadline| {
             let left = deadline.saturating_duration_since(Instant::now());
@@ -167,7 +167,13 @@ pub(super) fn silent(error: Error) -> Error {
 
 fn closed_or(doing: &'static str, error: nix::Error) -> Error {
     match error {
-        nix::Error::EPIPE | nix::Error::ECONNRESET | nix::Error::ETIMEDOUT => Error::Closed,
+        nix::Error::EPIPE | nix::Error::ECONNRESET | nix::Error::ECONNABORTED => Error::Closed,
+        // The kernel gave up after the other machine had not answered for long.
+        nix::Error::ETIMEDOUT
+        | nix::Error::EHOSTUNREACH
+        | nix::Error::EHOSTDOWN
+        | nix::Error::ENETUNREACH
+        | nix::Error::ENETDOWN => Error::Closed,
         other => Error::Io(doing, other.into()),
     }
 }

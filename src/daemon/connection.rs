@@ -129,6 +129,11 @@ impl Connection {
         self.has_peer.then_some(self.peer)
     }
 
+    /// Returns `true` if the client may be on another machine.
+    pub(super) fn is_remote(&self) -> bool {
+        !self.has_peer
+    }
+
     /// Returns the process that has inherited the lock from this client, if one is known.
     pub(super) fn child(&self) -> Option<Pid> {
         self.child

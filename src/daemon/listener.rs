@@ -12,6 +12,7 @@ use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::UnixListener;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use log::{info, warn};
 use nix::sys::socket::{Backlog, listen};
@@ -22,6 +23,7 @@ use super::bind::{self, FileId, Permissions};
 use super::gate::Exposure;
 use super::socket_lock::SocketLock;
 use crate::addr::{self, Addr};
+use crate::keepalive;
 use crate::lookup;
 use crate::place::{self, Missing};
 
@@ -123,6 +125,20 @@ impl Listener {
                 Ok((stream.into(), Some(from.ip())))
             }
         }
+    }
+
+    /// Has the kernel end the connections that will be accepted here when the other machine is gone for so long.
+    pub(super) fn set_keepalive(&self, timeout: Duration) -> io::Result<()> {
+        match &self.socket {
+            Socket::Unix { .. } => Ok(()),
+            Socket::Tcp { listener, .. } => Ok(keepalive::set(listener, timeout)?),
+        }
+    }
+
+    /// Returns `true` if clients on other machines can connect.
+    pub(super) fn is_exposed(&self) -> bool {
+        let ip = self.local_addr().map(|local| local.ip().to_canonical());
+        matches!(self.socket, Socket::Tcp { .. }) && !ip.is_ok_and(|ip| ip.is_loopback())
     }
 
     /// Returns `true` if clients speak TLS here.

@@ -55,6 +55,7 @@ pub(super) fn is_verbose() -> bool {
 pub(super) enum Event {
     Break,
     Unwatched,
+    PeerLost,
 }
 
 /// How often the same event of the same user is logged.

@@ -160,6 +160,14 @@ impl Orphans {
         self.watch(token, process?, epoll)
     }
 
+    /// Keeps a hold whose client may come back, although its connection is gone: the client is on another machine, and nothing
+    /// tells whether it lives.
+    pub(super) fn await_return(&mut self, record: HoldRecord) {
+        let token = record.held.token;
+        let orphan = Orphan { record, process: None, is_command: false, is_restored: true, counts: false };
+        self.0.insert(token, orphan);
+    }
+
     fn watch(&mut self, token: Token, process: OwnedFd, epoll: &Epoll) -> io::Result<()> {
         epoll.add(&process, EpollEvent::new(EpollFlags::EPOLLIN, Source::Orphan(token).pack()))?;
         if let Some(orphan) = self.0.get_mut(&token) {

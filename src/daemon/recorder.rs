@@ -27,6 +27,8 @@ pub(super) struct Recorder {
     /// What was held when the previous daemon ended.
     inherited: Snapshot,
     last_token: Option<Token>,
+    /// There was a journal of this boot of the machine: what the daemon before granted is known.
+    knows_past: bool,
     lease: ClusterLease,
 }
 
@@ -48,6 +50,7 @@ impl Recorder {
             grants: Vec::new(),
             inherited: Snapshot::default(),
             last_token: None,
+            knows_past: false,
             lease: ClusterLease::Local,
         }
     }
@@ -81,6 +84,7 @@ impl Recorder {
             socket_lock,
             inherited: loaded.content,
             last_token: loaded.last_token,
+            knows_past: loaded.is_of_this_boot,
             lease: loaded.lease,
             ..Recorder::none()
         })
@@ -89,6 +93,11 @@ impl Recorder {
     /// Returns the highest token that was ever given, as far as the journal tells.
     pub(super) fn last_token(&self) -> Option<Token> {
         self.last_token
+    }
+
+    /// Returns `true` if it is known what the daemon before granted.
+    pub(super) fn knows_past(&self) -> bool {
+        self.knows_past
     }
 
     /// Returns whether the locks are clustered, and under which lease.

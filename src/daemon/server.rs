@@ -27,11 +27,13 @@ use super::connection::{ConnectionId, Interest, Protocol, Sent};
 use super::connections::Connections;
 use super::files::Files;
 use super::gate::Gate;
+use super::leases::PeerLeases;
 use super::listener::Listener;
 use super::listing::Listing;
 use super::log::Limiter;
 use super::lookup::Lookup;
 use super::orphans::{Orphans, Successor};
+use super::predecessor::Predecessor;
 use super::processes::Liveness;
 use super::recorder::{Grant, Recorder};
 use super::remote::{RemoteReply, RemoteRequest};
@@ -80,6 +82,10 @@ pub(super) struct Server {
     users: Users,
     /// Locks are held, or were, that an earlier daemon recorded.
     has_restored: bool,
+    peers: PeerLeases,
+    predecessor: Predecessor,
+    /// Clients on other machines can connect.
+    is_exposed: bool,
     acceptor: Acceptor,
     connections: Connections,
     table: Table,
@@ -111,6 +117,7 @@ pub(super) struct Server {
     now: Timestamp,
     started: Timestamp,
     grace: Duration,
+    peer_timeout: Duration,
     /// A status shows the commands of all users to all users.
     shows_commands: bool,
     idle_exit: Option<Duration>,
@@ -143,6 +150,8 @@ impl Server {
         let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |d| d.as_micros() as u64);
         let last = recorder.last_token().map_or(0, |token| token.0);
         let now = clock::now();
+        let first_token = Token(micros.max(last + 1));
+        let is_exposed = listeners.iter().any(Listener::is_exposed);
         let mut server = Server {
             epoll,
             signals,
@@ -151,6 +160,14 @@ impl Server {
             reservations: Reservations::new(config.reservations.clone(), cluster.is_some()),
             users: Users::default(),
             has_restored: false,
+            peers: PeerLeases::new(config.peer_timeout),
+            predecessor: match config.peer_timeout {
+                Some(timeout) if is_exposed && cluster.is_none() && !recorder.knows_past() => {
+                    Predecessor::unknown(now, timeout, first_token)
+                }
+                _ => Predecessor::known(),
+            },
+            is_exposed,
             #[cfg(feature = "tls")]
             plaintext: Vec::new(),
             foreign_warnings: ForeignWarnings::new(),
@@ -158,7 +175,7 @@ impl Server {
             connections: Connections::default(),
             table: Table::new(table::Config {
                 hash_key: RandomState::new().hash_one(0),
-                first_token: Token(micros.max(last + 1)),
+                first_token,
                 hold_limit: config.hold_limit,
                 is_clustered: cluster.is_some(),
                 remember_max: config.remember_max,
@@ -177,6 +194,7 @@ impl Server {
             now,
             started: now,
             grace: config.grace,
+            peer_timeout: config.peer_timeout.unwrap_or_default(),
             shows_commands: config.shows_commands,
             idle_exit: config.idle_exit,
             idle_since: Some(now),
@@ -217,7 +235,9 @@ impl Server {
     /// Returns `false` if the hold has ended.
     fn restore(&mut self, record: HoldRecord) -> io::Result<bool> {
         let may_watch = self.acceptor.admission.may_watch_restored();
-        match Orphans::examine(record, self.now.plus(self.grace), may_watch) {
+        // A client on another machine runs its command until its lease is over.
+        let grace = if record.pid.is_none() { self.grace.max(self.peer_timeout) } else { self.grace };
+        match Orphans::examine(record, self.now.plus(grace), may_watch) {
             Some(survivor) if self.table.restore(survivor.granted(), survivor.held) => {
                 if survivor.is_watched() {
                     self.acceptor.admission.keep(survivor.held.uid);
@@ -281,6 +301,7 @@ impl Server {
                 self.look_at_files();
             }
             self.poll_gate();
+            self.end_leases();
             self.flush_turn();
             if self.acceptor.is_due(self.now) {
                 self.acceptor.resume(&self.epoll)?;
@@ -358,7 +379,8 @@ impl Server {
             self.recorder.set_lease(ClusterLease::None);
         }
         self.commit();
-        if self.table.is_empty() && self.table.runs(self.now).next().is_none() {
+        // To the next daemon of an exposed port, a journal without holds says that there are none.
+        if !self.is_exposed && self.table.is_empty() && self.table.runs(self.now).next().is_none() {
             self.recorder.remove();
         }
     }
@@ -377,6 +399,7 @@ impl Server {
             self.limiter.next_report(),
             self.files.look_at(),
             self.gate.next_deadline(),
+            self.peers.next_deadline(),
         ];
         match deadlines.into_iter().flatten().min() {
             None => EpollTimeout::NONE,
@@ -478,7 +501,7 @@ impl Server {
         if self.connections[client].is_paused() {
             // The kernel reports these whether they are wanted or not.
             if events.intersects(EpollFlags::EPOLLERR | EpollFlags::EPOLLHUP) {
-                self.end_of_stream(client, "disconnected");
+                self.disconnected(client, "disconnected");
             }
         } else if self.connections[client].postponed {
             // It is read when its requests are handled. Only sending can tell that it has disconnected.
@@ -501,7 +524,7 @@ impl Server {
             Ok(bytes) if connection.is_tls() => self.received_tls(client, &buffer[..bytes]),
             Ok(bytes) => self.received(client, &buffer[..bytes]),
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
-            Err(e) => self.end_of_stream(client, e.desc()),
+            Err(e) => self.disconnected(client, e.desc()),
         }
     }
 
@@ -577,7 +600,7 @@ impl Server {
             || (handled >= REQUESTS_AT_ONCE_MIN && self.is_over(TURN_MAX))
     }
 
-    /// The client's stream has ended, in one way or another: with zero bytes, or with an error like ECONNRESET.
+    /// The client's stream has ended.
     fn end_of_stream(&mut self, client: ClientId, why: &str) {
         if !self.connections[client].closing {
             self.hand_over_to_child(client);
@@ -807,7 +830,7 @@ impl Server {
             // Clients that turn out to be gone release what they had. The journal must say so before any client hears of
             // it, so they are not closed on the way.
             for (client, why) in gone {
-                self.end_of_stream(client, why);
+                self.disconnected(client, why);
             }
             if !self.connections.has_work() {
                 return;
@@ -936,6 +959,7 @@ impl Server {
         // Closing removes the descriptor from the epoll set too: no other descriptor refers to this open file (epoll(7),
         // question 6).
         let id = self.connections.id(client);
+        self.peers.end(client);
         if self.listings.remove(&client).is_some()
             && let Some(cluster) = &mut self.cluster
         {

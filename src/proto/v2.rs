@@ -243,6 +243,10 @@ pub enum Answer {
         version: String,
         /// Of the daemon.
         pid: u32,
+        /// After so many milliseconds without a word, the machine at the other end of this connection counts as gone; only over
+        /// TCP.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        peer_timeout_ms: Option<u64>,
     },
     /// The daemon knows the client by the name that it gave.
     Welcome,
@@ -250,7 +254,7 @@ pub enum Answer {
     Granted {
         /// The fencing token of this grant.
         token: Token,
-        /// How long it may be relied on, where hosts share their locks.
+        /// How long it may be relied on, where hosts share their locks, and over TCP.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         lease: Option<LeaseTerms>,
     },
@@ -306,7 +310,7 @@ pub enum Answer {
     End,
     /// The answer to a ping.
     Pong {
-        /// How long what you hold may be relied on, where hosts share their locks.
+        /// How long what you hold may be relied on, where hosts share their locks, and over TCP.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         lease: Option<LeaseTerms>,
     },
@@ -319,7 +323,7 @@ pub enum Answer {
     },
 }
 
-/// How long a clustered lock may be relied on. A client without newer word from the daemon stops
+/// How long a lock may be relied on that is clustered, or that a client on another machine holds. A client without newer word from the daemon stops
 /// then, as if the lock were lost: the daemon may have been stopped, and other hosts get the lock when its lease ends.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LeaseTerms {

@@ -36,7 +36,13 @@ mod keyedmutex;
 mod library;
 mod like_flock;
 mod limits;
+#[cfg(feature = "etcd")]
+mod machines;
 mod nested;
+#[cfg(feature = "etcd")]
+#[path = "../chaos_cluster/net.rs"]
+#[allow(dead_code)]
+mod net;
 mod other_user;
 mod pages;
 mod peers;

@@ -178,18 +178,21 @@ fn a_holder_of_protocol_1_keeps_its_lock_no_longer_than_the_hold_limit() {
 
 #[test]
 fn a_holder_over_tcp_resumes_within_the_grace_period_or_not_at_all() {
-    let daemon_options = ["--sock", "127.0.0.1:0", "--grace", "2"];
+    let daemon_options = ["--sock", "127.0.0.1:0", "--grace", "2", "--peer-timeout", "2"];
     let dial = |daemon: &Daemon| {
         let line = daemon.wait_for_log("serving on 127.0.0.1:");
         Wire::new(std::net::TcpStream::connect(line.rsplit(' ').next().unwrap()).unwrap())
     };
     let mut daemon = Daemon::with(&daemon_options);
+    // Without pings, only a lock with `exec` lasts.
     let (mut one, mut two) = (dial(&daemon), dial(&daemon));
-    let token = one.open(r#"{"type":"lock","key":"a","nonce":"1"}"#).answer_of("granted")["token"].clone();
+    let token =
+        one.open(r#"{"type":"lock","key":"a","nonce":"1","exec":true}"#).answer_of("granted")["token"]
+            .clone();
     two.open(r#"{"type":"lock","key":"b","nonce":"2"}"#).answer_of("granted");
     daemon.restart(&daemon_options);
     let mut again = dial(&daemon);
-    again.open(&json!({"type": "lock", "key": "a", "nonce": "1", "holds": token}).to_string());
+    again.open(&json!({"type": "lock", "key": "a", "nonce": "1", "exec": true, "holds": token}).to_string());
     assert_eq!(again.answer_of("granted")["token"], token);
     // The other one's time passes.
     dial(&daemon).open(r#"{"type":"lock","key":"b","mode":"queue"}"#).answer_of("waiting");

@@ -6,14 +6,17 @@ use std::time::Duration;
 use ::log::{debug, warn};
 
 use super::Server;
+use crate::clock;
 use crate::daemon::gate::Verdict;
 use crate::daemon::identity::Identity;
 #[cfg(feature = "tls")]
 use crate::daemon::identity::Standing;
-use crate::proto::v1::Foreign;
+use crate::daemon::{leases, log};
+use crate::journal::HoldRecord;
+use crate::proto::v1::{Foreign, State};
 #[cfg(feature = "tls")]
 use crate::proto::v2::error;
-use crate::proto::v2::{Answer, ErrorCode};
+use crate::proto::v2::{Answer, ErrorCode, LeaseTerms};
 use crate::proto::{LockId, Secret};
 use crate::table::{ClientId, Timestamp};
 #[cfg(feature = "tls")]
@@ -70,6 +73,72 @@ impl Server {
                 self.authenticated(client, name);
             }
         }
+    }
+
+    /// Begins the lease of a lock that is granted to a client, if the client is on another machine. A client that becomes the
+    /// command sends no pings: its lock lasts as long as its connection.
+    pub(super) fn begin_lease(&mut self, client: ClientId) {
+        let becomes_command = self.table.request_of(client).is_none_or(|(_, request)| request.terms.exec);
+        if self.connections[client].is_remote() && !becomes_command {
+            self.peers.begin(client, clock::now());
+        }
+    }
+
+    /// Returns the peer timeout that a client is told, if it is on another machine.
+    pub(super) fn stated_peer_timeout(&self, client: ClientId) -> Option<Duration> {
+        Some(self.peer_timeout).filter(|timeout| !timeout.is_zero() && self.connections[client].is_remote())
+    }
+
+    /// Returns how long a client may rely on the lock that it holds, if that has a limit.
+    pub(super) fn lease_terms(&self, client: ClientId) -> Option<LeaseTerms> {
+        leases::both(self.lookup().lease_terms(), self.peers.terms(client))
+    }
+
+    /// Frees the locks of clients that have not sent a ping in time.
+    pub(super) fn end_leases(&mut self) {
+        while let Some(client) = self.peers.pop_over(self.now) {
+            if self.connections[client].closing || self.table.state(client) != State::Owner {
+                continue;
+            }
+            if self.limiter.allows(log::Event::PeerLost, None, self.now) {
+                let name = self.connections.describe(client);
+                warn!("no word from {name} for the peer timeout: its lock is free");
+            }
+            self.connections.answer(client, &Answer::Lost { why: "no ping in time".into() });
+            self.close_after_flush(client, "no ping in time");
+        }
+    }
+
+    /// The connection has failed. That says nothing of a client on another machine that holds a lock with a lease: the lock is
+    /// kept until the client comes back or its lease is over.
+    pub(super) fn disconnected(&mut self, client: ClientId, why: &str) {
+        if !self.connections[client].closing
+            && let Some(until) = self.peers.end(client)
+            && let Some(record) = self.lookup().record_of_client(client)
+        {
+            debug!("{} may come back: its lock is kept", self.connections.describe(client));
+            let token = record.held.token;
+            self.table.detach(client);
+            self.orphans.await_return(record);
+            self.table.limit_orphan(token, until);
+        }
+        self.end_of_stream(client, why);
+    }
+
+    /// Counts a free lock as held as long as clients of an unknown daemon before this one may hold it. Returns why the request
+    /// cannot be decided then, if it does not wait.
+    pub(super) fn presume_held(&mut self, lock: LockId, waits: bool) -> Result<(), String> {
+        let Some(left) = self.predecessor.remaining(self.now) else { return Ok(()) };
+        if self.table.find(lock).is_some_and(|lock| lock.holding() > 0) {
+            return Ok(());
+        }
+        let seconds = left.as_secs() + 1;
+        let refusal = format!("clients of an earlier daemon may hold the lock for another {seconds} s");
+        let Some(held) = self.predecessor.presume(lock).filter(|_| waits) else { return Err(refusal) };
+        let record = HoldRecord { held, pid: None, child: None, granted: self.now, recorded: self.now };
+        self.table.restore(self.now, held);
+        self.orphans.await_return(record);
+        Ok(())
     }
 
     fn authenticated(&mut self, client: ClientId, name: Option<Box<str>>) {

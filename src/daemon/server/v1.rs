@@ -22,7 +22,7 @@ impl Server {
         match request {
             Request::Lock(LockId(PREAMBLE)) => {
                 self.connections[client].protocol = Protocol::V2 { status: None };
-                self.connections.answer(client, &v2::hello());
+                self.connections.answer(client, &v2::hello(self.stated_peer_timeout(client)));
                 if let Access::None(limit) = self.connections[client].access {
                     self.too_many(client, limit);
                 }
@@ -34,6 +34,9 @@ impl Server {
             // Reserved keys belong to users, and this protocol says nothing of users.
             Request::Lock(lock) if self.is_reserved_by_id(lock) || !self.may_lock_by_id(client, lock) => {
                 self.close_after_flush(client, "not permitted");
+            }
+            Request::Lock(lock) if self.presume_held(lock, true).is_err() => {
+                self.close_after_flush(client, "cannot be decided yet");
             }
             Request::Lock(lock) => {
                 self.apply(|table, now, effects| table.lock_v1(now, client, lock, effects));

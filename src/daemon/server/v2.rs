@@ -2,11 +2,13 @@
 
 use std::collections::btree_map::Entry;
 use std::os::fd::AsFd;
+use std::time::Duration;
 
 use ::log::warn;
 use nix::unistd::Uid;
 
 use super::Server;
+use crate::clock;
 use crate::daemon::admission::{Access, Limit};
 use crate::daemon::cluster::Clustering;
 use crate::daemon::connection::Protocol;
@@ -23,13 +25,16 @@ use crate::proto::v2::{
 };
 use crate::proto::{self, Key, Outcome, Pid};
 use crate::table::{ClientId, Loss, Notification, NotificationKind, RequestView, Timestamp};
+use crate::timestamp::millis;
 
 /// A status continues when less output than this waits to be sent. One lock of it may be as long as a frame.
 const STATUS_BYTES_AHEAD: usize = 16 * 1024;
 const STATUS_UNDER_WAY: &str = "status: this connection is being sent one already";
 
-pub(super) fn hello() -> Answer {
-    Answer::Hello { version: env!("CARGO_PKG_VERSION").into(), pid: std::process::id() }
+/// `peer_timeout`: for a client on another machine.
+pub(super) fn hello(peer_timeout: Option<Duration>) -> Answer {
+    let peer_timeout_ms = peer_timeout.map(millis);
+    Answer::Hello { version: env!("CARGO_PKG_VERSION").into(), pid: std::process::id(), peer_timeout_ms }
 }
 
 pub(super) fn cannot_record() -> Answer {
@@ -214,6 +219,7 @@ impl Server {
                 if log::is_verbose() {
                     log::release(self.lookup(), client, outcome);
                 }
+                self.peers.end(client);
                 self.apply(|table, now, effects| table.release(now, client, outcome, effects));
                 self.connections.answer(client, &Answer::Released);
                 if self.connections[client].inherits {
@@ -228,7 +234,8 @@ impl Server {
             (Request::Status { key: Some(key), .. }, _) => self.status_of(client, &key),
             (Request::Status { key: None, .. }, _) => self.status(client),
             (Request::Ping, state) => {
-                let lease = self.lookup().lease_terms().filter(|_| state == State::Owner);
+                self.peers.renew(client, clock::now());
+                let lease = self.lease_terms(client).filter(|_| state == State::Owner);
                 self.connections.answer(client, &Answer::Pong { lease });
             }
         }
@@ -250,6 +257,9 @@ impl Server {
         connection.set_child(asked.child);
         connection.inherits = asked.inherits;
         connection.guard = asked.nonce.filter(|_| asked.inherits || asked.exec).map(Box::new);
+        if let Some(name) = connection.name() {
+            asked.nonce = asked.nonce.map(|nonce| nonce.of(name));
+        }
         let uid = connection.peer().map(|peer| peer.uid);
         if self.cluster.is_some() && (asked.shared || asked.slots > 1) {
             let message = "lock: shared locks and slots work on one host only, and this daemon uses etcd";
@@ -270,7 +280,12 @@ impl Server {
             let message = "lock: only root, the daemon's user and the holder's user may replace a holder";
             return self.refuse(client, ErrorCode::NotPermitted, message);
         }
-        if self.now > self.started.plus(self.grace) {
+        if asked.holds.is_none()
+            && let Err(message) = self.presume_held(asked.key.id(), !asked.nowait)
+        {
+            return self.refuse(client, ErrorCode::Unavailable, message);
+        }
+        if self.now > self.started.plus(self.grace.max(self.peer_timeout)) {
             // Clients that waited for the previous daemon have come back by now. No other client may overtake waiters.
             asked.place = None;
         }
@@ -344,11 +359,18 @@ impl Server {
     }
 
     pub(super) fn notify_v2(&mut self, notification: Notification) {
+        match notification.kind {
+            NotificationKind::Granted(_) => self.begin_lease(notification.client),
+            NotificationKind::Lost(_) => drop(self.peers.end(notification.client)),
+            _ => {}
+        }
         let lookup = self.lookup();
         let viewer = self.viewer(notification.client);
         let holders = || lookup.holders_of(viewer, notification.lock);
         let answer = match notification.kind {
-            NotificationKind::Granted(token) => Answer::Granted { token, lease: lookup.lease_terms() },
+            NotificationKind::Granted(token) => {
+                Answer::Granted { token, lease: self.lease_terms(notification.client) }
+            }
             NotificationKind::Offered => Answer::Offered,
             NotificationKind::Waiting { ahead, place } => {
                 Answer::Waiting { holders: holders(), ahead, place }

@@ -162,7 +162,8 @@ fn any_answer() -> impl Strategy<Value = Answer> {
         Other,
     ]);
     prop_oneof![
-        (any_string(0..20), any::<u32>()).prop_map(|(version, pid)| Answer::Hello { version, pid }),
+        (any_string(0..20), any::<u32>(), any::<Option<u64>>())
+            .prop_map(|(version, pid, peer_timeout_ms)| { Answer::Hello { version, pid, peer_timeout_ms } }),
         (any_token(), option::of(any_lease())).prop_map(|(token, lease)| Answer::Granted { token, lease }),
         (parties(), any::<u32>(), any::<u64>()).prop_map(|(holders, ahead, place)| Answer::Waiting {
             holders,
