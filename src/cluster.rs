@@ -18,6 +18,7 @@
 //! - When the store goes back, nothing that was read before counts any more ([`Cluster::store_changed`]).
 
 mod queue;
+mod run_record;
 #[cfg(test)]
 mod simulation;
 
@@ -29,8 +30,9 @@ use serde::{Deserialize, Serialize};
 
 use crate::proto::v2::{ClientInfo, Mode, ShortText};
 use crate::proto::{LockId, Outcome, Protocol, Token};
-use crate::table::{ArrivalMark, ClusterNotice, Effects, RequestView, Table, Timestamp};
+use crate::table::{ArrivalMark, ClusterNotice, Effects, RequestView, Run, Table, Timestamp};
 use queue::{LockQueue, Standing};
+pub use run_record::RunRecord;
 
 /// When etcd cannot be asked, how long until it is asked again.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -121,6 +123,8 @@ pub struct QueueSnapshot {
     pub entries: Vec<Entry>,
     /// How the last hold ended that a host recorded.
     pub last: Option<OutcomeRecord>,
+    /// The runs that still count, with their ages by now.
+    pub runs: Vec<RunRecord>,
 }
 
 /// What the watch saw of a lock.
@@ -132,6 +136,13 @@ pub enum WatchEvent {
     Removed(EntryKey),
     /// A host recorded how a hold ended.
     Outcome(OutcomeRecord),
+    /// A host recorded a run that counts for a while.
+    Ran(RunRecord),
+    /// The record of the last run that succeeded, or that failed, is gone.
+    RunGone {
+        /// The one that succeeded.
+        is_success: bool,
+    },
 }
 
 /// A request to etcd about the queue of one lock. The answer is the [`QueueSnapshot`] afterwards.
@@ -143,6 +154,8 @@ pub struct ClusterRequest {
     pub lock: LockId,
     /// What etcd does before it reads the queue.
     pub op: QueueOp,
+    /// The runs of this lock whose ages are known here.
+    pub known_runs: Vec<Token>,
 }
 
 /// What etcd does before it reads a queue.
@@ -156,6 +169,8 @@ pub enum QueueOp {
         entry_key: EntryKey,
         /// Who it belongs to.
         owner: Box<Owner>,
+        /// Only if no run is recorded that may count.
+        unless_run: bool,
     },
     /// Make this entry behind all others.
     Enqueue {
@@ -172,6 +187,8 @@ pub enum QueueOp {
         revision: Revision,
         /// How the hold ended, to be recorded.
         record: Option<OutcomeRecord>,
+        /// The run that ended, if it counts for a while.
+        run: Option<Box<Run>>,
         /// The next entry of this host, behind all others.
         next: Option<(EntryKey, Box<Owner>)>,
     },
@@ -202,6 +219,8 @@ pub struct Cluster {
     /// [`PATIENCE`] has run out since then.
     is_overdue: bool,
     queues: BTreeMap<LockId, LockQueue>,
+    /// The last revision at which the watch saw a change of the runs of any lock.
+    last_run_event: Revision,
     /// The locks to look at.
     dirty_locks: BTreeSet<LockId>,
     /// The locks that need a request which cannot be made at the moment.
@@ -224,6 +243,7 @@ impl Cluster {
             unusable_since: Some(now),
             is_overdue: false,
             queues: BTreeMap::new(),
+            last_run_event: Revision(0),
             dirty_locks: BTreeSet::new(),
             pending: BTreeSet::new(),
             requests: Vec::new(),
@@ -268,6 +288,8 @@ impl Cluster {
     pub fn store_changed(&mut self, table: &mut Table, now: Timestamp, effects: &mut Effects) {
         self.lost_lease(table, now, effects);
         self.is_watching = false;
+        self.last_run_event = Revision(0);
+        table.drop_runs();
         self.queues.values_mut().for_each(LockQueue::forget_store);
     }
 
@@ -348,7 +370,48 @@ impl Cluster {
     }
 
     /// The watch saw this of a lock, at this revision.
-    pub fn watch_event(&mut self, lock: LockId, revision: Revision, event: WatchEvent) {
+    pub fn watch_event(
+        &mut self,
+        table: &mut Table,
+        now: Timestamp,
+        (lock, revision, event): (LockId, Revision, WatchEvent),
+        effects: &mut Effects,
+    ) {
+        let untold = self.queues.get(&lock).map(LockQueue::untold_tokens).unwrap_or_default();
+        if let WatchEvent::Ran(_) | WatchEvent::RunGone { .. } = event {
+            self.last_run_event = revision;
+        }
+        match &event {
+            WatchEvent::Ran(record) => {
+                table.remote_run_seen(now, record.clone().run(lock, now), &untold, effects);
+            }
+            WatchEvent::RunGone { is_success } => table.remote_run_gone(lock, *is_success),
+            WatchEvent::Added(_) | WatchEvent::Removed(_) | WatchEvent::Outcome(_) => {}
+        }
+        self.queue_event(lock, revision, event);
+    }
+
+    /// The runs of a lock that count were read, as of this revision.
+    pub fn runs_read(
+        &mut self,
+        table: &mut Table,
+        now: Timestamp,
+        (lock, revision): (LockId, Revision),
+        runs: Vec<RunRecord>,
+        effects: &mut Effects,
+    ) {
+        let queue = self.queues.get(&lock);
+        if revision >= self.last_run_event && queue.is_none_or(|queue| queue.may_learn(revision)) {
+            let runs = runs.into_iter().map(|record| record.run(lock, now)).collect();
+            let untold = queue.map(LockQueue::untold_tokens).unwrap_or_default();
+            table.remote_runs_read(now, lock, runs, &untold, effects);
+            if !self.is_watching {
+                table.doubt_runs();
+            }
+        }
+    }
+
+    fn queue_event(&mut self, lock: LockId, revision: Revision, event: WatchEvent) {
         if let Some(queue) = self.queues.get_mut(&lock) {
             queue.watch_event(revision, event);
         } else if let (WatchEvent::Added(entry), Some(lease)) = (&event, &self.lease)
@@ -371,8 +434,9 @@ impl Cluster {
     }
 
     /// A watch is open, which sees everything after this revision. What happened before it is not known.
-    pub fn watch_opened(&mut self, revision: Revision) {
+    pub fn watch_opened(&mut self, table: &mut Table, revision: Revision) {
         self.is_watching = true;
+        table.doubt_runs();
         for (lock, queue) in &mut self.queues {
             queue.forget_entries(revision);
             self.dirty_locks.insert(*lock);
@@ -398,8 +462,13 @@ impl Cluster {
         let Some(queue) = self.queues.get_mut(&lock) else { return };
         self.dirty_locks.insert(lock);
         match answer {
-            Ok(snapshot) => {
-                queue.answered(id, snapshot, self.lease.as_ref());
+            Ok(mut snapshot) => {
+                let runs = std::mem::take(&mut snapshot.runs);
+                let is_news = queue.answered(id, snapshot, self.lease.as_ref());
+                if is_news && self.is_watching {
+                    let runs = runs.into_iter().map(|record| record.run(lock, now)).collect();
+                    table.remote_runs_read(now, lock, runs, &queue.untold_tokens(), effects);
+                }
                 self.can_ask_again();
             }
             Err(failure) => {
@@ -426,7 +495,7 @@ impl Cluster {
             // One request tells whether the others have a chance.
             let has_probed = self.is_away() && !self.requests.is_empty();
             if may_probe && !has_probed {
-                self.ask(table, lock);
+                self.ask(table, now, lock);
             } else if self.queues[&lock].needs(table, lock, self.lease.as_ref()) {
                 self.pending.insert(lock);
                 if self.is_away() {
@@ -458,14 +527,14 @@ impl Cluster {
         self.queues.get(&lock)?.first()
     }
 
-    fn ask(&mut self, table: &Table, lock: LockId) {
+    fn ask(&mut self, table: &Table, now: Timestamp, lock: LockId) {
         let (Some(queue), Some(lease)) = (self.queues.get_mut(&lock), &self.lease) else { return };
         let entry_key = lease.entry_key(self.next_entry);
-        let Some(op) = queue.next_op(table, lock, lease, entry_key) else { return };
+        let Some(op) = queue.next_op(table, now, lock, lease, entry_key) else { return };
         self.next_entry += 1;
         self.next_id += 1;
         queue.asked(self.next_id, table.mark(), &op);
-        self.requests.push(ClusterRequest { id: self.next_id, lock, op });
+        self.requests.push(ClusterRequest { id: self.next_id, lock, op, known_runs: table.known_runs(lock) });
     }
 }
 

@@ -37,8 +37,8 @@ use error::Failure;
 pub use error::{Error, Kind};
 use http::{Agents, Leaderless, Request};
 pub use kv::{
-    Compare, Event, KeptAlive, KeyValue, Lease, LeaseId, Op, Range, RangeReply, Sort, Txn, TxnReply,
-    WatchReply,
+    Compare, Event, KeptAlive, KeyValue, Lease, LeaseId, Op, Range, RangeReply, Sort, TimeToLive, Txn,
+    TxnReply, WatchReply,
 };
 use resolver::HostResolver;
 use store::{Currency, Finding, Header, Seen, Store};
@@ -106,6 +106,16 @@ impl Client {
         let body = codec::lease_keys(lease);
         self.call("/v3/lease/timetolive", &body, Currency::Local, codec::read_lease_keys)
             .map(|(keys, _)| keys)
+    }
+
+    /// Returns how much of a lease's time is left. `None`: it has ended.
+    ///
+    /// # Errors
+    /// As [`Client::txn`].
+    pub fn time_to_live(&self, lease: LeaseId) -> Result<Option<TimeToLive>, Error> {
+        let body = codec::time_to_live(lease);
+        self.call("/v3/lease/timetolive", &body, Currency::Local, codec::read_time_to_live)
+            .map(|(left, _)| left)
     }
 
     /// Ends a lease, and deletes all keys that were put with it. Succeeds if the lease has ended before.

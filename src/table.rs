@@ -35,6 +35,7 @@
 //! | `resume.rs` | holds that outlive their connection: restored, resumed, ended, broken |
 //! | `nested.rs` | requests under another lock, and the cycles that they could close |
 //! | `remote.rs` | clustered locks: what other hosts hold, and what this host may grant |
+//! | `remote_runs.rs` | runs of clustered locks that count |
 //! | `view.rs` | a read-only view for status answers |
 //! | `audit.rs` | what must hold of all these parts, for tests and fuzz targets |
 
@@ -48,6 +49,7 @@ mod nested;
 mod newest;
 mod offers;
 mod remote;
+mod remote_runs;
 mod request;
 mod resume;
 #[cfg(test)]
@@ -142,7 +144,7 @@ impl Table {
             nonces: BTreeMap::new(),
             orphans: BTreeMap::new(),
             nested: Nested::default(),
-            runs: Runs::new(config.remember_max),
+            runs: Runs::new(config.remember_max, config.is_clustered),
             holders: Holders::default(),
             is_clustered: config.is_clustered,
             hold_limit: config.hold_limit,
@@ -476,7 +478,8 @@ impl Table {
         let request = &self.store[id];
         let token = request.token().expect("only a holder's hold ends");
         let (lock, began, protocol) = (request.lock, request.began, request.terms.protocol);
-        if self.store[lock].remote_holder != Some(id) {
+        // Another host records its runs itself.
+        if self.store[lock].remote_holder.take_if(|remote| *remote == id).is_none() {
             self.remember(now, id, outcome, effects);
         }
         if self.store[id].client.is_none() {

@@ -39,6 +39,8 @@ pub(super) struct LockQueue {
     /// This host's entry is to be released.
     leaving: Option<Leaving>,
     asked: Option<Asked>,
+    /// Whether the runs that count are known, since the first answer.
+    knows_runs: bool,
     /// Behind the clients that had come before the last request that was answered.
     mark: Option<ArrivalMark>,
 }
@@ -70,9 +72,20 @@ impl LockQueue {
         self.as_of.is_some() && !self.must_read
     }
 
+    /// Returns `true` if what was read as of this revision is not older than what is known.
+    pub(super) fn may_learn(&self, revision: Revision) -> bool {
+        self.as_of.unwrap_or(self.missed) <= revision
+    }
+
     /// Returns how a hold of this host ended, if etcd has not confirmed that it knows.
     pub(super) fn untold(&self) -> Option<(Option<&str>, OutcomeRecord)> {
         Some((self.name.as_deref(), self.leaving?.record?))
+    }
+
+    /// Returns the tokens of the holds whose ends etcd may not know yet.
+    pub(super) fn untold_tokens(&self) -> Vec<Token> {
+        let standing = self.entries.values().map(|entry| Token(entry.revision.0 as u64));
+        standing.chain(self.leaving.map(|leaving| leaving.token)).collect()
     }
 
     /// A hold of this host has ended.
@@ -117,6 +130,8 @@ impl LockQueue {
             WatchEvent::Added(entry) => self.insert(entry),
             WatchEvent::Removed(entry_key) => self.entries.retain(|_, entry| entry.entry_key != entry_key),
             WatchEvent::Outcome(record) => self.last = Some(record),
+            // The table knows.
+            WatchEvent::Ran(_) | WatchEvent::RunGone { .. } => {}
         }
     }
 
@@ -128,7 +143,7 @@ impl LockQueue {
         self.asked = Some(Asked { id, mark });
         match op {
             QueueOp::Read => {}
-            QueueOp::TryAcquire { entry_key, owner } | QueueOp::Enqueue { entry_key, owner } => {
+            QueueOp::TryAcquire { entry_key, owner, .. } | QueueOp::Enqueue { entry_key, owner } => {
                 self.own = Some(entry_key.clone());
                 self.name.clone_from(&owner.key);
             }
@@ -138,9 +153,12 @@ impl LockQueue {
         }
     }
 
-    pub(super) fn answered(&mut self, id: u64, snapshot: QueueSnapshot, lease: Option<&LeaseName>) {
-        let Some(asked) = self.asked.take_if(|asked| asked.id == id) else { return };
-        if self.as_of.is_none_or(|as_of| as_of <= snapshot.revision) {
+    /// Returns `true` if the answer is not older than what the watch has shown.
+    pub(super) fn answered(&mut self, id: u64, snapshot: QueueSnapshot, lease: Option<&LeaseName>) -> bool {
+        let Some(asked) = self.asked.take_if(|asked| asked.id == id) else { return false };
+        self.knows_runs = true;
+        let mut is_news = self.as_of.is_none_or(|as_of| as_of <= snapshot.revision);
+        if is_news {
             self.as_of = Some(snapshot.revision);
             self.entries.clear();
             snapshot.entries.into_iter().for_each(|entry| self.insert(entry));
@@ -150,9 +168,11 @@ impl LockQueue {
         self.missed = Revision(0);
         if self.must_read {
             self.as_of = None;
+            is_news = false;
         }
         self.mark = Some(asked.mark);
         self.find_own(lease);
+        is_news
     }
 
     /// Finds out which entry is this host's by now.
@@ -264,6 +284,7 @@ impl LockQueue {
     pub(super) fn next_op(
         &mut self,
         table: &Table,
+        now: Timestamp,
         lock: LockId,
         lease: &LeaseName,
         entry_key: EntryKey,
@@ -283,13 +304,21 @@ impl LockQueue {
         };
         if let Some(orphan) = self.orphan_entry(lease) {
             let (entry_key, revision) = (orphan.entry_key.clone(), orphan.revision);
-            return Some(QueueOp::Release { entry_key, revision, record: None, next: None });
+            // If the journal has the run under it, only the release did not reach etcd before the daemon was started again.
+            let token = Token(revision.0 as u64);
+            let run = table.run_under(now, lock, token).cloned().map(Box::new);
+            let record = run.as_ref().map(|run| OutcomeRecord { token, outcome: run.outcome });
+            return Some(QueueOp::Release { entry_key, revision, record, run, next: None });
         }
         let Some((own, revision)) = self.own_entry() else {
             return match needs {
+                // A place that is given up at once, because the work is done, would be in the way of others.
+                _ if needs.free_or_busy && needs.fresh && !self.knows_runs => {
+                    Some(QueueOp::TryAcquire { entry_key, owner: owner(), unless_run: true })
+                }
                 _ if needs.queue_place => Some(QueueOp::Enqueue { entry_key, owner: owner() }),
                 _ if needs.free_or_busy || needs.takeover => {
-                    Some(QueueOp::TryAcquire { entry_key, owner: owner() })
+                    Some(QueueOp::TryAcquire { entry_key, owner: owner(), unless_run: false })
                 }
                 _ => None,
             };
@@ -302,7 +331,9 @@ impl LockQueue {
         match self.leaving {
             Some(Leaving { record, .. }) => {
                 let next = needs.queue_place.then(|| (entry_key, owner()));
-                Some(QueueOp::Release { entry_key: own, revision, record, next })
+                let run =
+                    record.and_then(|record| table.run_under(now, lock, record.token).cloned()).map(Box::new);
+                Some(QueueOp::Release { entry_key: own, revision, record, run, next })
             }
             None if needs.free_or_busy && !is_held => Some(QueueOp::Read),
             None => None,

@@ -59,6 +59,9 @@ fn run(seeds: std::ops::Range<u64>) {
         "rolled back",
         "emptied",
         "noticed",
+        "fresh",
+        "forgotten",
+        "election",
     ] {
         assert!(seen.get(what).is_some_and(|&times| times >= 10), "hardly ever: {what}: {seen:?}");
     }

@@ -23,7 +23,7 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{self, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::connection::ConnectionId;
-use super::remote::{RemoteReply, RemoteRequest};
+use super::remote::{FORGET_REFUSED, RemoteReply, RemoteRequest};
 use super::source::Source;
 use crate::clock;
 use crate::cluster::{Cluster, Entry, Failure, LeaseName, QueueOp};
@@ -229,7 +229,9 @@ impl Clustering {
                 RemoteRequest::List { .. } | RemoteRequest::Show { .. } => {
                     RemoteReply::Page { to: from, page: Err(message) }
                 }
-                RemoteRequest::Break { .. } => {
+                // What is known here.
+                RemoteRequest::Status { key } => RemoteReply::Status { to: from, key },
+                RemoteRequest::Break { .. } | RemoteRequest::Forget { .. } => {
                     RemoteReply::Answer { to: from, answer: error(ErrorCode::Unavailable, message) }
                 }
             });
@@ -238,6 +240,10 @@ impl Clustering {
         let reading = match request {
             RemoteRequest::List { from } => Reading::Page(from),
             RemoteRequest::Show { lock } => Reading::Lock(lock),
+            RemoteRequest::Status { key } => Reading::Runs(key),
+            RemoteRequest::Forget { lock, may } => {
+                return self.threads.command(Command::Forget { to: from, lock, may });
+            }
             RemoteRequest::Break { lock } => return self.threads.command(Command::Break(from, lock)),
         };
         self.readings.push_back((from, Some(reading)));
@@ -436,6 +442,25 @@ impl Clustering {
                 self.read_next();
                 Some(RemoteReply::Page { to, page: page.map_err(|e| format!("etcd: {e}")) })
             }
+            Event::Runs { to, key, runs, .. } => {
+                self.readings.pop_front();
+                self.read_next();
+                if let Some((revision, runs)) = runs {
+                    self.cluster.runs_read(table, now, (key.id(), revision), runs, effects);
+                }
+                Some(RemoteReply::Status { to, key })
+            }
+            Event::Forgotten { to, lock, forgotten } => {
+                let answer = match forgotten {
+                    Ok(true) => {
+                        table.forget(lock, effects);
+                        Answer::Forgotten
+                    }
+                    Ok(false) => error(ErrorCode::NotPermitted, FORGET_REFUSED),
+                    Err(e) => error(ErrorCode::Unavailable, format!("etcd: {e}")),
+                };
+                Some(RemoteReply::Answer { to, answer })
+            }
             Event::Broken { to, broken } => {
                 let answer = match broken {
                     Ok(true) => Answer::Broken,
@@ -445,7 +470,7 @@ impl Clustering {
                 Some(RemoteReply::Answer { to, answer })
             }
             other => {
-                self.observe(other, now);
+                self.observe(other, table, now, effects);
                 None
             }
         }
@@ -459,7 +484,7 @@ impl Clustering {
     }
 
     /// Takes note of an event that has no effect on the table by itself.
-    fn observe(&mut self, event: Event, now: Timestamp) {
+    fn observe(&mut self, event: Event, table: &mut Table, now: Timestamp, effects: &mut Effects) {
         match event {
             Event::Trouble(source, error) => self.troubles.began(source, &error),
             Event::Entries(locks) => self.cluster.has_entries(locks),
@@ -482,15 +507,15 @@ impl Clustering {
             Event::WatchOpened { revision, .. } => {
                 self.watch.is_open = true;
                 self.watch.seen = self.watch.seen.max(revision.0);
-                self.cluster.watch_opened(revision);
+                self.cluster.watch_opened(table, revision);
                 if let Some(lease) = self.lease {
                     self.threads.command(Command::ListEntries(lease));
                 }
             }
             Event::Watch { revision, events, .. } => {
                 self.watch.seen = self.watch.seen.max(revision);
-                for (lock, revision, event) in events {
-                    self.cluster.watch_event(lock, revision, event);
+                for event in events {
+                    self.cluster.watch_event(table, now, event, effects);
                 }
             }
             Event::WatchEnded(error) => {
@@ -505,6 +530,8 @@ impl Clustering {
             | Event::LeaseGone(_)
             | Event::Answer { .. }
             | Event::Page { .. }
+            | Event::Runs { .. }
+            | Event::Forgotten { .. }
             | Event::Broken { .. } => unreachable!("these are handled"),
         }
     }

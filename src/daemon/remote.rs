@@ -3,8 +3,8 @@
 use super::connection::ConnectionId;
 use super::listing::Page;
 use crate::journal::ClusterLease;
-use crate::proto::LockId;
 use crate::proto::v2::Answer;
+use crate::proto::{Key, LockId, Token};
 
 /// What a client wants of etcd.
 #[derive(Debug)]
@@ -14,6 +14,10 @@ pub(super) enum RemoteRequest {
     List { from: Vec<u8> },
     /// Read who holds this lock, and who waits for it.
     Show { lock: LockId },
+    /// Read the runs of the lock with this key that count, and then answer with its status.
+    Status { key: Key },
+    /// Forget the runs of this lock: all of them, or only if they have these tokens.
+    Forget { lock: LockId, may: Option<Vec<Token>> },
     /// Take the lock from the host that holds it.
     Break { lock: LockId },
 }
@@ -26,6 +30,12 @@ pub(super) enum RemoteReply {
     RecordLease(ClusterLease),
     /// Answer this client, if it is still connected.
     Answer { to: ConnectionId, answer: Answer },
+    /// Answer this client, if it is still connected, with the status of one lock.
+    Status { to: ConnectionId, key: Key },
     /// Send this page of a listing to this client, if it is still connected; or tell it why etcd did not give one.
     Page { to: ConnectionId, page: Result<Page, String> },
 }
+
+/// Why a client may not forget a run.
+pub(super) const FORGET_REFUSED: &str =
+    "forget: only root, the daemon's user and the user who ran it may do this";

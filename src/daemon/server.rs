@@ -695,6 +695,11 @@ impl Server {
                     self.connections.answer(client, &answer);
                 }
             }
+            RemoteReply::Status { to, key } => {
+                if let Some(client) = self.connections.find(to) {
+                    self.answer_status_of(client, &key);
+                }
+            }
             RemoteReply::Page { to, page } => {
                 let Some(client) = self.connections.find(to) else { return };
                 match page {

@@ -15,8 +15,8 @@ use serde_json::{Value, json};
 
 use super::error::{Failure, one_line};
 use super::kv::{
-    Compare, Event, KeptAlive, KeyValue, Lease, LeaseId, Op, Range, RangeReply, Sort, Txn, TxnReply,
-    WatchReply,
+    Compare, Event, KeptAlive, KeyValue, Lease, LeaseId, Op, Range, RangeReply, Sort, TimeToLive, Txn,
+    TxnReply, WatchReply,
 };
 use super::store::Header;
 
@@ -38,6 +38,11 @@ pub(super) fn lease(id: LeaseId) -> String {
 /// `/v3/lease/timetolive`
 pub(super) fn lease_keys(id: LeaseId) -> String {
     json!({ "ID": id.0.to_string(), "keys": true }).to_string()
+}
+
+/// `/v3/lease/timetolive`, without the keys
+pub(super) fn time_to_live(id: LeaseId) -> String {
+    json!({ "ID": id.0.to_string() }).to_string()
 }
 
 /// `/v3/kv/range`
@@ -141,6 +146,14 @@ pub(super) fn read_kept_alive(body: &[u8], asked: LeaseId) -> Result<KeptAlive, 
 pub(super) fn read_lease_keys(body: &[u8]) -> Result<Vec<Vec<u8>>, Failure> {
     let reply: LeaseKeysWire = read(body)?;
     Ok(reply.keys.into_iter().map(|key| key.0).collect())
+}
+
+/// What is left of a lease's time.
+pub(super) fn read_time_to_live(body: &[u8]) -> Result<Option<TimeToLive>, Failure> {
+    let reply: TimeToLiveWire = read(body)?;
+    let (left, granted) = (u64::try_from(reply.ttl.0), u64::try_from(reply.granted_ttl.0));
+    // etcd says -1 of a lease that has ended.
+    Ok(left.ok().zip(granted.ok()).map(|(left_secs, granted_secs)| TimeToLive { granted_secs, left_secs }))
 }
 
 /// Nothing is told but that it was done.
@@ -293,6 +306,14 @@ struct LeaseWire {
     /// Left out for a lease that is gone.
     #[serde(rename = "TTL", default)]
     ttl: Int,
+}
+
+#[derive(Deserialize)]
+struct TimeToLiveWire {
+    #[serde(rename = "TTL", default)]
+    ttl: Int,
+    #[serde(rename = "grantedTTL", default)]
+    granted_ttl: Int,
 }
 
 #[derive(Deserialize)]

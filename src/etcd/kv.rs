@@ -26,6 +26,15 @@ pub struct KeptAlive {
     pub is_behind: bool,
 }
 
+/// How much of a lease's time is left.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct TimeToLive {
+    /// For how long it was granted.
+    pub granted_secs: u64,
+    /// How many whole seconds are left.
+    pub left_secs: u64,
+}
+
 /// A key with its value, at one revision of the store.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct KeyValue {

@@ -23,6 +23,8 @@ pub struct ClusterNeeds {
     pub queue_place: bool,
     /// A request waits to learn whether the lock is free.
     pub free_or_busy: bool,
+    /// One of these would be content with a run that is over.
+    pub fresh: bool,
     /// A once waiter would take the place of a holder that has vanished.
     pub takeover: bool,
 }
@@ -49,6 +51,7 @@ impl Table {
             queue_place: !(lock.queue.is_empty() && lock.coalescing.is_empty())
                 || self.store.members(lock.undecided).any(is_queued),
             free_or_busy: !lock.undecided.is_empty(),
+            fresh: !lock.undecided.is_empty() && (lock.fresh_ms > 0 || lock.fresh_failure_ms > 0),
             takeover: lock.remote_holder.is_none() && !lock.once_waiters.is_empty(),
         }
     }
@@ -145,7 +148,7 @@ impl Table {
         effects: &mut Effects,
     ) {
         if let Some(index) = self.store.find(lock)
-            && let Some(id) = self.store[index].remote_holder.take()
+            && let Some(id) = self.store[index].remote_holder
         {
             self.end_hold_unrecorded(now, id, outcome, effects);
         }
@@ -222,7 +225,9 @@ impl Table {
     /// The lock is held: the undecided requests that came before `mark` wait for its end, or are refused.
     fn decide(&mut self, now: Timestamp, index: LockIndex, mark: ArrivalMark, effects: &mut Effects) {
         for id in self.undecided_before(index, mark) {
-            self.wait_or_refuse(now, id, effects);
+            if !self.finish_if_fresh(now, id, effects) {
+                self.wait_or_refuse(now, id, effects);
+            }
         }
     }
 

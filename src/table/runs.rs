@@ -51,6 +51,8 @@ impl Run {
 struct LastRuns {
     success: Option<Box<Run>>,
     failure: Option<Box<Run>>,
+    /// The [`Runs::epoch`] in which they were known to be the last ones.
+    epoch: u64,
 }
 
 /// The runs that still count.
@@ -59,14 +61,25 @@ pub(super) struct Runs {
     /// In the order of their tokens.
     by_token: BTreeSet<(Token, LockId)>,
     max: usize,
+    /// A run whose time is over stays until its record is gone from etcd: an election may have given the record more time, and
+    /// what is read of it must not count again.
+    keeps_until_gone: bool,
+    /// Counts how often all of them came into doubt: other hosts may have run or forgotten since.
+    epoch: u64,
 }
 
 impl Runs {
-    pub(super) fn new(max: usize) -> Runs {
-        Runs { by_lock: BTreeMap::new(), by_token: BTreeSet::new(), max }
+    pub(super) fn new(max: usize, keeps_until_gone: bool) -> Runs {
+        Runs { by_lock: BTreeMap::new(), by_token: BTreeSet::new(), max, keeps_until_gone, epoch: 1 }
     }
 
-    fn get(&self, lock: LockId, is_success: bool) -> Option<&Run> {
+    /// Returns a run that is known to be the last one.
+    fn certain(&self, lock: LockId, is_success: bool) -> Option<&Run> {
+        let last = self.by_lock.get(&lock).filter(|last| last.epoch == self.epoch)?;
+        if is_success { last.success.as_deref() } else { last.failure.as_deref() }
+    }
+
+    pub(super) fn get(&self, lock: LockId, is_success: bool) -> Option<&Run> {
         let last = self.by_lock.get(&lock)?;
         if is_success { last.success.as_deref() } else { last.failure.as_deref() }
     }
@@ -74,6 +87,7 @@ impl Runs {
     /// Returns `false` if a newer run is known already.
     fn insert(&mut self, run: Run) -> bool {
         let last = self.by_lock.entry(run.lock).or_default();
+        last.epoch = self.epoch;
         let slot = if run.is_success() { &mut last.success } else { &mut last.failure };
         if slot.as_ref().is_some_and(|known| known.token >= run.token) {
             return false;
@@ -83,6 +97,56 @@ impl Runs {
             self.by_token.remove(&(old.token, old.lock));
         }
         true
+    }
+
+    pub(super) fn is_certain(&self, lock: LockId) -> bool {
+        self.by_lock.get(&lock).is_some_and(|last| last.epoch == self.epoch)
+    }
+
+    /// From now on, other hosts may have run or forgotten.
+    pub(super) fn doubt(&mut self) {
+        self.epoch += 1;
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.by_lock.clear();
+        self.by_token.clear();
+    }
+
+    /// What is remembered of a lock is true.
+    pub(super) fn confirm(&mut self, lock: LockId) {
+        if let Some(last) = self.by_lock.get_mut(&lock) {
+            last.epoch = self.epoch;
+        }
+    }
+
+    /// Takes the place of the last run of its kind. The same run is at least as old as it was known to be.
+    pub(super) fn replace(&mut self, mut run: Run, untold: &[Token]) {
+        if let Some(known) = self.get(run.lock, run.is_success()) {
+            let token = known.token;
+            if token == run.token {
+                run.began_ms = run.began_ms.min(known.began_ms);
+                run.uid = known.uid;
+            } else if untold.contains(&token) {
+                return;
+            }
+            self.remove(token, run.lock);
+        }
+        // A record that was put by hand may name the token of a run of the other kind.
+        self.remove(run.token, run.lock);
+        self.by_token.insert((run.token, run.lock));
+        let last = self.by_lock.entry(run.lock).or_default();
+        last.epoch = self.epoch;
+        let slot = if run.is_success() { &mut last.success } else { &mut last.failure };
+        *slot = Some(Box::new(run));
+    }
+
+    /// Forgets the last run of a kind, unless it has one of these tokens.
+    pub(super) fn forget(&mut self, lock: LockId, is_success: bool, except: &[Token]) {
+        let token = self.get(lock, is_success).map(|run| run.token);
+        if let Some(token) = token.filter(|token| !except.contains(token)) {
+            self.remove(token, lock);
+        }
     }
 
     fn remove(&mut self, token: Token, lock: LockId) {
@@ -98,13 +162,13 @@ impl Runs {
 
     /// Forgets the oldest runs: first the ones that count for no request any more, then the ones beyond the limit. Returns how many
     /// were forgotten although they counted.
-    fn trim(&mut self, now: Timestamp) -> usize {
+    pub(super) fn trim(&mut self, now: Timestamp) -> usize {
         let mut forgotten = 0;
         while let Some(&(token, lock)) = self.by_token.first() {
             let runs = [self.get(lock, true), self.get(lock, false)];
             let is_over =
                 runs.into_iter().flatten().find(|run| run.token == token).is_none_or(|run| run.is_over(now));
-            if !is_over && self.by_lock.len() <= self.max {
+            if (!is_over || self.keeps_until_gone) && self.by_lock.len() <= self.max {
                 break;
             }
             forgotten += usize::from(!is_over);
@@ -120,9 +184,15 @@ impl Table {
         [true, false].map(|is_success| self.runs.get(lock, is_success).filter(|run| !run.is_over(now)))
     }
 
-    /// Remembers a run that the journal tells of.
+    /// Remembers a run that the journal tells of. What is clustered counts only after etcd was asked.
     pub fn restore_run(&mut self, now: Timestamp, run: Run) {
+        let lock = run.lock;
         self.runs.insert(run);
+        if self.is_clustered
+            && let Some(last) = self.runs.by_lock.get_mut(&lock)
+        {
+            last.epoch = 0;
+        }
         self.runs.trim(now);
     }
 
@@ -148,7 +218,7 @@ impl Table {
             return None;
         }
         let counts = |is_success: bool, within_ms: u64| {
-            let run = self.runs.get(lock, is_success)?;
+            let run = self.runs.certain(lock, is_success)?;
             (run.age(now) < Duration::from_millis(within_ms)).then_some(run)
         };
         counts(true, asked.fresh_ms).or_else(|| counts(false, asked.fresh_failure_ms))

@@ -31,7 +31,7 @@ pub fn host(etcd: &Etcd) -> Daemon {
     daemon
 }
 
-fn restart(daemon: &mut Daemon, etcd: &Etcd) {
+pub fn restart(daemon: &mut Daemon, etcd: &Etcd) {
     let options = options(etcd);
     daemon.restart(&options.iter().map(String::as_str).collect::<Vec<_>>());
 }

@@ -4,15 +4,18 @@ use std::collections::BTreeMap;
 
 use super::super::{
     ClusterRequest, Entry, EntryKey, Failure, LeaseName, OutcomeRecord, Owner, QueueOp, QueueSnapshot,
-    Revision, WatchEvent,
+    Revision, RunRecord, WatchEvent,
 };
-use crate::proto::LockId;
+use crate::proto::{LockId, Outcome, Token};
+use crate::table::Timestamp;
 
 #[derive(Clone, Default)]
 pub(super) struct Store {
     revision: i64,
     entries: BTreeMap<(LockId, EntryKey), (Entry, Option<String>)>,
     records: BTreeMap<LockId, OutcomeRecord>,
+    /// By lock, and whether they succeeded.
+    runs: BTreeMap<(LockId, bool), StoredRun>,
     /// When each expires.
     pub(super) leases: BTreeMap<String, u64>,
     history: Vec<(Revision, LockId, WatchEvent)>,
@@ -20,6 +23,13 @@ pub(super) struct Store {
     compacted: usize,
     /// How many times the store went back.
     pub(super) era: u64,
+}
+
+#[derive(Clone)]
+struct StoredRun {
+    record: RunRecord,
+    put: u64,
+    until: u64,
 }
 
 impl Store {
@@ -32,15 +42,18 @@ impl Store {
         &mut self,
         ask: &ClusterRequest,
         lease: &LeaseName,
+        now: u64,
     ) -> Result<QueueSnapshot, Failure> {
         let is_leased = self.leases.contains_key(&lease.0);
         let lock = ask.lock;
         match &ask.op {
             QueueOp::Read => {}
-            QueueOp::TryAcquire { entry_key, owner } | QueueOp::Enqueue { entry_key, owner } => {
+            QueueOp::TryAcquire { entry_key, owner, .. } | QueueOp::Enqueue { entry_key, owner } => {
                 let tries = matches!(ask.op, QueueOp::TryAcquire { .. });
+                let unless_run = matches!(ask.op, QueueOp::TryAcquire { unless_run: true, .. });
+                let has_run = self.runs.keys().any(|(of, _)| *of == lock);
                 let is_free = if tries {
-                    self.line(lock).entries.is_empty()
+                    self.line(lock).entries.is_empty() && !(unless_run && has_run)
                 } else {
                     !self.entries.contains_key(&(lock, entry_key.clone()))
                 };
@@ -52,7 +65,7 @@ impl Store {
                     self.put(lock, entry_key, Some((**owner).clone()), Some(lease.0.clone()));
                 }
             }
-            QueueOp::Release { entry_key, revision, record, next } => {
+            QueueOp::Release { entry_key, revision, record, run, next } => {
                 let there = self.entries.get(&(lock, entry_key.clone()));
                 if there.is_some_and(|(entry, _)| entry.revision == *revision) {
                     if !is_leased && (record.is_some() || next.is_some()) {
@@ -63,6 +76,9 @@ impl Store {
                         self.records.insert(lock, *record);
                         self.note(lock, WatchEvent::Outcome(*record));
                     }
+                    if let Some(record) = run.as_ref().and_then(|run| RunRecord::of(run, Timestamp(now))) {
+                        self.put_run(lock, record, now);
+                    }
                     self.remove(lock, entry_key);
                     if let Some((entry_key, owner)) = next {
                         self.put(lock, entry_key, Some((**owner).clone()), Some(lease.0.clone()));
@@ -70,7 +86,47 @@ impl Store {
                 }
             }
         }
-        Ok(self.line(lock))
+        Ok(QueueSnapshot { runs: self.runs_of(ask, now), ..self.line(lock) })
+    }
+
+    fn put_run(&mut self, lock: LockId, record: RunRecord, now: u64) {
+        self.note(lock, WatchEvent::Ran(record.clone()));
+        let until = now + record.ttl_secs() * 1000;
+        self.runs.insert((lock, record.outcome == Outcome::Exit(0)), StoredRun { record, put: now, until });
+    }
+
+    /// Returns the runs with their ages, as the leases of their records tell.
+    fn runs_of(&self, ask: &ClusterRequest, now: u64) -> Vec<RunRecord> {
+        let runs = self.runs.iter().filter(|((lock, _), _)| *lock == ask.lock);
+        let runs = runs.map(|(_, run)| {
+            let mut record = run.record.clone();
+            if !ask.known_runs.contains(&record.token) {
+                record.grow_older((run.until - run.put) / 1000, (run.until - now) / 1000);
+            }
+            record
+        });
+        runs.collect()
+    }
+
+    /// Returns the token of the last run that succeeded, and for how long it counts.
+    pub(super) fn last_success(&self, lock: LockId) -> Option<(Token, u64)> {
+        self.runs.get(&(lock, true)).map(|run| (run.record.token, run.record.counts_for_ms))
+    }
+
+    /// The runs of a lock are forgotten. Returns `true` if there was one.
+    pub(super) fn forget(&mut self, lock: LockId) -> bool {
+        self.revision += 1;
+        let known = [true, false].into_iter().filter(|kind| self.runs.remove(&(lock, *kind)).is_some());
+        let known: Vec<bool> = known.collect();
+        for &is_success in &known {
+            self.note(lock, WatchEvent::RunGone { is_success });
+        }
+        !known.is_empty()
+    }
+
+    /// An election gives the leases of the records their whole time again.
+    pub(super) fn elect(&mut self, now: u64) {
+        self.runs.values_mut().for_each(|run| run.until = now + (run.until - run.put));
     }
 
     pub(super) fn line(&self, lock: LockId) -> QueueSnapshot {
@@ -81,7 +137,8 @@ impl Store {
             .map(|(_, (entry, _))| entry.clone())
             .collect();
         entries.sort_by_key(|entry| entry.revision);
-        QueueSnapshot { revision: self.revision(), entries, last: self.records.get(&lock).copied() }
+        let last = self.records.get(&lock).copied();
+        QueueSnapshot { revision: self.revision(), entries, last, runs: Vec::new() }
     }
 
     /// Another program makes an entry, or removes it.
@@ -111,6 +168,13 @@ impl Store {
 
     /// Ends the leases that have expired, and returns how many.
     pub(super) fn expire(&mut self, now: u64) -> u64 {
+        let over: Vec<_> =
+            self.runs.iter().filter(|(_, run)| run.until <= now).map(|(key, _)| *key).collect();
+        for (lock, is_success) in over {
+            self.revision += 1;
+            self.runs.remove(&(lock, is_success));
+            self.note(lock, WatchEvent::RunGone { is_success });
+        }
         let due: Vec<String> =
             self.leases.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
         due.iter().for_each(|lease| self.revoke(lease));

@@ -31,6 +31,7 @@ enum Client {
         key: usize,
         since: u64,
         nowait: bool,
+        fresh_ms: u64,
         /// When it was offered the lock.
         offered: Option<u64>,
     },
@@ -91,6 +92,8 @@ pub(super) struct World {
     tokens: Vec<Token>,
     ended: Vec<u64>,
     occupied: Vec<u64>,
+    /// When the run with each token began.
+    began: BTreeMap<(LockId, Token), u64>,
     calm: bool,
     seen: Seen,
 }
@@ -133,6 +136,7 @@ impl World {
             tokens: vec![Token(0); KEYS as usize],
             ended: vec![0; KEYS as usize],
             occupied: vec![0; KEYS as usize],
+            began: BTreeMap::new(),
             calm: seed.is_multiple_of(5),
             seen: Seen::new(),
         }
@@ -181,7 +185,7 @@ impl World {
         for flight in &mut self.hosts[host].flights {
             if flight.arrives.is_some_and(|at| at <= self.now) {
                 flight.arrives = None;
-                flight.answer = self.store.carry_out(&flight.ask, &flight.lease);
+                flight.answer = self.store.carry_out(&flight.ask, &flight.lease, self.now);
                 if let QueueOp::Release { .. } = flight.ask.op {
                     // For other hosts, this is when it ends.
                     let key = self.keys.iter().position(|key| key.id() == flight.ask.lock).unwrap();
@@ -356,16 +360,22 @@ impl World {
             None => {
                 let lease = self.hosts[host].lease.clone().unwrap_or_default();
                 let locks = self.store.locks_of(&lease);
-                self.hosts[host].cluster.watch_opened(revision);
-                self.hosts[host].cluster.has_entries(locks);
+                self.feed(host, |table, cluster, _| {
+                    cluster.watch_opened(table, revision);
+                    cluster.has_entries(locks);
+                });
             }
             Some(news) => {
-                for event in news.iter().cloned() {
+                let now = Timestamp(self.now);
+                let news = news.to_vec();
+                for event in news {
                     let (revision, lock, what) = event.clone();
                     if let WatchEvent::Added(_) = what {
                         self.hosts[host].last_added = Some(event);
                     }
-                    self.hosts[host].cluster.watch_event(lock, revision, what);
+                    self.feed(host, |table, cluster, effects| {
+                        cluster.watch_event(table, now, (lock, revision, what), effects);
+                    });
                 }
             }
         }
@@ -399,11 +409,16 @@ impl World {
         let after = match kind {
             NotificationKind::Granted(token) => {
                 self.check_grant(host, key, token);
+                if let Client::Asking { fresh_ms, .. } = before {
+                    self.check_not_fresh(host, lock, fresh_ms);
+                }
+                self.began.insert((lock, token), self.now);
                 Client::Holding { key }
             }
             NotificationKind::Offered => {
                 self.note("offered", 1);
-                Client::Asking { key, since, nowait: false, offered: Some(self.now) }
+                let Client::Asking { fresh_ms, .. } = before else { panic!("a holder is offered a lock") };
+                Client::Asking { key, since, nowait: false, fresh_ms, offered: Some(self.now) }
             }
             NotificationKind::Waiting { .. } => {
                 self.note("waiting", 1);
@@ -414,6 +429,17 @@ impl World {
                     assert!(self.ended[key] >= since, "told of an end that came before it asked");
                     self.note("finished", 1);
                 }
+                Client::Idle
+            }
+            NotificationKind::Fresh(token) => {
+                let Client::Asking { fresh_ms, .. } = before else { panic!("a holder is told of a run") };
+                let age = self.now - self.began[&(lock, token)];
+                // The watch of a host that is cut off or frozen is late.
+                assert!(
+                    age <= fresh_ms + 2_000 + 4 * TTL,
+                    "a run counts that is {age} ms old, for {fresh_ms} ms"
+                );
+                self.note("fresh", 1);
                 Client::Idle
             }
             NotificationKind::Busy => {
@@ -445,6 +471,16 @@ impl World {
         self.hosts[host].clients[client] = after;
     }
 
+    /// Checks that no run is repeated that counts for a request.
+    fn check_not_fresh(&self, host: usize, lock: LockId, fresh_ms: u64) {
+        let Some((token, counts_for)) = self.store.last_success(lock) else { return };
+        let (age, counts_for) = (self.now - self.began[&(lock, token)], counts_for.min(fresh_ms));
+        // A host that has not noticed yet that the store went back knows what was true before.
+        if self.hosts[host].watch_era == Some(self.store.era) {
+            assert!(age >= counts_for, "a run that began {age} ms ago is repeated");
+        }
+    }
+
     /// Checks that no other client can believe, with reason, that it holds the lock.
     fn check_grant(&mut self, host: usize, key: usize, token: Token) {
         for (number, other) in self.hosts.iter().enumerate() {
@@ -458,7 +494,10 @@ impl World {
         }
         let line = self.store.line(self.keys[key].id());
         let before = line.entries.iter().find(|one| one.owner.is_none() && one.revision.0 < token.0 as i64);
-        assert_eq!(before, None, "given beside another program's hold");
+        // A host that has not noticed yet that the store went back knows what was true before.
+        if self.hosts[host].watch_era == Some(self.store.era) {
+            assert_eq!(before, None, "given beside another program's hold");
+        }
         let until = self.hosts[host].cluster.good_until();
         assert!(until.is_some_and(|until| until.0 > self.now), "given without a lease");
         // An offer may stand since before the store went back, which the host has not noticed yet.
@@ -520,14 +559,15 @@ impl World {
         let lock = self.keys[key].clone();
         let nowait = self.rng.percent(20);
         let kind = self.rng.below(10);
+        let fresh_ms = if kind % 2 == 1 && self.rng.percent(60) { 1_000 + self.rng.below(4_000) } else { 0 };
         self.hosts[host].clients[client] =
-            Client::Asking { key, since: self.step, nowait: nowait && kind != 0, offered: None };
+            Client::Asking { key, since: self.step, nowait: nowait && kind != 0, fresh_ms, offered: None };
         if kind == 0 {
             return self.feed(host, |table, _, effects| table.lock_v1(now, id, lock.id(), effects));
         }
         let mode = if kind < 6 { Mode::Once } else { Mode::Queue };
         let offers = self.rng.percent(70);
-        let asked = Box::new(LockRequest { nowait, offers, ..LockRequest::new(lock, mode) });
+        let asked = Box::new(LockRequest { nowait, offers, fresh_ms, ..LockRequest::new(lock, mode) });
         self.feed(host, |table, _, effects| {
             table.lock(now, id, None, asked, effects).expect("it names no other's request");
         });
@@ -543,6 +583,15 @@ impl World {
             4..8 => {
                 self.note("frozen", 1);
                 self.hosts[host].frozen_until = self.now + self.rng.below(3 * TTL);
+            }
+            26..28 => {
+                self.note("election", 1);
+                self.store.elect(self.now);
+            }
+            28..30 => {
+                let lock = self.keys[self.rng.below(KEYS) as usize].id();
+                let forgotten = self.store.forget(lock);
+                self.note("forgotten", u64::from(forgotten));
             }
             8..10 => {
                 self.note("compacted", 1);

@@ -7,11 +7,11 @@ use nix::sys::eventfd::EventFd;
 
 use super::layout::Leases;
 use super::trouble::Source;
-use crate::cluster::{ClusterRequest, Failure, QueueSnapshot, Revision, WatchEvent};
+use crate::cluster::{ClusterRequest, Failure, QueueSnapshot, Revision, RunRecord, WatchEvent};
 use crate::daemon::connection::ConnectionId;
 use crate::daemon::listing::Page;
 use crate::etcd::{self, LeaseId};
-use crate::proto::LockId;
+use crate::proto::{Key, LockId, Token};
 use crate::table::Timestamp;
 
 /// What the loop wants of etcd.
@@ -24,6 +24,12 @@ pub(super) enum Command {
     GrantRecordsLease,
     /// Take the lock from its holder, for a client.
     Break(ConnectionId, LockId),
+    /// Forget the runs of a lock, for a client: all of them, or only if they have these tokens.
+    Forget {
+        to: ConnectionId,
+        lock: LockId,
+        may: Option<Vec<Token>>,
+    },
     /// End a lease that this host has lost.
     Revoke(LeaseId),
     /// Write something that the watch must see.
@@ -37,6 +43,8 @@ pub(super) enum Reading {
     Page(Vec<u8>),
     /// One lock.
     Lock(LockId),
+    /// The runs of the lock with this key that count.
+    Runs(Key),
 }
 
 /// What a thread reports. `generation` counts the changes of the store (`etcd::Client::generation`).
@@ -101,6 +109,19 @@ pub(super) enum Event {
         to: ConnectionId,
         page: Result<Page, etcd::Error>,
     },
+    /// The runs of a lock that count, as of a revision; `None`: they could not be read.
+    Runs {
+        to: ConnectionId,
+        key: Key,
+        runs: Option<(Revision, Vec<RunRecord>)>,
+        generation: u64,
+    },
+    /// The runs of a lock were forgotten; `false`: the client may not do that.
+    Forgotten {
+        to: ConnectionId,
+        lock: LockId,
+        forgotten: Result<bool, etcd::Error>,
+    },
     /// A lock was broken; `false`: it was not held.
     Broken {
         to: ConnectionId,
@@ -116,6 +137,7 @@ impl Event {
             | Event::StoreChanged { generation, .. }
             | Event::Answer { generation, .. }
             | Event::WatchOpened { generation, .. }
+            | Event::Runs { generation, .. }
             | Event::Watch { generation, .. } => Some(*generation),
             _ => None,
         }

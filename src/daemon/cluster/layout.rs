@@ -4,17 +4,19 @@
 //! ```text
 //! PREFIX/<identity>/<lease>.<number>   an entry: the one with the lowest create revision holds
 //! PREFIX/<identity>.done               how the last hold ended that a host recorded
+//! PREFIX/<identity>.success            the last run that succeeded, as long as it counts for a request
+//! PREFIX/<identity>.failure            the last run that failed, likewise
 //! PREFIX/hosts/<lease>                 a host's sign of life, by which it checks its watch
 //! ```
 //!
 //! The identity is the MD5 of the lock's key; the lease and the number are hexadecimal. Keys of another form are ignored. An
 //! entry with a value that kmutex did not write counts as an entry of another program.
 
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
-use crate::cluster::{Entry, EntryKey, Owner, QueueOp, QueueSnapshot, Revision, WatchEvent};
+use crate::cluster::{Entry, EntryKey, Owner, QueueOp, QueueSnapshot, Revision, RunRecord, WatchEvent};
 use crate::etcd::{self, Compare, KeyValue, LeaseId, Op, Range, Sort, Txn};
-use crate::proto::{KEY_BYTES_MAX, LockId};
+use crate::proto::{KEY_BYTES_MAX, LockId, Outcome};
 
 /// What all keys begin with.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -29,6 +31,13 @@ pub(super) struct Leases {
     pub(super) entries: LeaseId,
     /// Records, which outlive the entry.
     pub(super) records: LeaseId,
+}
+
+/// A run's record, and the lease under which it counts.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) struct LeasedRun {
+    pub(super) record: RunRecord,
+    pub(super) lease: LeaseId,
 }
 
 impl Layout {
@@ -57,32 +66,74 @@ impl Layout {
         Range { key, end, sort: Sort::CreateRevision, ..Range::default() }
     }
 
-    /// Returns the transaction that does `op` and then reads the queue.
-    pub(super) fn txn(&self, lock: LockId, op: &QueueOp, leases: Leases) -> Txn {
+    /// Returns the key of the last run of a lock that ended so.
+    fn run_key(&self, lock: LockId, is_success: bool) -> Vec<u8> {
+        self.of(lock, if is_success { SUCCESS } else { FAILURE }).into()
+    }
+
+    /// Returns what puts the record of a run.
+    fn put_run(&self, lock: LockId, run: &LeasedRun) -> Op {
+        Op::Put {
+            key: self.run_key(lock, run.record.outcome == Outcome::Exit(0)),
+            value: json(&run.record),
+            lease: Some(run.lease),
+        }
+    }
+
+    /// Returns the transaction that deletes the records of these runs, if they are still the last ones.
+    pub(super) fn forget(&self, lock: LockId, runs: &[KeyValue]) -> Txn {
+        let key = |run: &KeyValue| run.key.clone();
+        let compare = |run| Compare::CreateRevision { key: key(run), revision: run.create_revision };
+        Txn {
+            compare: runs.iter().map(compare).collect(),
+            then: runs.iter().map(|run| Op::Delete { key: key(run) }).collect(),
+            or_else: vec![Op::Range(self.queue(lock))],
+        }
+    }
+
+    /// Returns `true` if the key is one of a run, whatever its value is.
+    pub(super) fn is_run(&self, key: &KeyValue) -> bool {
+        matches!(self.parse(&key.key), Some((_, Part::Run { .. })))
+    }
+
+    /// Returns the record of a run that a key is.
+    pub(super) fn run(&self, key: &KeyValue) -> Option<LeasedRun> {
+        let (_, Part::Run { .. }) = self.parse(&key.key)? else { return None };
+        Some(LeasedRun { record: value(&key.value)?, lease: key.lease })
+    }
+
+    /// Returns the transaction that does `op` and then reads the queue. `run` is the record of the run that `op` releases.
+    pub(super) fn txn(&self, lock: LockId, op: &QueueOp, leases: Leases, run: Option<&LeasedRun>) -> Txn {
         let queue = || Op::Range(self.queue(lock));
         let put = |entry_key: &EntryKey, owner: &Owner| Op::Put {
             key: self.entry_of(lock, entry_key),
-            value: serde_json::to_vec(owner).expect("an owner has no part that JSON lacks"),
+            value: json(owner),
             lease: Some(leases.entries),
         };
         let (compare, mut then) = match op {
             QueueOp::Read => (Vec::new(), Vec::new()),
-            QueueOp::TryAcquire { entry_key, owner } => {
+            QueueOp::TryAcquire { entry_key, owner, unless_run } => {
                 let (key, end) = (self.of(lock, "/").into(), self.of(lock, "0").into());
-                (vec![Compare::Empty { key, end }], vec![put(entry_key, owner)])
+                let mut compare = vec![Compare::Empty { key, end }];
+                if *unless_run {
+                    let none = |key| Compare::CreateRevision { key, revision: 0 };
+                    compare.extend([true, false].map(|is_success| none(self.run_key(lock, is_success))));
+                }
+                (compare, vec![put(entry_key, owner)])
             }
             QueueOp::Enqueue { entry_key, owner } => {
                 let key = self.entry_of(lock, entry_key);
                 (vec![Compare::CreateRevision { key, revision: 0 }], vec![put(entry_key, owner)])
             }
-            QueueOp::Release { entry_key, revision, record, next } => {
+            QueueOp::Release { entry_key, revision, record, next, .. } => {
                 let key = self.entry_of(lock, entry_key);
                 let mut then = vec![Op::Delete { key: key.clone() }];
                 then.extend(record.as_ref().map(|record| Op::Put {
                     key: self.of(lock, ".done").into(),
-                    value: serde_json::to_vec(record).expect("a record has no part that JSON lacks"),
+                    value: json(record),
                     lease: Some(leases.records),
                 }));
+                then.extend(run.map(|run| self.put_run(lock, run)));
                 then.extend(next.as_ref().map(|(entry_key, owner)| put(entry_key, owner)));
                 (vec![Compare::CreateRevision { key, revision: revision.0 }], then)
             }
@@ -91,14 +142,14 @@ impl Layout {
         Txn { compare, then, or_else: vec![queue()] }
     }
 
-    /// Returns the queue that these keys are.
-    pub(super) fn snapshot(&self, revision: i64, keys: Vec<KeyValue>) -> QueueSnapshot {
+    /// Returns the queue that these keys are, without the runs.
+    pub(super) fn snapshot(&self, revision: i64, keys: &[KeyValue]) -> QueueSnapshot {
         let mut snapshot = QueueSnapshot { revision: Revision(revision), ..QueueSnapshot::default() };
         for key in keys {
             match self.parse(&key.key) {
-                Some((_, Part::Entry(entry_key))) => snapshot.entries.extend(entry(entry_key, &key)),
+                Some((_, Part::Entry(entry_key))) => snapshot.entries.extend(entry(entry_key, key)),
                 Some((_, Part::Record)) => snapshot.last = value(&key.value),
-                None => {}
+                Some((_, Part::Run { .. })) | None => {}
             }
         }
         snapshot
@@ -114,7 +165,9 @@ impl Layout {
         let seen = match (event, part) {
             (etcd::Event::Put(key), Part::Entry(entry_key)) => WatchEvent::Added(entry(entry_key, key)?),
             (etcd::Event::Put(key), Part::Record) => WatchEvent::Outcome(value(&key.value)?),
+            (etcd::Event::Put(key), Part::Run { .. }) => WatchEvent::Ran(self.run(key)?.record),
             (etcd::Event::Delete { .. }, Part::Entry(entry_key)) => WatchEvent::Removed(entry_key),
+            (etcd::Event::Delete { .. }, Part::Run { is_success }) => WatchEvent::RunGone { is_success },
             (etcd::Event::Delete { .. }, Part::Record) => return None,
         };
         Some((lock, Revision(revision), seen))
@@ -129,7 +182,7 @@ impl Layout {
     pub(super) fn entry(&self, key: &KeyValue) -> Option<(LockId, Entry)> {
         match self.parse(&key.key)? {
             (lock, Part::Entry(entry_key)) => Some((lock, entry(entry_key, key)?)),
-            (_, Part::Record) => None,
+            (_, Part::Record | Part::Run { .. }) => None,
         }
     }
 
@@ -151,6 +204,8 @@ impl Layout {
         let lock = LockId(u128::from_str_radix(digits, 16).ok()?.to_be_bytes());
         match rest {
             b".done" => Some((lock, Part::Record)),
+            run if run == SUCCESS.as_bytes() => Some((lock, Part::Run { is_success: true })),
+            run if run == FAILURE.as_bytes() => Some((lock, Part::Run { is_success: false })),
             [b'/', entry_key @ ..] => Some((lock, Part::Entry(EntryKey(entry_key.into())))),
             _ => None,
         }
@@ -160,7 +215,12 @@ impl Layout {
 enum Part {
     Entry(EntryKey),
     Record,
+    Run { is_success: bool },
 }
+
+/// How the keys of runs end.
+const SUCCESS: &str = ".success";
+const FAILURE: &str = ".failure";
 
 fn entry(entry_key: EntryKey, key: &KeyValue) -> Option<Entry> {
     // It becomes a token.
@@ -170,6 +230,10 @@ fn entry(entry_key: EntryKey, key: &KeyValue) -> Option<Entry> {
         owner
     });
     Some(Entry { entry_key, revision, owner })
+}
+
+fn json(value: &impl Serialize) -> Vec<u8> {
+    serde_json::to_vec(value).expect("what is put has no part that JSON lacks")
 }
 
 fn value<'a, T: Deserialize<'a>>(bytes: &'a [u8]) -> Option<T> {
@@ -194,7 +258,7 @@ mod tests {
         let owner = Box::new(Owner { protocol: Protocol::V2, host: "h".into(), ..Owner::default() });
         let leases = Leases { entries: LeaseId(10), records: LeaseId(11) };
         let op = QueueOp::Enqueue { entry_key: EntryKey(b"a.1".to_vec()), owner: owner.clone() };
-        let Txn { compare, then, or_else } = layout.txn(lock, &op, leases);
+        let Txn { compare, then, or_else } = layout.txn(lock, &op, leases, None);
         let key = b"kmutex/f96b697d7cb7938d525a2f31aaf161d0/a.1".to_vec();
         assert_eq!(compare, [Compare::CreateRevision { key: key.clone(), revision: 0 }]);
         let [Op::Put { key: put, value, lease }, range] = &then[..] else { panic!("{then:?}") };
@@ -212,9 +276,10 @@ mod tests {
             entry_key: EntryKey(b"a.1".to_vec()),
             revision: Revision(5),
             record: Some(record),
+            run: None,
             next: None,
         };
-        let txn = layout.txn(lock, &op, Leases { entries: LeaseId(1), records: LeaseId(2) });
+        let txn = layout.txn(lock, &op, Leases { entries: LeaseId(1), records: LeaseId(2) }, None);
         let put = txn.then.iter().find_map(|op| match op {
             Op::Put { key, value, lease } => {
                 Some(KeyValue { lease: lease.unwrap(), ..put(std::str::from_utf8(key).unwrap(), value, 9) })
@@ -223,7 +288,7 @@ mod tests {
         });
         let put = put.unwrap();
         assert_eq!(put.lease, LeaseId(2));
-        assert_eq!(layout.snapshot(9, vec![put]).last, Some(record));
+        assert_eq!(layout.snapshot(9, &[put]).last, Some(record));
     }
 
     #[test]
@@ -233,7 +298,7 @@ mod tests {
         let key = |end: &[u8]| [format!("p/{id}/").as_bytes(), end].concat();
         let keys = [&[0xff][..], &[0xfe], b"\xef\xbf\xbd", b"", b"a/b", b"\0"];
         let values = keys.map(|end| KeyValue { key: key(end), ..put("", b"", 7) });
-        let snapshot = layout.snapshot(9, values.to_vec());
+        let snapshot = layout.snapshot(9, &values);
         let found: Vec<&[u8]> = snapshot.entries.iter().map(|entry| &entry.entry_key.0[..]).collect();
         assert_eq!(found, keys);
         for end in keys {

@@ -1,9 +1,9 @@
 //! Listing what all hosts hold, for `kmutex status --cluster`: what is read from etcd, key by key, becomes whole locks.
 
-use crate::cluster::Entry;
+use crate::cluster::{Entry, RunRecord};
 use crate::daemon::cluster::party;
-use crate::proto::LockId;
-use crate::proto::v2::{LISTED_MAX, LockStatus};
+use crate::proto::v2::{LISTED_MAX, LockStatus, RunStatus};
+use crate::proto::{LockId, Outcome};
 
 /// Locks that were read in the order of their keys. The last one may be incomplete.
 #[derive(Default)]
@@ -40,11 +40,30 @@ impl Locks {
         (self.complete, self.last.map(|last| last.lock))
     }
 
+    /// Returns the only lock that was read, with its runs, of which there may be more than there are places.
+    pub(super) fn finish_with(self, lock: LockId, runs: Vec<RunRecord>) -> Vec<LockStatus> {
+        let mut locks = self.finish();
+        if locks.is_empty() && !runs.is_empty() {
+            locks.push(LockStatus { id: lock.to_string(), ..LockStatus::default() });
+        }
+        if let [status] = &mut locks[..] {
+            (status.last_success, status.last_failure) = (last_run(&runs, true), last_run(&runs, false));
+        }
+        locks
+    }
+
     /// Returns all locks: there is nothing more to read.
     pub(super) fn finish(mut self) -> Vec<LockStatus> {
         self.complete.extend(self.last.take().map(Incomplete::status));
         self.complete
     }
+}
+
+/// Returns the last run of a lock that ended so, as far as it counts.
+fn last_run(runs: &[RunRecord], is_success: bool) -> Option<Box<RunStatus>> {
+    let run = runs.iter().find(|run| (run.outcome == Outcome::Exit(0)) == is_success)?;
+    let RunRecord { token, outcome, age_ms, by, .. } = run.clone();
+    Some(Box::new(RunStatus { outcome, token, age_ms, by }))
 }
 
 impl Incomplete {

@@ -7,15 +7,16 @@ use std::thread;
 use std::time::Duration;
 
 use super::events::{Command, Event, Reading, Reporter};
-use super::layout::{Layout, Leases};
+use super::layout::{Layout, LeasedRun, Leases};
 use super::listing::Locks;
 use super::trouble::Source;
 use crate::clock;
-use crate::cluster::{ClusterRequest, Entry, Failure, QueueOp, QueueSnapshot};
+use crate::cluster::{ClusterRequest, Entry, Failure, QueueOp, QueueSnapshot, Revision, RunRecord};
 use crate::daemon::connection::ConnectionId;
 use crate::daemon::listing::Page;
-use crate::etcd::{self, Client, LeaseId, Op, Range, Txn};
-use crate::proto::LockId;
+use crate::etcd::{self, Client, KeyValue, LeaseId, Op, Range, Txn};
+use crate::proto::{LockId, Token};
+use crate::table::Run;
 
 /// How long before entries are looked for again.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -50,6 +51,11 @@ impl EtcdWorker {
                     let is_done = self.client.revoke(lease).is_ok();
                     self.reporter.send(Event::Revoked { lease, is_done });
                 }
+                Ok(Command::Forget { to, lock, may }) => {
+                    let forgotten = self.forget(lock, may.as_deref());
+                    self.note_change(forgotten.as_ref().err());
+                    self.reporter.send(Event::Forgotten { to, lock, forgotten });
+                }
                 Ok(Command::SignOfLife(lease)) => self.give_sign_of_life(lease),
                 Err(_) => return,
             }
@@ -75,7 +81,7 @@ impl EtcdWorker {
     fn request(&self, request: &ClusterRequest, leases: Leases) {
         let generation = self.client.generation();
         let source = source(&request.op);
-        let (mut reply, mut trouble) = (self.try_request(request.lock, &request.op, leases), None);
+        let (mut reply, mut trouble) = (self.try_request(request, leases), None);
         if let QueueOp::Release { entry_key, revision, .. } = &request.op
             && source == Source::Writes
             && let Err(e @ etcd::Error::Refused { .. }) = &reply
@@ -84,8 +90,8 @@ impl EtcdWorker {
             // The store may have no space for the record. The lock must be free all the same.
             trouble = Some(e.clone());
             let (entry_key, revision) = (entry_key.clone(), *revision);
-            let op = QueueOp::Release { entry_key, revision, record: None, next: None };
-            reply = self.try_request(request.lock, &op, leases);
+            let op = QueueOp::Release { entry_key, revision, record: None, run: None, next: None };
+            reply = self.try_request(&ClusterRequest { op, ..request.clone() }, leases);
         }
         let answer = match reply {
             Ok(snapshot) => Ok(snapshot),
@@ -104,17 +110,64 @@ impl EtcdWorker {
         self.reporter.send(Event::Answer { lock, id, lease, answer, source, trouble, generation });
     }
 
-    fn try_request(&self, lock: LockId, op: &QueueOp, leases: Leases) -> Result<QueueSnapshot, etcd::Error> {
-        let txn = |leases| self.client.txn(&self.layout.txn(lock, op, leases));
+    fn try_request(&self, request: &ClusterRequest, leases: Leases) -> Result<QueueSnapshot, etcd::Error> {
+        let ClusterRequest { lock, op, known_runs, .. } = request;
+        let run = match op {
+            QueueOp::Release { run: Some(run), .. } => self.lease_run(run)?,
+            _ => None,
+        };
+        let txn = |leases| self.client.txn(&self.layout.txn(*lock, op, leases, run.as_ref()));
         let mut reply = txn(leases);
         if leases.records != leases.entries && reply.as_ref().is_err_and(etcd::Error::is_lease_gone) {
             // etcd does not say which of the two leases is gone. To lose the one for records costs nothing.
             self.reporter.send(Event::RecordsGone(leases.records));
             reply = txn(Leases { records: leases.entries, ..leases });
         }
+        if let (Err(etcd::Error::Refused { .. }), Some(run)) = (&reply, &run) {
+            // If that fails, it ends by itself.
+            let _ = self.client.revoke(run.lease);
+        }
         let mut reply = reply?;
         let keys = reply.ranges.pop().unwrap_or_default();
-        Ok(self.layout.snapshot(reply.revision, keys))
+        let runs = self.runs(&keys, known_runs)?;
+        Ok(QueueSnapshot { runs, ..self.layout.snapshot(reply.revision, &keys) })
+    }
+
+    /// Gets a lease for the record of a run, for as long as it counts. `None`: it does not count any more.
+    fn lease_run(&self, run: &Run) -> Result<Option<LeasedRun>, etcd::Error> {
+        let Some(record) = RunRecord::of(run, clock::now()) else { return Ok(None) };
+        let lease = self.client.grant_lease(record.ttl_secs())?.id;
+        Ok(Some(LeasedRun { record, lease }))
+    }
+
+    /// Returns the runs that count among these keys, with their ages. The ages of the `known` ones are not asked for.
+    fn runs(&self, keys: &[KeyValue], known: &[Token]) -> Result<Vec<RunRecord>, etcd::Error> {
+        let mut runs = Vec::new();
+        for LeasedRun { mut record, lease } in keys.iter().filter_map(|key| self.layout.run(key)) {
+            if lease != LeaseId(0) && !known.contains(&record.token) {
+                let Some(left) = self.client.time_to_live(lease)? else { continue };
+                record.grow_older(left.granted_secs, left.left_secs);
+            }
+            runs.push(record);
+        }
+        Ok(runs)
+    }
+
+    /// Deletes the records of a lock's runs, if `may` permits it for each of them.
+    fn forget(&self, lock: LockId, may: Option<&[Token]>) -> Result<bool, etcd::Error> {
+        loop {
+            let mut keys = self.client.range(&self.layout.queue(lock))?.kvs;
+            keys.retain(|key| self.layout.is_run(key));
+            let token = |key: &KeyValue| self.layout.run(key).map(|run| run.record.token);
+            if may.is_some_and(|may| {
+                keys.iter().any(|key| token(key).is_none_or(|token| !may.contains(&token)))
+            }) {
+                return Ok(false);
+            }
+            if keys.is_empty() || self.client.txn(&self.layout.forget(lock, &keys))?.succeeded {
+                return Ok(true);
+            }
+        }
     }
 
     fn list_entries(&self, lease: LeaseId) {
@@ -144,13 +197,13 @@ impl EtcdWorker {
 
     fn break_lock(&self, lock: LockId) -> Result<bool, etcd::Error> {
         let none = Leases { entries: LeaseId(0), records: LeaseId(0) };
-        let snapshot = self.try_request(lock, &QueueOp::Read, none)?;
+        let snapshot = self.layout.snapshot(0, &self.client.range(&self.layout.queue(lock))?.kvs);
         let order = |entry: &Entry| (entry.revision, entry.entry_key.clone());
         let Some(Entry { entry_key, revision, .. }) = snapshot.entries.into_iter().min_by_key(order) else {
             return Ok(false);
         };
-        let op = QueueOp::Release { entry_key, revision, record: None, next: None };
-        Ok(self.client.txn(&self.layout.txn(lock, &op, none))?.succeeded)
+        let op = QueueOp::Release { entry_key, revision, record: None, run: None, next: None };
+        Ok(self.client.txn(&self.layout.txn(lock, &op, none, None))?.succeeded)
     }
 
     fn give_sign_of_life(&self, lease: LeaseId) {
@@ -167,6 +220,12 @@ impl EtcdWorker {
             let page = match reading {
                 Reading::Page(from) => self.page(from),
                 Reading::Lock(lock) => self.one_lock(lock),
+                Reading::Runs(key) => {
+                    let (runs, generation) = (self.runs_of(key.id()), self.client.generation());
+                    self.note_change(runs.as_ref().err());
+                    self.reporter.send(Event::Runs { to, key, runs: runs.ok(), generation });
+                    continue;
+                }
             };
             self.note_change(page.as_ref().err());
             self.reporter.send(Event::Page { to, page });
@@ -175,12 +234,17 @@ impl EtcdWorker {
 
     fn one_lock(&self, lock: LockId) -> Result<Page, etcd::Error> {
         let mut locks = Locks::default();
-        for (lock, entry) in
-            self.client.range(&self.layout.queue(lock))?.kvs.iter().filter_map(|key| self.layout.entry(key))
-        {
+        let keys = self.client.range(&self.layout.queue(lock))?.kvs;
+        for (lock, entry) in keys.iter().filter_map(|key| self.layout.entry(key)) {
             locks.add(lock, entry);
         }
-        Ok(Page { locks: locks.finish(), next: None })
+        let runs = self.runs(&keys, &[])?;
+        Ok(Page { locks: locks.finish_with(lock, runs), next: None })
+    }
+
+    fn runs_of(&self, lock: LockId) -> Result<(Revision, Vec<RunRecord>), etcd::Error> {
+        let reply = self.client.range(&self.layout.queue(lock))?;
+        Ok((Revision(reply.revision), self.runs(&reply.kvs, &[])?))
     }
 
     /// Reads a page of whole locks, beginning at the key `from`; an empty key means from the beginning.
@@ -208,7 +272,7 @@ impl EtcdWorker {
 /// Returns whether a request writes. etcd may refuse to write, and read all the same.
 fn source(op: &QueueOp) -> Source {
     match op {
-        QueueOp::Read | QueueOp::Release { record: None, next: None, .. } => Source::Reads,
+        QueueOp::Read | QueueOp::Release { record: None, run: None, next: None, .. } => Source::Reads,
         QueueOp::TryAcquire { .. } | QueueOp::Enqueue { .. } | QueueOp::Release { .. } => Source::Writes,
     }
 }

@@ -16,7 +16,7 @@ use crate::daemon::failpoint;
 use crate::daemon::listing::{Listing, Step};
 use crate::daemon::log;
 use crate::daemon::lookup::Viewer;
-use crate::daemon::remote::RemoteRequest;
+use crate::daemon::remote::{FORGET_REFUSED, RemoteRequest};
 use crate::daemon::reserve::{Claimant, Decision};
 use crate::proto::v1::State;
 use crate::proto::v2::{
@@ -312,8 +312,12 @@ impl Server {
         let is_admin = by.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw());
         let runs = self.table.last_runs(self.now, key.id());
         if !is_admin && !runs.into_iter().flatten().all(|run| by.is_some() && run.uid == by) {
-            let message = "forget: only root, the daemon's user and the user who ran it may do this";
-            return self.refuse(client, ErrorCode::NotPermitted, message);
+            return self.refuse(client, ErrorCode::NotPermitted, FORGET_REFUSED);
+        }
+        if self.cluster.is_some() {
+            // Of the runs that only etcd knows, this daemon does not know whose they are.
+            let may = (!is_admin).then(|| self.table.known_runs(key.id()));
+            return self.request_remote(client, RemoteRequest::Forget { lock: key.id(), may });
         }
         self.apply(|table, _, effects| table.forget(key.id(), effects));
         self.connections.answer(client, &Answer::Forgotten);
@@ -414,6 +418,13 @@ impl Server {
     }
 
     fn status_of(&mut self, client: ClientId, key: &Key) {
+        if self.cluster.is_some() && !self.table.knows_runs(key.id()) {
+            return self.request_remote(client, RemoteRequest::Status { key: key.clone() });
+        }
+        self.answer_status_of(client, key);
+    }
+
+    pub(super) fn answer_status_of(&mut self, client: ClientId, key: &Key) {
         let (lookup, viewer) = (self.lookup(), self.viewer(client));
         if let Some(status) = lookup.status_of(viewer, key) {
             self.connections.answer(client, &Answer::Lock(status));
