@@ -377,7 +377,7 @@ _kmutex() {
             return 0
             ;;
         kmutex__subcmd__run)
-            opts="-c -k -s -x -n -w -E -o -F -h --command --key --queue --shared --exclusive --slots --fresh --fresh-failure --coalesce --newest --replace --replace-after --no-replace --weight --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --on-peer-failure --note --no-autostart --verbose --sock --trust-uid --auth-file --tls-ca --tls-cert --tls-key --tree --reentrant --status-fd --status-file --close --no-fork --on-lost --kill-after --max-hold --warn-after --help"
+            opts="-c -k -s -x -n -w -E -o -F -h --command --key --queue --shared --exclusive --slots --fresh --fresh-failure --coalesce --newest --replace --replace-after --no-replace --weight --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --on-peer-failure --note --no-autostart --verbose --sock --trust-uid --auth-file --tls-ca --tls-cert --tls-key --tree --share --share-max --stale --refresh --reentrant --status-fd --status-file --close --no-fork --on-lost --kill-after --max-hold --warn-after --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -519,6 +519,18 @@ _kmutex() {
                     fi
                     return 0
                     ;;
+                --share)
+                    COMPREPLY=($(compgen -W "whole live" -- "${cur}"))
+                    return 0
+                    ;;
+                --share-max)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --stale)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
                 --status-fd)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
@@ -562,7 +574,7 @@ _kmutex() {
             return 0
             ;;
         kmutex__subcmd__serve)
-            opts="-s -f -m -t -h --socket --sock --force --maxconn --timeout --no-log --log-level --mode --group --max-per-uid --reserve --show-commands --state --grace --peer-timeout --remember-max --auth-file --open --tls-cert --tls-key --tls-client-ca --etcd --etcd-ca --etcd-cert --etcd-key --etcd-user --etcd-password-file --etcd-ttl --etcd-timeout --etcd-prefix --ready-fd --idle-exit --detach --help"
+            opts="-s -f -m -t -h --socket --sock --force --maxconn --timeout --no-log --log-level --mode --group --max-per-uid --reserve --show-commands --state --grace --peer-timeout --remember-max --share-total --share-across-users --auth-file --open --tls-cert --tls-key --tls-client-ca --etcd --etcd-ca --etcd-cert --etcd-key --etcd-user --etcd-password-file --etcd-ttl --etcd-timeout --etcd-prefix --ready-fd --idle-exit --detach --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
@@ -640,6 +652,10 @@ _kmutex() {
                     return 0
                     ;;
                 --remember-max)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --share-total)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -54,6 +54,10 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l auth-file -d 'Give
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l tls-ca -d 'Trust daemons at tls:// whose certificate is signed by an authority in FILE (PEM), and no others [env: KMUTEX_TLS_CA]' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l tls-cert -d 'Show the certificate in FILE (PEM) to a daemon at tls:// [env: KMUTEX_TLS_CERT]' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l tls-key -d 'Read the key of that certificate from FILE (PEM) [env: KMUTEX_TLS_KEY]' -r -F
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l share -d 'Give the result of the run to the callers that waited for it: standard output, standard error and the exit status' -r -f -a "whole\t'All of it at the end'
+live\t'From the beginning, as it comes'"
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l share-max -d 'Do not share an output that is longer than SIZE: a number of bytes, or a number with K, M or G' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l stale -d 'Give an older result at once, if that run began less than DURATION ago; one such caller runs the command anew' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l status-fd -d 'Write a report to descriptor FD at the end: one line with a JSON object' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l status-file -d 'Write the report of --status-fd to FILE' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l on-lost -d 'Choose what to do if the lock is lost while the command runs' -r -f -a "kill\t'Stop the command and its descendants with SIGTERM, then SIGKILL; exit with 74'
@@ -72,6 +76,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s n -l nonblock -d '
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l no-autostart -d 'Fail instead of starting a daemon'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l verbose -d 'Report on standard error who holds the lock and how long the wait took'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l tree -d 'Hold the lock until the command and all its descendants have exited'
+complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l refresh -d 'Run the command under the lock that standard input names, which another kmutex run has acquired (used by --stale)'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -l reentrant -d 'Run the command without locking if an enclosing kmutex run already holds the lock'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s o -l close -d 'Close the lock\'s descriptor before running the command'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s F -l no-fork -d 'Replace kmutex with the command instead of waiting for it'
@@ -156,6 +161,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l state -d 'Keep t
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l grace -d 'Keep the lock of a holder that has not reconnected for DURATION after a restart' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l peer-timeout -d 'Count a machine at the other end of a TCP connection as gone when it says nothing for DURATION; 0 means never' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l remember-max -d 'Remember for N locks when their work was last done (see run --fresh); the oldest are forgotten first' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l share-total -d 'Keep at most SIZE of results for run --share with --fresh; the oldest are dropped first' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l auth-file -d 'Admit only clients over TCP that give a name and its secret, as listed in FILE' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l tls-cert -d 'Show the certificate in FILE (PEM) to clients of tls:// addresses [env: KMUTEX_TLS_CERT]' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l tls-key -d 'Read the key of that certificate from FILE (PEM) [env: KMUTEX_TLS_KEY]' -r -F
@@ -174,6 +180,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l idle-exit -d 'Ex
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s f -l force -d 'Remove an old socket file'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l no-log -d 'Log nothing'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l show-commands -d 'Show the commands and notes of all users to every user'
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l share-across-users -d 'Give root\'s results (run --share) to the callers of all users'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l open -d 'Serve TCP ports that other hosts can reach without --auth-file or --tls-client-ca: every client may take every lock'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l detach -d 'Detach from the calling process, and write a newline to standard output when serving (used by run)'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s h -l help -d 'Print help (see more with \'--help\')'

@@ -1,5 +1,6 @@
 //! Acquiring a lock for a command line: which lock, how long to wait, and what to do when another holder finished first.
 
+mod following;
 mod waiting;
 
 use std::num::NonZeroU32;
@@ -9,12 +10,14 @@ use clap::ValueEnum;
 use nix::unistd::Uid;
 
 use crate::addr::{self, Addr};
-use crate::client::{self, LockReply, Session, Target};
+use crate::client::{self, LockReply, Session, SharedRun, Target};
 use crate::describe;
 use crate::exit;
-use crate::proto::v2::{ClientInfo, LockRequest, Mode, RunStatus};
+use crate::output::Reader;
+use crate::proto::v2::{ClientInfo, LockRequest, Mode, RunStatus, Share};
 use crate::proto::{Key, Outcome, Pid, Token};
 use crate::timestamp::millis;
+use following::Following;
 use waiting::Display;
 
 /// Which lock to acquire, and how.
@@ -46,6 +49,10 @@ pub struct Acquire {
     pub no_replace: bool,
     /// How many of the slots to take.
     pub weight: Option<NonZeroU32>,
+    /// The result of the run is for every request that waits for it.
+    pub share: Option<Share>,
+    /// An older result counts while another client runs anew, if its run began less than so long ago.
+    pub stale: Duration,
     /// The text that waiters and `kmutex status` show for this request.
     pub note: String,
     /// Report each step on standard error.
@@ -102,6 +109,22 @@ pub enum Acquired {
         /// The exit status to adopt, with [`OnPeerFailure::Adopt`].
         status: Option<u8>,
     },
+    /// The result of another run.
+    Shared {
+        /// That run.
+        run: SharedRun,
+        /// The part of its output that was not written yet.
+        rest: Reader,
+    },
+    /// Another holder finished first, and its result is not for this caller.
+    Withheld {
+        /// The outcome of that holder.
+        outcome: Outcome,
+        /// The token of that holder.
+        token: Token,
+        /// Why.
+        why: String,
+    },
     /// A newer request took the place of this one.
     Superseded,
     /// The lock is held, and the request did not wait, or timed out.
@@ -135,6 +158,8 @@ impl Acquire {
             replace_after_ms: self.replace_after.map(millis),
             no_replace: self.no_replace,
             weight: self.weight,
+            share: self.share,
+            stale_ms: millis(self.stale),
             who: ClientInfo {
                 pid: Pid::new(std::process::id()),
                 host: (&*host.to_string_lossy()).into(),
@@ -167,9 +192,10 @@ impl Acquire {
         };
         loop {
             let request = LockRequest { nonce: Some(client::nonce()), ..request.clone() };
-            let mut display = Display::new(self.key.as_str(), self.verbose);
-            let reply = client::lock(&self.target, &request, deadline, &mut display);
-            drop(display);
+            let display = Display::new(self.key.as_str(), self.verbose);
+            let mut following = Following::new(display);
+            let reply = client::lock(&self.target, &request, deadline, &mut following);
+            following.hide();
             let (session, reply) = match reply {
                 Err(client::Error::TimedOut) => return Ok(Acquired::Busy),
                 other => other?,
@@ -180,6 +206,21 @@ impl Acquire {
                 LockReply::Superseded => {
                     self.report(|| "a newer request takes the place of this one".into());
                     return Ok(Acquired::Superseded);
+                }
+                LockReply::Shared(run) => {
+                    let is_failure = matches!(run.outcome, Outcome::Exit(1..) | Outcome::Signal(_));
+                    if is_failure && run.past.is_none() && self.on_peer_failure == OnPeerFailure::Retry {
+                        following.end("the holder failed")?;
+                        self.report(|| format!("the holder failed ({}); retrying", run.outcome));
+                        continue;
+                    }
+                    run.past.iter().for_each(|past| self.report(|| describe::run(past)));
+                    let rest = following.rest(run.token, &run.output)?;
+                    return Ok(Acquired::Shared { run, rest });
+                }
+                LockReply::Withheld { outcome, token, why } => {
+                    following.end(&why)?;
+                    return Ok(Acquired::Withheld { outcome, token, why });
                 }
                 LockReply::Fresh(run) => {
                     self.report(|| describe::run(&run));
@@ -193,6 +234,7 @@ impl Acquire {
                     _ => return Ok(Acquired::Finished { outcome, token, status: self.adopted(outcome) }),
                 },
                 LockReply::Granted(token) => {
+                    following.granted()?;
                     let waited = asked.elapsed().as_secs_f64();
                     self.report(|| format!("acquired the lock {:?} after {waited:.6} s", self.key.as_str()));
                     return Ok(Acquired::Granted { request: Box::new(request), session, token });

@@ -10,7 +10,7 @@ use clap::error::ErrorKind;
 use clap::{ArgAction, Args, FromArgMatches, Parser, Subcommand, ValueEnum, ValueHint};
 
 use crate::acquire::OnPeerFailure;
-use crate::run::OnLost;
+use crate::run::{OnLost, Share};
 
 /// The version, and the features that this binary was built with; `etcd` contains `tls`.
 const VERSION: &str = if cfg!(feature = "etcd") {
@@ -156,6 +156,32 @@ pub struct Run {
     /// command's.
     #[arg(long, conflicts_with = "no_fork")]
     pub tree: bool,
+
+    /// Give the result of the run to the callers that waited for it: standard output, standard error and the exit status
+    ///
+    /// They do not run the command. Each gets all of the output at the end (whole), or from the beginning as it comes (live).
+    /// If the holder disappears before its end, one of the waiters takes over. With --share=live, a waiter that has written
+    /// part of the output then exits with 74. Only callers of the same user get the result. Standard output and standard error
+    /// of the command are pipes then, not the terminal.
+    #[arg(long, value_name = "WHEN", num_args = 0..=1, require_equals = true, default_missing_value = "whole",
+          conflicts_with_all = ["no_fork", "queue", "newest", "replace", "replace_after", "shared", "slots"])]
+    pub share: Option<Share>,
+
+    /// Do not share an output that is longer than SIZE: a number of bytes, or a number with K, M or G
+    ///
+    /// The command runs to its end nevertheless. The waiters then exit as after --finished-exit-code, and say why.
+    #[arg(long, value_name = "SIZE", default_value = "64M", value_parser = size)]
+    pub share_max: u64,
+
+    /// Give an older result at once, if that run began less than DURATION ago; one such caller runs the command anew
+    ///
+    /// It does so in the background, and the next callers get the new result. Needs --share and a shorter --fresh.
+    #[arg(long, value_name = "DURATION", requires_all = ["share", "fresh"], value_parser = positive_duration)]
+    pub stale: Option<Duration>,
+
+    /// Run the command under the lock that standard input names, which another kmutex run has acquired (used by --stale)
+    #[arg(long, hide = true)]
+    pub refresh: bool,
 
     /// Run the command without locking if an enclosing kmutex run already holds the lock
     ///
@@ -525,6 +551,18 @@ pub struct Serve {
     #[arg(long, value_name = "N", default_value_t = 100_000)]
     pub remember_max: u32,
 
+    /// Keep at most SIZE of results for run --share with --fresh; the oldest are dropped first
+    ///
+    /// SIZE is a number of bytes, or a number with K, M or G. The results are kept in memory, and go with the daemon.
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size)]
+    pub share_total: u64,
+
+    /// Give root's results (run --share) to the callers of all users
+    ///
+    /// Without this option, a result is given only to callers of the user who ran the command.
+    #[arg(long)]
+    pub share_across_users: bool,
+
     /// Admit only clients over TCP that give a name and its secret, as listed in FILE
     ///
     /// FILE has lines NAME SECRET PATTERN...: the secret as printed by kmutex hash-secret, or - for a name that is used with
@@ -702,6 +740,15 @@ fn positive_duration(text: &str) -> Result<Duration, String> {
         Duration::ZERO => Err("must be longer than 0".into()),
         other => Ok(other),
     }
+}
+
+/// Parses a size: a number of bytes, with or without a unit (K, M or G: powers of 1024).
+fn size(text: &str) -> Result<u64, String> {
+    let units = [("K", 10), ("M", 20), ("G", 30)];
+    let unit = units.into_iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, shift)));
+    let (number, shift) = unit.unwrap_or((text, 0));
+    let number: u64 = number.parse().map_err(|_| "not a number of bytes, nor one with K, M or G")?;
+    number.checked_mul(1 << shift).ok_or_else(|| "too large".into())
 }
 
 /// Parses how long to wait for etcd, in seconds.

@@ -12,6 +12,7 @@
 //! | `client/held_lock.rs` | a lock that outlives the daemon that granted it |
 //! | `client/connecting.rs` | connecting without waiting for it |
 //! | `client/options.rs` | how a program asks for a lock |
+//! | `client/shared.rs` | the result of a run that another client shares |
 //! | `client/lease.rs` | how long a lock is safe without news from the daemon |
 //! | `client/autostart.rs` | starting a daemon where there is none |
 //! | `client/error.rs` | what can go wrong, in words and as an exit code |
@@ -55,6 +56,7 @@ mod lease;
 mod options;
 mod retry;
 mod session;
+mod shared;
 mod transport;
 
 use crate::proto::Pid;
@@ -64,6 +66,7 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::addr::Addr;
+use crate::output::OutputFile;
 use crate::place::{self, Missing};
 use crate::proto::v2::{LockUser, RunStatus};
 use crate::proto::{Key, Nonce, Outcome, Token};
@@ -73,6 +76,7 @@ pub use options::LockOptions;
 pub use retry::lock;
 use session::ANSWER_WAIT;
 pub use session::{NoObserver, PROMPT_WAIT, Session, WaitObserver};
+pub use shared::SharedRun;
 
 /// Which daemon to connect to, and under which conditions.
 #[derive(Clone, Debug)]
@@ -130,6 +134,17 @@ pub enum LockReply {
     Busy(Vec<LockUser>),
     /// A run that is over did the work recently enough for this request ([`LockRequest::fresh_ms`](crate::proto::v2::LockRequest::fresh_ms)).
     Fresh(RunStatus),
+    /// The result of a run that this request waited for, or that counts for it ([`LockOptions::share`]).
+    Shared(SharedRun),
+    /// The request wanted the result of that run, and the client that ran it did not give it.
+    Withheld {
+        /// How the run ended.
+        outcome: Outcome,
+        /// The token of its lock.
+        token: Token,
+        /// Why there is no result.
+        why: String,
+    },
     /// A newer request took the place of this one ([`LockRequest::newest`](crate::proto::v2::LockRequest::newest)).
     Superseded,
     /// The lock is held by a process that this request runs under ([`LockRequest::within`](crate::proto::v2::LockRequest::within)).
@@ -152,6 +167,8 @@ pub struct Client {
     target: Target,
     state: State,
     reconnects: bool,
+    /// What came with the last grant.
+    stale: Option<SharedRun>,
 }
 
 #[derive(Debug)]
@@ -179,7 +196,7 @@ impl Client {
     /// When no daemon answers there or can be started, or its user is not trusted.
     pub fn connect_to(target: Target) -> Result<Client, Error> {
         let session = Session::connect_within(&target, ANSWER_WAIT)?;
-        Ok(Client { target, state: State::Idle(Some(session)), reconnects: true })
+        Ok(Client { target, state: State::Idle(Some(session)), reconnects: true, stale: None })
     }
 
     /// Whether the client reconnects, and resumes its lock, after the daemon closed the connection. The default is `true`.
@@ -193,7 +210,7 @@ impl Client {
     /// # Errors
     /// As [`Client::acquire`].
     pub fn lock(&mut self, key: &str) -> Result<Option<Guard<'_>>, Error> {
-        Ok(self.acquire(key)?.map(|token| Guard { client: self, token }))
+        Ok(self.acquire(key)?.map(|token| Guard { client: self, token, stale: None }))
     }
 
     /// Acquires the lock of `key` without a guard: the caller calls [`Client::release`]. Returns the fencing token, or `None`
@@ -219,7 +236,10 @@ impl Client {
         options: &LockOptions,
     ) -> Result<Result<Guard<'_>, LockReply>, Error> {
         Ok(match self.acquire_with(key, options)? {
-            LockReply::Granted(token) => Ok(Guard { client: self, token }),
+            LockReply::Granted(token) => {
+                let stale = self.stale.take();
+                Ok(Guard { client: self, token, stale })
+            }
             reply => Err(reply),
         })
     }
@@ -232,7 +252,7 @@ impl Client {
         let mut request = options.request(key);
         request.nonce = Some(nonce());
         request.who.pid = Pid::new(std::process::id());
-        let (session, reply) = match std::mem::replace(&mut self.state, State::Idle(None)) {
+        let (mut session, reply) = match std::mem::replace(&mut self.state, State::Idle(None)) {
             State::Holding(hold) => {
                 self.state = State::Holding(hold);
                 return Err(Error::AlreadyHolding);
@@ -250,6 +270,7 @@ impl Client {
             State::Idle(None) if self.reconnects => lock(&self.target, &request, deadline, &mut NoObserver)?,
             State::Idle(None) => return Err(Error::Closed),
         };
+        self.stale = session.take_stale();
         self.state = match reply {
             LockReply::Granted(token) => {
                 State::Holding(HeldLock::new(self.target.clone(), request, session, token))
@@ -326,12 +347,32 @@ impl Client {
 pub struct Guard<'a> {
     client: &'a mut Client,
     token: Token,
+    stale: Option<SharedRun>,
 }
 
 impl Guard<'_> {
     /// Returns the fencing token, which is larger than that of every earlier holder.
     pub fn token(&self) -> Token {
         self.token
+    }
+
+    /// Returns the earlier result to use meanwhile, for [`LockOptions::stale`].
+    pub fn stale(&self) -> Option<&SharedRun> {
+        self.stale.as_ref()
+    }
+
+    /// Releases the lock as [`Guard::finish`] does, and gives the clients that waited with [`LockOptions::share`] a result: what
+    /// the work wrote to standard output and standard error.
+    ///
+    /// # Errors
+    /// As [`Client::release`]; [`Error::Io`] if the result cannot be kept in memory.
+    pub fn finish_with(self, outcome: Outcome, stdout: &[u8], stderr: &[u8]) -> Result<(), Error> {
+        let file = OutputFile::of(stdout, stderr).map_err(|e| Error::Io("keep the result", e))?;
+        if let State::Holding(hold) = &mut self.client.state {
+            hold.give_output(file);
+            hold.output_is_complete();
+        }
+        self.client.release_with(outcome)
     }
 
     /// Releases the lock.

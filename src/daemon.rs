@@ -5,6 +5,7 @@
 //! | --- | --- |
 //! | `server.rs` | the loop: the order in which things are read, recorded and sent. Only it knows all other parts |
 //! | `server/v1.rs`, `server/v2.rs` | the protocols: bytes to the table, effects to bytes |
+//! | `server/share.rs` | results that clients share |
 //! | `server/tcp.rs` | clients over TCP: TLS, names, and other protocols |
 //! | `batch.rs` | the readiness events that the kernel gives at a time |
 //! | `source.rs` | what a readiness event is about |
@@ -27,6 +28,7 @@
 //! | `lookup.rs` | a read-only view of table, connections and orphans, for status, log and journal |
 //! | `recorder.rs` | the table's changes to the journal |
 //! | `orphans.rs` | holders that are not connected |
+//! | `outputs.rs` | the outputs of runs whose results clients share |
 //! | `processes.rs` | which processes those are, and whether they live |
 //! | `cluster.rs` | clustering: sharing locks with other hosts, through etcd |
 //! | `cluster_disabled.rs` | an empty type in its place, in a build without etcd |
@@ -57,6 +59,7 @@ mod listing;
 mod log;
 mod lookup;
 mod orphans;
+mod outputs;
 mod predecessor;
 mod processes;
 mod recorder;
@@ -121,6 +124,10 @@ pub struct Config {
     pub state: Option<PathBuf>,
     /// Of how many locks the daemon remembers when their work was last done.
     pub remember_max: usize,
+    /// How long all results may be that the daemon keeps, in bytes.
+    pub share_total: u64,
+    /// Root's results are for the clients of all users.
+    pub share_across_users: bool,
     /// A descriptor to write a newline to as soon as the daemon serves.
     pub ready_fd: Option<u32>,
     /// Exit after so long without connections and locks. `None`: never.
@@ -180,6 +187,8 @@ impl Config {
             peer_timeout: Some(Duration::from_secs(30)),
             state: None,
             remember_max: 100_000,
+            share_total: 256 * 1024 * 1024,
+            share_across_users: false,
             ready_fd: None,
             idle_exit: None,
             #[cfg(feature = "etcd")]

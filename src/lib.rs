@@ -22,11 +22,14 @@
 //! | `config_file` | small files, read as a whole, and noticed when they change | |
 //! | `keepalive` | how the kernel notices that the other machine of a TCP connection is gone | |
 //! | `describe` | holders and times in words | `cli` |
+//! | `output` | the output of a command, kept to be given to others | |
+//! | `passing` | passing descriptors through a Unix socket | |
 //! | `fd` | descriptors that this process was started with | `daemon` |
 //! | `lookup` | names of users, groups and hosts | |
 //! | `lock_file` | the lock file beside a socket | |
 //! | [`exit`] | the exit codes | |
 //! | `message` | one line on standard error | `cli` |
+//! | `streams` | this process's own standard output and error, for the output of other processes | `cli` |
 //! | `startup` | the signals as they were when kmutex was started, and how it dies of one | `cli` |
 //! | `clock`, `timestamp` | the clock that the daemon and the clients use, and a moment on it | |
 //! | `cluster` | this host's part in the locks of several hosts: events in, requests to etcd out, nothing else | `etcd` |
@@ -103,6 +106,9 @@ pub mod lookup;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod message;
+#[doc(hidden)]
+pub mod output;
+mod passing;
 #[cfg(feature = "cli")]
 #[doc(hidden)]
 pub mod run;
@@ -120,6 +126,8 @@ pub mod tls;
 
 #[cfg(feature = "cli")]
 mod startup;
+#[cfg(feature = "cli")]
+mod streams;
 
 mod clock;
 

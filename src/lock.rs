@@ -55,6 +55,8 @@ pub fn lock(request: &Acquire, pid: Option<u32>) -> Result<LockResult, Error> {
             Ok(LockResult::Held(token))
         }
         Acquired::Finished { status, .. } => Ok(LockResult::Finished(status)),
+        // A shell has no output of its own: it does not ask for a result.
+        Acquired::Shared { .. } | Acquired::Withheld { .. } => Ok(LockResult::Finished(None)),
         Acquired::Fresh { status, .. } => Ok(LockResult::Finished(status)),
         Acquired::Superseded => Ok(LockResult::Superseded),
         Acquired::Busy => Ok(LockResult::Busy),

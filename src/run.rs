@@ -4,8 +4,10 @@ mod child;
 mod command;
 mod descendants;
 mod forward;
+mod refresh;
 mod report;
 mod signals;
+mod tee;
 
 use std::ffi::{OsStr, OsString};
 use std::io;
@@ -14,15 +16,19 @@ use std::time::{Duration, Instant};
 use clap::ValueEnum;
 use nix::errno::Errno;
 use nix::fcntl::{FcntlArg, FdFlag, fcntl};
+use nix::libc::SIGPIPE;
 
 use crate::acquire::{Acquire, Acquired};
 use crate::addr::Reason;
-use crate::client::{self, HeldLock, RELEASE_WAIT};
+use crate::client::{self, HeldLock, RELEASE_WAIT, Session, SharedRun};
 use crate::exit::{self, Exit};
+use crate::output::Reader;
 use crate::proto::v2::LockRequest;
 use crate::proto::{Key, Outcome, Token};
+use crate::{startup, streams};
 use command::Command;
 pub use report::{Report, Sink};
+use tee::Tee;
 
 /// What to run, under which lock, and how.
 #[derive(Clone, Debug)]
@@ -45,6 +51,19 @@ pub struct Job {
     pub max_hold: Option<Duration>,
     /// After holding the lock for so long, kmutex and the daemon warn.
     pub warn_after: Option<Duration>,
+    /// The longest output that is given to others, in bytes.
+    pub share_max: u64,
+    /// This process takes over a lock that another one has acquired, and runs the command in the background.
+    pub is_refresh: bool,
+}
+
+/// When a waiter gets the result of the run that it waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Share {
+    /// All of it at the end
+    Whole,
+    /// From the beginning, as it comes
+    Live,
 }
 
 /// How the command is started.
@@ -82,6 +101,10 @@ pub enum Ended {
     Fresh(Outcome),
     /// The work failed recently enough, with this status; the command did not run.
     FreshAdopted(u8),
+    /// The result of another run was given, with this status; the command did not run.
+    Shared(Outcome, u8),
+    /// The same of a run that was over before.
+    SharedFresh(Outcome, u8),
     /// A newer request took the place of this one; the command did not run.
     Superseded,
     /// The command was stopped because it held the lock for too long.
@@ -103,7 +126,10 @@ impl Job {
     pub fn run(&self, report: &mut Report) -> Result<Ended, Error> {
         let asked = Instant::now();
         let mut holds = Vec::new();
-        let ended = self.acquire(&mut holds, asked, report);
+        let ended = match self.is_refresh {
+            true => self.take_over(&mut holds),
+            false => self.acquire(&mut holds, asked, report),
+        };
         report.waited_ms = millis(asked);
         match ended {
             Ok(None) => {}
@@ -131,7 +157,11 @@ impl Job {
         report: &mut Report,
     ) -> Result<Option<Ended>, Error> {
         for lock in &self.locks {
-            match lock.acquire(&self.request(lock, holds), asked)? {
+            let acquired = match lock.acquire(&self.request(lock, holds), asked) {
+                Err(client::Error::Delivery(error)) => return not_delivered(error).map(Some),
+                other => other?,
+            };
+            match acquired {
                 Acquired::Busy => return Ok(Some(Ended::Busy)),
                 Acquired::HeldAbove if self.reentrant => {}
                 Acquired::HeldAbove => {
@@ -150,18 +180,68 @@ impl Job {
                     return Ok(Some(status.map_or(Ended::Fresh(run.outcome), Ended::FreshAdopted)));
                 }
                 Acquired::Superseded => return Ok(Some(Ended::Superseded)),
-                Acquired::Granted { request, session, token } => {
+                Acquired::Shared { run, rest } => return deliver(&run, rest, report).map(Some),
+                Acquired::Withheld { outcome, token, why } => {
+                    (report.outcome, report.token) = (Some(outcome), Some(token));
+                    crate::message::print(format_args!(
+                        "the work is done, but its result is not given: {why}"
+                    ));
+                    return Ok(Some(Ended::Finished(outcome)));
+                }
+                Acquired::Granted { request, mut session, token } => {
                     report.token = Some(token);
-                    if self.spawn != Spawn::CloseLock {
-                        // Only the locks' descriptors are inherited; all others are close-on-exec.
-                        fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
-                            .map_err(|e| Error::Os("let the command inherit the lock", e.into()))?;
+                    if let Some(run) = session.take_stale()
+                        && let Ok(background) = refresh::Background::start(&request, token)
+                    {
+                        lock.report(|| "giving an older result; running in the background".into());
+                        let rest = run.output.reader();
+                        let ended = deliver(&run, rest, report);
+                        background.wait();
+                        return ended.map(Some);
                     }
-                    holds.push(HeldLock::new(lock.target.clone(), *request, session, token));
+                    holds.push(self.hold(lock, *request, session, token)?);
                 }
             }
         }
         Ok(None)
+    }
+
+    /// Returns the lock as this process holds it.
+    fn hold(
+        &self,
+        lock: &Acquire,
+        request: LockRequest,
+        session: Session,
+        token: Token,
+    ) -> Result<HeldLock, Error> {
+        if self.spawn != Spawn::CloseLock {
+            // Only the locks' descriptors are inherited; all others are close-on-exec.
+            fcntl(&session, FcntlArg::F_SETFD(FdFlag::empty()))
+                .map_err(|e| Error::Os("let the command inherit the lock", e.into()))?;
+        }
+        Ok(HeldLock::new(lock.target.clone(), request, session, token))
+    }
+
+    /// Takes the lock over that the caller of this process has acquired.
+    fn take_over(&self, holds: &mut Vec<HeldLock>) -> Result<Option<Ended>, Error> {
+        let lock = &self.locks[0];
+        let (request, session, token) = refresh::take_over(&lock.target, self.request(lock, holds))?;
+        holds.push(self.hold(lock, request, session, token)?);
+        Ok(None)
+    }
+
+    /// Returns what keeps the output of the command for others, if it is to be shared.
+    fn tee(&self, holds: &mut [HeldLock]) -> Result<Option<Tee>, Error> {
+        let [hold] = holds else { return Ok(None) };
+        if self.locks[0].share.is_none() {
+            return Ok(None);
+        }
+        let tee = Tee::new(self.share_max).map_err(|e| Error::Os("keep the command's output", e))?;
+        match tee.for_readers() {
+            Ok(file) => hold.give_output(file),
+            Err(e) => hold.withhold_output(format!("the output cannot be passed on: {}", Reason(&e))),
+        }
+        Ok(Some(tee))
     }
 
     fn run_locked(&self, mut holds: Vec<HeldLock>, report: &mut Report) -> Result<Ended, Error> {
@@ -170,6 +250,7 @@ impl Job {
             let error = command.exec();
             return Err(self.not_started(holds, error));
         }
+        let mut tee = self.tee(&mut holds)?;
         let options = child::Options {
             inherits: self.spawn == Spawn::InheritLock,
             kill_after: (self.on_lost == OnLost::Kill).then_some(self.kill_after),
@@ -178,19 +259,43 @@ impl Job {
             max_hold: self.max_hold,
             warn_after: self.warn_after,
         };
-        let exit = match child::run(&command, &mut holds, options) {
+        let exit = match child::run(&command, &mut holds, tee.as_mut(), options) {
             Err(child::Error::Spawn(error)) => return Err(self.not_started(holds, error)),
             Err(child::Error::Os(doing, error)) => return Err(Error::Os(doing, error)),
             Ok(exit) => exit,
         };
         report.outcome = Some(exit.outcome);
+        let end = tee.as_mut().map(Tee::end);
+        let ended = self.release(&mut holds, &exit, end);
+        if let Some(mut tee) = tee {
+            tee.flush().map_err(|e| Error::Os("write the command's output", e))?;
+        }
+        ended
+    }
+
+    /// Releases the locks of a command that has ended, and gives its output to others.
+    fn release(
+        &self,
+        holds: &mut [HeldLock],
+        exit: &child::ChildExit,
+        end: Option<tee::End>,
+    ) -> Result<Ended, Error> {
         let mut lost = exit.lost;
         // A command that exits with 0 when it is stopped has not done its work.
         let outcome = match exit.stopped {
             Some(child::StopReason::MaxHold) => Outcome::Exit(Exit::TimedOut.code()),
+            // What is only this caller's concern ended it: for the others it has not done its work.
+            _ if end == Some(tee::End::CutOff) => Outcome::Vanished,
             Some(child::StopReason::Replaced) | None => exit.outcome,
         };
-        for hold in &mut holds {
+        if let ([hold], Some(end)) = (&mut *holds, end) {
+            match end {
+                tee::End::Complete => hold.output_is_complete(),
+                tee::End::Withheld(why) => hold.withhold_output(why),
+                tee::End::CutOff => {}
+            }
+        }
+        for hold in holds {
             let released = match hold.is_remembered() {
                 true => hold.release_recorded(outcome, RELEASE_WAIT),
                 false => hold.release(outcome, RELEASE_WAIT).map(drop),
@@ -283,6 +388,36 @@ impl Job {
     fn command_line(&self) -> String {
         self.argv.join(OsStr::new(" ")).to_string_lossy().into_owned()
     }
+}
+
+/// Gives the result of another run to the caller: the rest of its output, and its status.
+fn deliver(run: &SharedRun, mut rest: Reader, report: &mut Report) -> Result<Ended, Error> {
+    (report.outcome, report.token) = (Some(run.outcome), Some(run.token));
+    match streams::copy(&mut rest) {
+        Ok(()) if rest.is_between_pieces() => {}
+        Ok(()) => return Err(client::Error::Torn("it ends in the middle".into()).into()),
+        Err(streams::Error::Read(e)) => return Err(client::Error::Torn(Reason(&e).to_string()).into()),
+        Err(streams::Error::Write(e)) => return not_delivered(e),
+    }
+    let status = match run.outcome {
+        Outcome::Exit(status) => status,
+        Outcome::Signal(number) => exit::of_signal(number),
+        Outcome::Unknown | Outcome::Vanished => {
+            return Err(client::Error::Protocol("a result without an exit status".into()).into());
+        }
+    };
+    Ok(match run.past {
+        None => Ended::Shared(run.outcome, status),
+        Some(_) => Ended::SharedFresh(run.outcome, status),
+    })
+}
+
+/// No process reads this process's output, or it cannot be written: ends as the command would.
+fn not_delivered(error: io::Error) -> Result<Ended, Error> {
+    if error.kind() == io::ErrorKind::BrokenPipe && !startup::ignores(SIGPIPE) {
+        return Ok(Ended::Died(SIGPIPE as u8));
+    }
+    Err(client::Error::Delivery(error).into())
 }
 
 fn millis(since: Instant) -> u64 {

@@ -31,6 +31,7 @@
 //! | `runs.rs` | runs that are over and still count, for requests that name how fresh the work must be |
 //! | `holders.rs` | the holders of protocol 2 by their tokens |
 //! | `offers.rs` | offers to requests that had to wait, since their clients may be stopped by now |
+//! | `shared.rs` | runs whose results other clients can have |
 //! | `newest.rs` | requests of which the newest wins, and holders that are asked to stop |
 //! | `resume.rs` | holds that outlive their connection: restored, resumed, ended, broken |
 //! | `nested.rs` | requests under another lock, and the cycles that they could close |
@@ -55,6 +56,7 @@ mod resume;
 #[cfg(test)]
 pub(crate) mod rng;
 mod runs;
+mod shared;
 #[cfg(test)]
 mod simulation;
 mod store;
@@ -81,6 +83,8 @@ use request::{Details, Links, LockIndex, Request, RequestId, Stage, WaitList};
 pub use resume::{HoldState, NonceMismatch};
 use runs::Runs;
 pub use runs::{RUN_BY_BYTES_MAX, Run};
+pub use shared::EVERY_USER;
+use shared::Results;
 use store::Store;
 pub use view::{LockView, RequestView};
 
@@ -110,6 +114,8 @@ pub struct Table {
     nested: Nested,
     /// Runs that are over and still count.
     runs: Runs,
+    /// Which of them have a result that others can have.
+    results: Results,
     /// The holders of protocol 2 by their tokens.
     holders: Holders,
     /// The locks are clustered: etcd says which host may grant one.
@@ -145,6 +151,7 @@ impl Table {
             orphans: BTreeMap::new(),
             nested: Nested::default(),
             runs: Runs::new(config.remember_max, config.is_clustered),
+            results: Results::default(),
             holders: Holders::default(),
             is_clustered: config.is_clustered,
             hold_limit: config.hold_limit,
@@ -207,7 +214,7 @@ impl Table {
         let place = asked.place.filter(|&place| place < self.first_arrival);
         let is_deferred = place.is_none() && (asked.nowait || wait_list == WaitList::Once);
         let (terms, nonce) = (Terms::from(&*asked), asked.nonce);
-        let details = Box::new(Details { nonce, uid, asked: Some(asked) });
+        let details = Box::new(Details { nonce, uid, asked: Some(asked), has_result: false });
         let id = self.add_request(now, client, lock, wait_list, terms, place, Some(details));
         if let Some(nonce) = nonce {
             self.nonces.insert(nonce, id);
@@ -286,6 +293,9 @@ impl Table {
 
     /// Lets a request wait, or refuses it if it came with `nowait`.
     fn wait_or_refuse(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
+        if self.finish_if_stale(now, id, effects) {
+            return;
+        }
         if self.store[id].asked().is_some_and(|asked| asked.nowait) {
             self.notify(id, NotificationKind::Busy, effects);
             self.remove_request(id);
@@ -426,6 +436,9 @@ impl Table {
     }
 
     fn wait(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
+        if self.finish_if_stale(now, id, effects) {
+            return;
+        }
         if self.refuse_if_cyclic(id, effects) {
             self.remove_request(id);
             return;

@@ -58,6 +58,8 @@ pub(super) fn acquire(args: &cli::LockArgs, key: Key) -> Result<Acquire, Failure
         replace_after: replaces.then(|| args.replace_after.unwrap_or_default()),
         no_replace: args.no_replace,
         weight: args.weight.and_then(NonZeroU32::new),
+        share: None,
+        stale: Duration::ZERO,
         note: args.note.to_string_lossy().into_owned(),
         verbose: args.verbose,
     })

@@ -3,14 +3,19 @@
 use std::ffi::OsString;
 
 use super::{Failure, lock, usage};
+use crate::acquire::Acquire;
 use crate::exit::{self, Exit};
-use crate::proto::Key;
-use crate::run::{self, Ended, Job, Report, Sink, Spawn};
+use crate::proto::{Key, v2};
+use crate::run::{self, Ended, Job, Report, Share, Sink, Spawn};
 use crate::{cli, startup};
 
 pub(super) fn run(args: cli::Run) -> Result<u8, Failure> {
     let (finished, conflict) = (args.lock.finished_exit_code, args.lock.conflict_exit_code);
-    let (status_fd, status_file) = (args.status_fd, args.status_file.clone());
+    // The report is that of the process that the caller has started.
+    let (status_fd, status_file) = match args.refresh {
+        true => (None, None),
+        false => (args.status_fd, args.status_file.clone()),
+    };
     let job = Job::try_from(args)?;
     let sink = Sink::open(status_fd, status_file)?;
     let mut report = Report::new(job.locks.iter().map(|lock| lock.key.as_str()));
@@ -22,6 +27,8 @@ pub(super) fn run(args: cli::Run) -> Result<u8, Failure> {
         Ended::Ran(status)
         | Ended::Adopted(status)
         | Ended::FreshAdopted(status)
+        | Ended::Shared(_, status)
+        | Ended::SharedFresh(_, status)
         | Ended::Replaced(status) => status,
         Ended::TimedOut => Exit::TimedOut.code(),
         Ended::Died(signal) => {
@@ -43,8 +50,15 @@ impl TryFrom<cli::Run> for Job {
         let keys =
             run::in_order(keys).map_err(|key| usage(&format!("-k {:?} is given twice", key.as_str())))?;
         refuse_with_several_keys(&args, keys.len())?;
+        refuse_without_meaning(&args)?;
+        let share = args.share.map(|share| match share {
+            Share::Whole => v2::Share::Whole,
+            Share::Live => v2::Share::Live,
+        });
+        let stale = args.stale.unwrap_or_default();
+        let acquire = |key| lock::acquire(&args.lock, key).map(|acquire| Acquire { share, stale, ..acquire });
         Ok(Job {
-            locks: keys.into_iter().map(|key| lock::acquire(&args.lock, key)).collect::<Result<_, _>>()?,
+            locks: keys.into_iter().map(acquire).collect::<Result<_, _>>()?,
             argv,
             spawn: match (args.no_fork, args.close) {
                 (true, _) => Spawn::Exec,
@@ -57,6 +71,8 @@ impl TryFrom<cli::Run> for Job {
             tree: args.tree,
             max_hold: args.max_hold,
             warn_after: args.warn_after,
+            share_max: args.share_max,
+            is_refresh: args.refresh,
         })
     }
 }
@@ -67,6 +83,7 @@ fn refuse_with_several_keys(args: &cli::Run, keys: usize) -> Result<(), Failure>
         ("--fresh", args.lock.fresh.is_some()),
         ("--fresh-failure", args.lock.fresh_failure.is_some()),
         ("--coalesce", args.lock.coalesce),
+        ("--share", args.share.is_some()),
         ("--newest", args.lock.newest),
         ("--replace", args.lock.replace),
         ("--replace-after", args.lock.replace_after.is_some()),
@@ -74,6 +91,21 @@ fn refuse_with_several_keys(args: &cli::Run, keys: usize) -> Result<(), Failure>
     match options.iter().find(|(_, is_given)| *is_given) {
         Some((name, _)) if keys > 1 => {
             Err(usage(&format!("{name} works with one lock, and there are several -k")))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Some options contradict each other only by their values.
+fn refuse_without_meaning(args: &cli::Run) -> Result<(), Failure> {
+    if args.share == Some(Share::Live) && args.lock.coalesce {
+        return Err(usage(
+            "--share=live follows the present run, and with --coalesce only a later one counts",
+        ));
+    }
+    match (args.stale, args.lock.fresh) {
+        (Some(stale), Some(fresh)) if stale <= fresh => {
+            Err(usage("--stale must be longer than --fresh: an older result is given only after that time"))
         }
         _ => Ok(()),
     }

@@ -65,6 +65,8 @@ impl TryFrom<cli::Serve> for daemon::Config {
             peer_timeout: (args.peer_timeout > Duration::ZERO).then_some(args.peer_timeout),
             state: args.state,
             remember_max: args.remember_max as usize,
+            share_total: args.share_total,
+            share_across_users: args.share_across_users,
             ready_fd: args.ready_fd,
             idle_exit: args.idle_exit,
             #[cfg(feature = "etcd")]

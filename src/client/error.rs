@@ -51,6 +51,12 @@ pub enum Error {
     /// The lock was lost while it was held.
     #[error("the lock was lost: {0}")]
     Lost(String),
+    /// Part of an output was written, and the rest will not come.
+    #[error("the output so far is not complete: {0}")]
+    Torn(String),
+    /// The output of a run cannot be written.
+    #[error("cannot write the output: {}", Reason(.0))]
+    Delivery(#[source] io::Error),
     /// The deadline passed.
     #[error("timed out")]
     TimedOut,
@@ -158,10 +164,10 @@ impl Error {
             Error::Tls { error, .. } => error.exit(),
             Error::Closed | Error::Silent | Error::Unrecorded(_) | Error::Unavailable(_) => Exit::Unavailable,
             Error::PerHost(_) | Error::SlotsDiffer(_) => Exit::Usage,
-            Error::Lost(_) => Exit::Lost,
+            Error::Lost(_) | Error::Torn(_) => Exit::Lost,
             Error::TimedOut | Error::Deadlock(_) => Exit::Busy,
             Error::Protocol(_) | Error::Refused(_) => Exit::Protocol,
-            Error::Io(..) => Exit::Os,
+            Error::Io(..) | Error::Delivery(_) => Exit::Os,
             Error::Key(_) => Exit::BadData,
             Error::AlreadyHolding => Exit::Internal,
         }

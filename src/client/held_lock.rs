@@ -2,7 +2,7 @@
 //! daemon recognises its grant by the nonce.
 
 use crate::proto::Pid;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 use nix::poll::PollFlags;
@@ -14,6 +14,7 @@ use super::transport::wait_for;
 use super::{Error, Session, Target};
 use crate::addr::Addr;
 use crate::clock;
+use crate::output::{self, Output};
 use crate::proto::v2::{Answer, ErrorCode, LockRequest, Request};
 use crate::proto::{Key, Outcome, Token};
 use crate::timestamp::millis;
@@ -28,6 +29,8 @@ const ANSWERS_AT_ONCE_MAX: usize = 64;
 const REMOTE_CONNECT_WAIT: Duration = Duration::from_secs(5);
 /// How long connecting may take. (A Unix socket accepts at once, unless its backlog is full.)
 const CONNECT_WAIT: Duration = Duration::from_secs(1);
+/// The longest piece of an output that is sent through a connection, in bytes.
+const PIECE_BYTES_MAX: usize = 16 * 1024;
 
 /// A held lock. Dropping it closes the connection, which releases the lock.
 #[derive(Debug)]
@@ -46,6 +49,21 @@ pub struct HeldLock {
     /// A connection on which the daemon does not answer. It stays open until the lock is resumed on another one: its end would
     /// release the lock.
     stuck: Option<Session>,
+    /// The output of the run under the lock, for the clients that wait for its result.
+    output: Option<GivenOutput>,
+    /// A client reads that as it comes.
+    is_followed: bool,
+}
+
+/// The output of a run, for others.
+#[derive(Debug)]
+enum GivenOutput {
+    /// In this file, which is open for reading only, as far as it has come.
+    File(OwnedFd),
+    /// The same; the run is over.
+    Complete(OwnedFd),
+    /// Others do not get it, and why.
+    Withheld(String),
 }
 
 /// The state of the connection.
@@ -77,6 +95,8 @@ impl HeldLock {
             lease,
             stop: None,
             stuck: None,
+            output: None,
+            is_followed: false,
         }
     }
 
@@ -94,6 +114,48 @@ impl HeldLock {
     /// until it is released.
     pub fn take_stop(&mut self) -> Option<String> {
         self.stop.take()
+    }
+
+    /// Gives the output of the run under the lock to the clients that share its result: the file may still grow.
+    pub fn give_output(&mut self, file: OwnedFd) {
+        self.output = Some(GivenOutput::File(file));
+        self.tell_of_output();
+    }
+
+    /// The output is complete. The release tells the clients.
+    pub fn output_is_complete(&mut self) {
+        self.output = match self.output.take() {
+            Some(GivenOutput::File(file)) => Some(GivenOutput::Complete(file)),
+            other => other,
+        };
+    }
+
+    /// Other clients do not get the output.
+    pub fn withhold_output(&mut self, why: String) {
+        self.output = Some(GivenOutput::Withheld(why));
+        self.tell_of_output();
+    }
+
+    /// Returns `true` if a client wants to know when the output has grown.
+    pub fn is_followed(&self) -> bool {
+        self.is_followed
+    }
+
+    /// The output has grown.
+    pub fn output_has_grown(&mut self) {
+        if let Link::Up(session) = &mut self.link
+            && session.send(&Request::Grown).is_err()
+        {
+            self.link = Link::down();
+        }
+    }
+
+    fn tell_of_output(&mut self) {
+        if let Link::Up(session) = &mut self.link
+            && tell_of_output(session, self.output.as_ref()).is_err()
+        {
+            self.link = Link::down();
+        }
     }
 
     /// Tells the daemon, for its log, that the lock is held for longer than its holder meant to.
@@ -186,6 +248,7 @@ impl HeldLock {
                 }
             }
             Ok(Some(Answer::Stop { why })) => self.stop = Some(why.as_str().into()),
+            Ok(Some(Answer::Followed)) => self.is_followed = true,
             // At worst an error from an older daemon, which does not know the request that names the child.
             Ok(Some(_)) => {}
             Err(_) => return Ok((Link::down(), true)),
@@ -196,12 +259,13 @@ impl HeldLock {
     fn poll_resuming(&mut self, mut session: Session) -> Result<(Link, bool), Error> {
         match session.try_receive() {
             Ok(None) => Ok((Link::Resuming(session), false)),
-            Ok(Some(Answer::Granted { token, lease })) if token == self.token => {
+            Ok(Some(Answer::Granted { token, lease, .. })) if token == self.token => {
                 if let Some(mine) = &mut self.lease {
                     mine.answered(lease);
                 }
                 self.stuck = None;
-                Ok((Link::Up(session), true))
+                let is_told = tell_of_output(&mut session, self.output.as_ref()).is_ok();
+                Ok((if is_told { Link::Up(session) } else { Link::down() }, true))
             }
             Ok(Some(Answer::Lost { why })) => Err(Error::Lost(why.as_str().into())),
             // A daemon with too many clients has not decided about the lock.
@@ -259,6 +323,7 @@ impl HeldLock {
         let give_up = Instant::now() + wait;
         loop {
             if let Link::Up(session) = &mut self.link
+                && send_output(session, self.output.as_ref()).is_ok()
                 && session.send(&Request::Release { outcome }).is_ok()
             {
                 match std::mem::replace(&mut self.link, Link::down()) {
@@ -346,6 +411,36 @@ impl HeldLock {
         }
         Ok(())
     }
+}
+
+/// Tells the daemon what it is to do with an output.
+fn tell_of_output(session: &mut Session, output: Option<&GivenOutput>) -> Result<(), Error> {
+    match output {
+        Some(GivenOutput::Withheld(why)) => session.send(&Request::Withhold { why: why.as_str().into() }),
+        Some(GivenOutput::File(file) | GivenOutput::Complete(file)) if session.passes_descriptors() => {
+            session.send_with(&Request::Output, file.as_fd())
+        }
+        // It is sent when it is complete.
+        _ => Ok(()),
+    }
+}
+
+/// Sends an output that is complete, where no descriptor can be passed.
+fn send_output(session: &mut Session, output: Option<&GivenOutput>) -> Result<(), Error> {
+    let Some(GivenOutput::Complete(file)) = output.filter(|_| !session.passes_descriptors()) else {
+        return Ok(());
+    };
+    let file = file.try_clone().map(Output::from_descriptor);
+    let why = match file.and_then(|file| output::pieces(&file, PIECE_BYTES_MAX)) {
+        Ok(Some(pieces)) => {
+            return pieces.iter().try_for_each(|(stream, bytes)| {
+                session.send(&Request::Piece { stream: stream.number(), data: output::to_base64(bytes) })
+            });
+        }
+        Ok(None) => "the output is longer than 64 KiB, and its holder is not on the daemon's host".into(),
+        Err(e) => format!("the output cannot be read: {e}"),
+    };
+    session.send(&Request::Withhold { why: why.as_str().into() })
 }
 
 impl Link {

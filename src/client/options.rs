@@ -4,7 +4,7 @@ use std::num::NonZeroU32;
 use std::time::Duration;
 
 use crate::proto::Key;
-use crate::proto::v2::{LockRequest, Mode};
+use crate::proto::v2::{LockRequest, Mode, Share};
 use crate::timestamp::millis;
 
 /// How [`super::Client::lock_with`] asks for a lock. The default asks as [`super::Client::lock`] does.
@@ -30,6 +30,12 @@ pub struct LockOptions {
     pub slots: Option<NonZeroU32>,
     /// How many of the slots to take. All clients that say so must agree about `slots`.
     pub weight: Option<NonZeroU32>,
+    /// Wait for the result of the holder's run ([`LockReply::Shared`](super::LockReply::Shared)), and as a holder give one
+    /// ([`Guard::finish_with`](super::Guard::finish_with)). For locks with one holder, and not with [`Mode::Queue`].
+    pub share: bool,
+    /// A result counts while another client runs anew, if its run began less than so long ago. The client that is to run
+    /// anew gets the lock, and [`Guard::stale`](super::Guard::stale) has the result. With `share` and a shorter `fresh`.
+    pub stale: Duration,
     /// A text that `kmutex status` shows.
     pub note: String,
 }
@@ -46,6 +52,8 @@ impl LockOptions {
             shared: self.shared,
             slots: self.slots.map_or(1, NonZeroU32::get),
             weight: self.weight,
+            share: self.share.then_some(Share::Whole),
+            stale_ms: millis(self.stale),
             ..LockRequest::new(key, self.mode)
         };
         request.who.note = self.note.as_str().into();

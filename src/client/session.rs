@@ -8,18 +8,20 @@ use nix::unistd::Uid;
 
 use super::credentials::Credentials;
 use super::lease::Lease;
-use super::transport::{Transport, silent};
+use super::shared::SharedRun;
+use super::transport::{Input, Transport, silent};
 use super::{Error, LockReply, Target, autostart};
 use crate::addr::{self, Addr};
 use crate::clock;
 use crate::keepalive;
 use crate::lock_file;
 use crate::lookup;
+use crate::output::{self, Output};
 use crate::proto::v2::{
-    Answer, ErrorCode, FRAME_BYTES_MAX, LeaseTerms, LockRequest, LockStatus, LockUser, Mode, PREAMBLE,
-    Request, decode_answer, encode, encode_proven,
+    Answer, ErrorCode, FRAME_BYTES_MAX, LeaseTerms, LockRequest, LockStatus, LockUser, Mode, OutputAt,
+    PREAMBLE, Request, RunStatus, Stale, decode_answer, encode, encode_proven,
 };
-use crate::proto::{Key, Nonce};
+use crate::proto::{Key, Nonce, Outcome, Token};
 use crate::timestamp::Timestamp;
 
 /// How long a daemon may take to answer a request that it answers at once.
@@ -40,6 +42,31 @@ pub trait WaitObserver {
 
     /// The request waits: `holders` hold the lock, and `ahead` requests of the queue come first.
     fn on_waiting(&mut self, holders: &[LockUser], ahead: u32);
+
+    /// The output of the run with this token can be read while it grows; only for a request with
+    /// [`Share::Live`](crate::proto::v2::Share::Live).
+    ///
+    /// # Errors
+    /// What ends the wait.
+    fn on_output(&mut self, _token: Token, _output: Output) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// There is more of it.
+    ///
+    /// # Errors
+    /// What ends the wait.
+    fn on_grown(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// It will never be complete.
+    ///
+    /// # Errors
+    /// What ends the wait.
+    fn on_torn(&mut self) -> Result<(), Error> {
+        Ok(())
+    }
 }
 
 /// Ignores everything.
@@ -91,10 +118,16 @@ pub struct Session {
     /// The client's name and secret, which go out with the preamble.
     credentials: Option<Box<Credentials>>,
     /// Bytes that have arrived and are not decoded yet.
-    input: Vec<u8>,
+    input: Input,
     /// How many of these bytes are known to contain no end of a line.
     searched: usize,
+    /// The parts of an output that have arrived, in the form that a file of it has.
+    pieces: Vec<u8>,
+    /// The result to use while the session holds the lock and its caller runs anew.
+    stale: Option<Box<SharedRun>>,
     stage: Stage,
+    /// The daemon is reached through a Unix socket.
+    is_local: bool,
     /// The place in the order of arrival that the daemon stated, if it let the request wait.
     place: Option<u64>,
     /// What proves that a request comes from this client, and not from a command that has inherited the connection.
@@ -157,9 +190,12 @@ impl Session {
         Ok(Session {
             transport,
             credentials,
-            input: Vec::new(),
+            input: Input::default(),
             searched: 0,
+            pieces: Vec::new(),
+            stale: None,
             stage: Stage::Silent,
+            is_local: matches!(target.addr, Addr::Unix(_)),
             place: None,
             lease: None,
             proof: None,
@@ -200,6 +236,7 @@ impl Session {
             ahead: 0,
             look_at: None,
         };
+        self.input.expects_descriptors = request.share.is_some();
         let offers = !request.nowait;
         self.send(&Request::Lock(Box::new(LockRequest { offers, ..request.clone() })))?;
         loop {
@@ -244,7 +281,8 @@ impl Session {
         observer: &mut dyn WaitObserver,
     ) -> Result<Option<LockReply>, Error> {
         Ok(Some(match answer {
-            Answer::Granted { token, lease } => {
+            Answer::Granted { token, lease, stale } => {
+                self.stale = stale.and_then(|stale| self.shared_run(*stale));
                 if let Some(terms) = lease {
                     self.begin_lease(terms, wait)?;
                 }
@@ -258,9 +296,18 @@ impl Session {
                 }
                 return Ok(None);
             }
-            Answer::Finished { outcome, token } => LockReply::Finished(outcome, token),
+            Answer::Finished { outcome, token, output } if request.share.is_some() => {
+                self.result(outcome, token, None, output)
+            }
+            Answer::Finished { outcome, token, .. } => LockReply::Finished(outcome, token),
             Answer::Busy { holders } => LockReply::Busy(holders),
-            Answer::Fresh { run } => LockReply::Fresh(run),
+            Answer::Fresh { run, output } if request.share.is_some() => {
+                self.result(run.outcome, run.token, Some(run), output)
+            }
+            Answer::Fresh { run, .. } => LockReply::Fresh(run),
+            answer @ (Answer::Output { .. } | Answer::Grown | Answer::Torn | Answer::Piece { .. }) => {
+                return self.output_answer(answer, observer).map(|()| None);
+            }
             Answer::Superseded => LockReply::Superseded,
             Answer::Waiting { place, holders, ahead } => {
                 self.place = Some(place);
@@ -279,6 +326,83 @@ impl Session {
             Answer::Error { code, message } => return Err(Error::of_lock(code, message)),
             other => return Err(Error::unexpected(other)),
         }))
+    }
+
+    /// Takes in what concerns the output of a run that has not ended.
+    fn output_answer(&mut self, answer: Answer, observer: &mut dyn WaitObserver) -> Result<(), Error> {
+        match answer {
+            Answer::Output { token } => match self.input.descriptors.pop_front() {
+                Some(descriptor) => observer.on_output(token, Output::from_descriptor(descriptor)),
+                None => Ok(()),
+            },
+            Answer::Grown => observer.on_grown(),
+            Answer::Torn => observer.on_torn(),
+            Answer::Piece { stream, data } => self.add_piece(stream, &data),
+            other => Err(Error::unexpected(other)),
+        }
+    }
+
+    /// Returns the result of a run, or that it is not given.
+    fn result(
+        &mut self,
+        outcome: Outcome,
+        token: Token,
+        past: Option<RunStatus>,
+        at: Option<OutputAt>,
+    ) -> LockReply {
+        match self.output(at) {
+            Ok(output) => LockReply::Shared(SharedRun { outcome, token, past, output }),
+            Err(why) => LockReply::Withheld { outcome, token, why },
+        }
+    }
+
+    /// Returns the output that came with an answer, or why there is none.
+    fn output(&mut self, at: Option<OutputAt>) -> Result<Output, String> {
+        let pieces = std::mem::take(&mut self.pieces);
+        match at {
+            None => Err("the daemon cannot share results".into()),
+            Some(OutputAt::Withheld(why)) => Err(why.as_str().into()),
+            Some(OutputAt::Pieces) => Ok(Output::from_bytes(pieces)),
+            Some(OutputAt::Descriptor) => match self.input.descriptors.pop_front() {
+                Some(descriptor) => Ok(Output::from_descriptor(descriptor)),
+                None => Err("its descriptor did not arrive: there are too many open files".into()),
+            },
+        }
+    }
+
+    fn shared_run(&mut self, stale: Stale) -> Option<Box<SharedRun>> {
+        let output = self.output(Some(stale.output)).ok()?;
+        let (outcome, token) = (stale.run.outcome, stale.run.token);
+        Some(Box::new(SharedRun { outcome, token, past: Some(stale.run), output }))
+    }
+
+    /// Takes the result to use while this session holds the lock and its caller runs anew, if the daemon gave one.
+    pub fn take_stale(&mut self) -> Option<SharedRun> {
+        self.stale.take().map(|stale| *stale)
+    }
+
+    fn add_piece(&mut self, stream: u8, data: &str) -> Result<(), Error> {
+        let piece = output::encode_piece(stream, data);
+        let piece = piece.ok_or_else(|| Error::Protocol("a piece of an output is wrong".into()))?;
+        if self.pieces.len() + piece.len() > 2 * output::SENT_BYTES_MAX {
+            return Err(Error::Protocol("an output is longer than it may be".into()));
+        }
+        self.pieces.extend_from_slice(&piece);
+        Ok(())
+    }
+
+    /// Returns `true` if descriptors can be passed to the daemon.
+    pub(super) fn passes_descriptors(&self) -> bool {
+        self.is_local
+    }
+
+    /// Sends a request, and passes a descriptor with it.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] when the daemon is gone.
+    pub(super) fn send_with(&mut self, request: &Request, descriptor: BorrowedFd<'_>) -> Result<(), Error> {
+        let message = self.message(request);
+        self.transport.write_with(&message, descriptor, self.answer_wait)
     }
 
     /// Begins the lease of a lock that was just granted under these terms. Of a lock that was granted at once, it is known when
@@ -421,6 +545,12 @@ impl Session {
     /// # Errors
     /// [`Error::Closed`] when the daemon is gone.
     pub fn send(&mut self, request: &Request) -> Result<(), Error> {
+        let message = self.message(request);
+        self.transport.write_all(&message, self.answer_wait)
+    }
+
+    /// Returns a request as it is to be sent next.
+    fn message(&mut self, request: &Request) -> Vec<u8> {
         let mut message = Vec::with_capacity(512);
         if self.stage == Stage::Silent {
             message.extend_from_slice(&PREAMBLE);
@@ -437,7 +567,7 @@ impl Session {
             // From now on a command may have this connection too, and the daemon takes no request without a proof.
             self.proof = lock.nonce.filter(|_| lock.inherits || lock.exec);
         }
-        self.transport.write_all(&message, self.answer_wait)
+        message
     }
 
     /// Waits for the next answer, at most until `deadline`. Checks the greeting and skips it.
@@ -508,14 +638,14 @@ impl Session {
 
     /// Returns `true` if there may be an answer among the bytes that were read, which no longer make the descriptor readable.
     pub(super) fn has_unread(&self) -> bool {
-        self.input.len() > self.searched
+        self.input.bytes.len() > self.searched
     }
 
     /// Decodes one answer from the bytes that have arrived.
     fn take(&mut self) -> Result<Option<Answer>, Error> {
         // Not memchr's search: it would first detect the processor's features, which costs more than it saves.
-        while let Some(end) = self.input[self.searched..].iter().position(|&byte| byte == b'\n') {
-            let line: Vec<u8> = self.input.drain(..=self.searched + end).collect();
+        while let Some(end) = self.input.bytes[self.searched..].iter().position(|&byte| byte == b'\n') {
+            let line: Vec<u8> = self.input.bytes.drain(..=self.searched + end).collect();
             self.searched = 0;
             if line[0] != b'{' {
                 return Err(Error::not_version_2());
@@ -529,10 +659,10 @@ impl Session {
                 (_, answer) => return Err(Error::unexpected(answer)),
             }
         }
-        self.searched = self.input.len();
-        match self.input.first() {
+        self.searched = self.input.bytes.len();
+        match self.input.bytes.first() {
             Some(&byte) if byte != b'{' => Err(Error::not_version_2()),
-            _ if self.input.len() > FRAME_BYTES_MAX => {
+            _ if self.input.bytes.len() > FRAME_BYTES_MAX => {
                 Err(Error::Protocol(format!("its line is longer than {FRAME_BYTES_MAX} bytes")))
             }
             _ => Ok(None),

@@ -1,5 +1,6 @@
 //! The stream under a connection: a socket, or TLS over one.
 
+use std::collections::VecDeque;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use nix::sys::socket::{MsgFlags, recv, send};
 use super::{Error, Target};
 #[cfg(feature = "tls")]
 use crate::addr::Addr;
+use crate::passing;
 #[cfg(feature = "tls")]
 use crate::tls::ClientStream;
 
@@ -71,16 +73,42 @@ impl Transport {
         }
     }
 
+    /// Writes all of it, and passes a descriptor with the first byte. Without a Unix socket there is none to pass it through.
+    ///
+    /// # Errors
+    /// [`Error::Closed`] when the daemon is gone.
+    pub(super) fn write_with(
+        &mut self,
+        bytes: &[u8],
+        descriptor: BorrowedFd<'_>,
+        wait: Duration,
+    ) -> Result<(), Error> {
+        let sent = match self {
+            Transport::Plain(fd) => loop {
+                match passing::send(&*fd, bytes, descriptor) {
+                    Err(nix::Error::EINTR) => {}
+                    Err(nix::Error::EAGAIN) => {
+                        wait_for(&*fd, PollFlags::POLLOUT, Some(Instant::now() + wait)).map_err(silent)?;
+                    }
+                    other => break other.map_err(|e| closed_or("write to the daemon", e))?,
+                }
+            },
+            #[cfg(feature = "tls")]
+            Transport::Tls(_) => 0,
+        };
+        self.write_all(&bytes[sent..], wait)
+    }
+
     /// Appends what has arrived to `input`, without waiting. Returns `false` if nothing has arrived. (With TLS, what arrives may
     /// be part of a record, which adds nothing yet.)
     ///
     /// # Errors
     /// [`Error::Closed`] when the daemon is gone.
-    pub(super) fn try_read(&mut self, input: &mut Vec<u8>) -> Result<bool, Error> {
+    pub(super) fn try_read(&mut self, input: &mut Input) -> Result<bool, Error> {
         match self {
-            Transport::Plain(fd) => receive(fd, input, MsgFlags::MSG_DONTWAIT),
+            Transport::Plain(fd) => receive(fd, input, false),
             #[cfg(feature = "tls")]
-            Transport::Tls(stream) => match stream.try_read(input).map_err(tls_error)? {
+            Transport::Tls(stream) => match stream.try_read(&mut input.bytes).map_err(tls_error)? {
                 None => Ok(false),
                 Some(0) => Err(Error::Closed),
                 Some(_) => Ok(true),
@@ -92,10 +120,10 @@ impl Transport {
     ///
     /// # Errors
     /// [`Error::TimedOut`] at the deadline, [`Error::Closed`] when the daemon is gone.
-    pub(super) fn read(&mut self, input: &mut Vec<u8>, deadline: Option<Instant>) -> Result<(), Error> {
+    pub(super) fn read(&mut self, input: &mut Input, deadline: Option<Instant>) -> Result<(), Error> {
         // Without a deadline, one system call does both.
         if let (Transport::Plain(fd), None) = (&self, deadline) {
-            return receive(fd, input, MsgFlags::empty()).map(|_| ());
+            return receive(fd, input, true).map(|_| ());
         }
         loop {
             self.wait_readable(deadline)?;
@@ -141,13 +169,30 @@ impl AsFd for Transport {
     }
 }
 
-fn receive(fd: &OwnedFd, input: &mut Vec<u8>, flags: MsgFlags) -> Result<bool, Error> {
+/// What has arrived and is not decoded yet.
+#[derive(Debug, Default)]
+pub(super) struct Input {
+    pub(super) bytes: Vec<u8>,
+    /// The descriptors that were passed with it, in order; only where some are expected.
+    pub(super) descriptors: VecDeque<OwnedFd>,
+    pub(super) expects_descriptors: bool,
+}
+
+fn receive(fd: &OwnedFd, input: &mut Input, waits: bool) -> Result<bool, Error> {
     let mut buffer = [0; READ_BYTES];
+    let flags = if waits { MsgFlags::empty() } else { MsgFlags::MSG_DONTWAIT };
     loop {
-        match recv(fd.as_raw_fd(), &mut buffer, flags) {
+        let received = match input.expects_descriptors {
+            false => recv(fd.as_raw_fd(), &mut buffer, flags),
+            true => passing::receive(fd, &mut buffer, waits).map(|(bytes, descriptor)| {
+                input.descriptors.extend(descriptor);
+                bytes
+            }),
+        };
+        match received {
             Ok(0) => return Err(Error::Closed),
             Ok(bytes) => {
-                input.extend_from_slice(&buffer[..bytes]);
+                input.bytes.extend_from_slice(&buffer[..bytes]);
                 return Ok(true);
             }
             Err(nix::Error::EAGAIN) => return Ok(false),

@@ -19,6 +19,9 @@ pub(super) const ANSWERED_MAX: usize = 8;
 const LIMITED_MAX: usize = 4;
 /// The descriptors that are not used for connections, without etcd.
 pub(super) const RESERVED: u64 = OWN + (ANSWERED_MAX + LIMITED_MAX) as u64;
+/// This part of the descriptors is for the outputs of runs whose results clients share, but at most so many.
+const OUTPUT_PART: usize = 16;
+const OUTPUTS_MAX: usize = 256;
 /// By default, one user may have this part of all connections, but at least so many.
 const USER_PART: usize = 4;
 const USER_MIN: usize = 16;
@@ -62,6 +65,7 @@ enum UserLimit {
 
 pub(super) struct Admission {
     max: usize,
+    outputs_max: usize,
     user_limit: UserLimit,
     /// The connections with full access, and the processes of holders that are not connected.
     total: usize,
@@ -77,12 +81,19 @@ impl Admission {
         #[cfg(not(feature = "etcd"))]
         let reserved = RESERVED;
         let room = usize::try_from(descriptors.saturating_sub(reserved)).unwrap_or(usize::MAX).max(1);
+        let outputs_max = (room / OUTPUT_PART).min(OUTPUTS_MAX);
+        let room = room - outputs_max;
         let max = config.connections_max.map_or(room, |n| room.min(n as usize));
         let user_limit = match config.per_uid_max {
             Some(max) => UserLimit::Everyone(max as usize),
             None => UserLimit::Others((max / USER_PART).max(USER_MIN)),
         };
-        Admission { max, user_limit, total: 0, by_uid: HashMap::new(), limited: 0 }
+        Admission { max, outputs_max, user_limit, total: 0, by_uid: HashMap::new(), limited: 0 }
+    }
+
+    /// Returns how many outputs there may be.
+    pub(super) fn outputs_max(&self) -> usize {
+        self.outputs_max
     }
 
     /// Returns `true` if no connection is let in any more.
@@ -179,7 +190,7 @@ mod tests {
 
     #[test]
     fn by_default_a_user_has_a_quarter_of_the_room_and_at_least_sixteen() {
-        for (descriptors, max) in [(20_000, 4_992), (132, 25), (60, 16)] {
+        for (descriptors, max) in [(20_000, 4_928), (132, 23), (60, 16)] {
             let mut admission = admission(descriptors, None, None);
             for _ in 0..max {
                 assert_eq!(admission.admit(peer(OTHER)), Access::Full);

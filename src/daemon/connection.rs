@@ -4,9 +4,11 @@
 //! A daemon may have many thousands of connections, most of them idle, so an idle connection is small: its buffers are
 //! inline until they are needed, and are freed when they are empty.
 
+use std::collections::VecDeque;
 #[cfg(feature = "tls")]
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::rc::Rc;
 
 use nix::sys::socket::{MsgFlags, recv, send};
 use smallvec::SmallVec;
@@ -14,6 +16,8 @@ use smallvec::SmallVec;
 use super::admission::Access;
 use super::identity::{Identity, Standing};
 use crate::addr::Peer;
+use crate::passing;
+use crate::proto::v2::Share;
 use crate::proto::{Nonce, Pid, v2};
 use crate::table::{ClientId, Timestamp};
 #[cfg(feature = "tls")]
@@ -41,6 +45,8 @@ pub(super) struct Connection {
     /// The nonce of the lock request that a command inherits. Each further request must show it: the command does not know
     /// it, and so cannot ask for anything with the rights of the user who connected.
     pub(super) guard: Option<Box<Nonce>>,
+    /// Its request shares the result of a run.
+    pub(super) share: Option<Share>,
     /// It is in the list of connections that have output.
     pub(super) dirty: bool,
     /// What the loop is woken for.
@@ -109,6 +115,7 @@ impl Connection {
             access,
             inherits: false,
             guard: None,
+            share: None,
             dirty: false,
             interest: Interest::Input,
             postponed: false,
@@ -173,6 +180,19 @@ impl Connection {
         recv(self.fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT)
     }
 
+    /// Returns `true` if descriptors can be passed to the client, and it may pass one: the output of its command.
+    pub(super) fn passes_descriptors(&self) -> bool {
+        self.has_peer && self.share.is_some()
+    }
+
+    /// Reads what has arrived, and the descriptor that came with it.
+    pub(super) fn read_with_descriptor(&self, buffer: &mut [u8]) -> (nix::Result<usize>, Option<OwnedFd>) {
+        match passing::receive(&self.fd, buffer, false) {
+            Ok((bytes, descriptor)) => (Ok(bytes), descriptor),
+            Err(e) => (Err(e), None),
+        }
+    }
+
     /// Returns `true` if `bytes` are the middle of a line that began earlier. Then there is nothing to decode, and a long
     /// line that arrives byte by byte is not searched from its beginning each time.
     pub(super) fn continues_line(&self, bytes: &[u8]) -> bool {
@@ -225,6 +245,45 @@ impl Connection {
             }
         }
     }
+
+    /// The same while there are descriptors to be sent: each with the byte at its place in the output.
+    pub(super) fn send_with(&mut self, attached: &mut VecDeque<Attached>) -> Sent {
+        while let Some(first) = attached.front() {
+            let until = attached.iter().map(|next| next.at).find(|&at| at > 0).unwrap_or(self.output.len());
+            let bytes = &self.output[..until.min(self.output.len())];
+            if bytes.is_empty() {
+                break;
+            }
+            let is_due = first.at == 0;
+            let sent = match is_due {
+                true => passing::send(&self.fd, bytes, first.descriptor.as_fd()),
+                false => send(self.fd.as_raw_fd(), bytes, MsgFlags::MSG_DONTWAIT | MsgFlags::MSG_NOSIGNAL),
+            };
+            match sent {
+                Ok(sent) => {
+                    if is_due {
+                        attached.pop_front();
+                    }
+                    self.output.drain(..sent);
+                    attached.iter_mut().for_each(|next| next.at -= sent);
+                }
+                // The kernel has too many descriptors on their way: the client is told that its own did not arrive.
+                Err(nix::Error::ETOOMANYREFS) => drop(attached.pop_front()),
+                Err(nix::Error::EINTR) => {}
+                Err(nix::Error::EAGAIN | nix::Error::ENOBUFS | nix::Error::ENOMEM) => return Sent::Part,
+                Err(_) => return Sent::Gone,
+            }
+        }
+        attached.clear();
+        self.send()
+    }
+}
+
+/// A descriptor to be sent to a client.
+pub(super) struct Attached {
+    /// The place in the output of the byte that it goes with.
+    pub(super) at: usize,
+    pub(super) descriptor: Rc<OwnedFd>,
 }
 
 #[cfg(feature = "tls")]

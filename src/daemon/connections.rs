@@ -3,11 +3,13 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::ops::{Index, IndexMut};
+use std::os::fd::OwnedFd;
+use std::rc::Rc;
 use std::time::Duration;
 
 use slab::Slab;
 
-use super::connection::{Buffer, Connection, ConnectionId};
+use super::connection::{Attached, Buffer, Connection, ConnectionId, Sent};
 use crate::proto::v2::{self, Answer};
 use crate::table::{ClientId, Timestamp};
 
@@ -34,6 +36,10 @@ pub(super) struct Connections {
     unread_total: usize,
     /// Reused: an answer is written here first, so that the output of its connection grows once.
     answer: Vec<u8>,
+    /// Descriptors to be sent, by client.
+    attached: BTreeMap<ClientId, VecDeque<Attached>>,
+    /// The descriptor that came with the requests that are being handled.
+    pub(super) received: Option<OwnedFd>,
 }
 
 impl Connections {
@@ -45,6 +51,7 @@ impl Connections {
     pub(super) fn remove(&mut self, client: ClientId) -> Connection {
         self.set_deadline(client, Timestamp::NEVER);
         self.all_read(client);
+        self.attached.remove(&client);
         let connection = self.slab.remove(client.0 as usize);
         self.input_total -= connection.input.len();
         connection
@@ -74,6 +81,38 @@ impl Connections {
         v2::encode(answer, &mut self.answer);
         self.slab[client.0 as usize].output().extend_from_slice(&self.answer);
         self.mark_dirty(client);
+    }
+
+    /// Appends an answer of protocol 2, with which a descriptor goes.
+    pub(super) fn answer_with(&mut self, client: ClientId, answer: &Answer, descriptor: Option<Rc<OwnedFd>>) {
+        if let Some(descriptor) = descriptor {
+            let at = self[client].output().len();
+            self.attached.entry(client).or_default().push_back(Attached { at, descriptor });
+        }
+        self.answer(client, answer);
+    }
+
+    /// Takes back the output behind the first `length` bytes.
+    pub(super) fn truncate_output(&mut self, client: ClientId, length: usize) {
+        self[client].output().truncate(length);
+        if let Some(attached) = self.attached.get_mut(&client) {
+            attached.retain(|one| one.at < length);
+        }
+    }
+
+    /// Sends as much of a client's output as the kernel takes, without waiting.
+    pub(super) fn send(&mut self, client: ClientId) -> Sent {
+        let Some(mut attached) = self.attached.remove(&client) else { return self[client].send() };
+        let sent = self[client].send_with(&mut attached);
+        if sent == Sent::Part && !attached.is_empty() {
+            self.attached.insert(client, attached);
+        }
+        sent
+    }
+
+    /// Returns `true` if a client has left output unread that it will find when it reads.
+    pub(super) fn has_unread(&self, client: ClientId) -> bool {
+        self.unread.contains_key(&client)
     }
 
     /// Has the connection flushed at the end of the turn.

@@ -12,6 +12,7 @@ use nix::sys::resource::{RLIM_INFINITY, Resource, getrlimit, setrlimit};
 use nix::sys::signal::SigSet;
 
 use crate::exit::Exit;
+use crate::fd;
 
 /// The limits that could end a daemon or stop its work, or that it must not have from a caller's shell. (The limit of open
 /// files is raised where connections are counted.)
@@ -29,7 +30,7 @@ const LIMITS: [Resource; 6] = [
 /// # Errors
 /// When the kernel refuses that.
 pub(super) fn prepare() -> io::Result<()> {
-    close_inherited()?;
+    fd::close_inherited()?;
     SigSet::empty().thread_set_mask()?;
     restore_signals()?;
     for limit in LIMITS {
@@ -60,25 +61,6 @@ pub(super) fn report_failure(exit: Exit) {
 fn tell(what: impl std::fmt::Display) {
     // A caller that is gone needs no answer.
     let _ = writeln!(io::stdout(), "{what}");
-}
-
-/// Closes all files but the standard ones, so that no process waits for the end of a pipe that this daemon keeps open.
-fn close_inherited() -> io::Result<()> {
-    let numbers: Vec<i32> = match std::fs::read_dir("/proc/self/fd") {
-        Ok(folder) => folder.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect(),
-        // Without /proc: every number that may be open.
-        Err(_) => {
-            let (soft, _) = getrlimit(Resource::RLIMIT_NOFILE)?;
-            (3..i32::try_from(soft).unwrap_or(i32::MAX).min(65_536)).collect()
-        }
-    };
-    for number in numbers {
-        if number > 2 {
-            // The descriptor of the directory itself is closed already; closing any other one cannot lose data.
-            let _ = nix::unistd::close(number);
-        }
-    }
-    Ok(())
 }
 
 /// Gives all signals their default meanings. What is ignored stays so in a program that is executed, and what is caught

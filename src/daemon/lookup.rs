@@ -135,7 +135,8 @@ impl<'a> Lookup<'a> {
     /// Returns the run with this token, if it is remembered.
     pub(super) fn run(&self, lock: LockId, token: Token) -> Option<RunStatus> {
         let runs = self.table.last_runs(self.now, lock);
-        let run = runs.into_iter().flatten().find(|run| run.token == token)?;
+        let run = runs.into_iter().flatten().find(|run| run.token == token);
+        let run = run.or_else(|| self.table.run_with_result(lock, token))?;
         Some(self.run_status(run))
     }
 

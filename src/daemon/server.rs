@@ -3,6 +3,7 @@
 //! Each turn reads what is ready, then writes the journal, then the answers: one write for each client that has output,
 //! however many requests were in one read. No turn takes long: what there is no time for is left to the next one.
 
+mod share;
 mod tcp;
 mod v1;
 mod v2;
@@ -33,6 +34,7 @@ use super::listing::Listing;
 use super::log::Limiter;
 use super::lookup::Lookup;
 use super::orphans::{Orphans, Successor};
+use super::outputs::Outputs;
 use super::predecessor::Predecessor;
 use super::processes::Liveness;
 use super::recorder::{Grant, Recorder};
@@ -91,6 +93,8 @@ pub(super) struct Server {
     table: Table,
     recorder: Recorder,
     orphans: Orphans,
+    /// The results that clients share.
+    outputs: Outputs,
     /// Reused, so that effects are not allocated anew each time.
     effects: Effects,
     /// Shares the locks with other hosts; `None`: they are this host's alone.
@@ -152,6 +156,9 @@ impl Server {
         let now = clock::now();
         let first_token = Token(micros.max(last + 1));
         let is_exposed = listeners.iter().any(Listener::is_exposed);
+        let acceptor = Acceptor::new(config, listeners)?;
+        let descriptors = acceptor.admission.outputs_max();
+        let outputs = Outputs::new(config.share_total, descriptors, config.share_across_users);
         let mut server = Server {
             epoll,
             signals,
@@ -171,7 +178,7 @@ impl Server {
             #[cfg(feature = "tls")]
             plaintext: Vec::new(),
             foreign_warnings: ForeignWarnings::new(),
-            acceptor: Acceptor::new(config, listeners)?,
+            acceptor,
             connections: Connections::default(),
             table: Table::new(table::Config {
                 hash_key: RandomState::new().hash_one(0),
@@ -182,6 +189,7 @@ impl Server {
             }),
             recorder,
             orphans: Orphans::default(),
+            outputs,
             effects: Effects::default(),
             cluster,
             listings: BTreeMap::new(),
@@ -400,6 +408,7 @@ impl Server {
             self.files.look_at(),
             self.gate.next_deadline(),
             self.peers.next_deadline(),
+            self.outputs.next_deadline(),
         ];
         match deadlines.into_iter().flatten().min() {
             None => EpollTimeout::NONE,
@@ -412,7 +421,7 @@ impl Server {
 
     fn idle_deadline(&self) -> Option<Timestamp> {
         let (since, limit) = (self.idle_since?, self.idle_exit?);
-        self.table.is_empty().then(|| since.plus(limit))
+        (self.table.is_empty() && self.outputs.is_empty()).then(|| since.plus(limit))
     }
 
     /// Returns `true` if a signal has arrived: each of them ends the daemon.
@@ -436,6 +445,8 @@ impl Server {
                 return;
             }
         }
+        let dropped = self.outputs.expire(self.now);
+        self.results_dropped(dropped);
         self.limiter.report(self.now);
         while let Some(client) = self.connections.pop_overdue(self.now) {
             let why = match self.connections[client].postponed {
@@ -518,11 +529,20 @@ impl Server {
         if connection.closing || connection.is_paused() {
             return;
         }
-        match connection.read(buffer) {
+        let (read, descriptor) = match connection.passes_descriptors() {
+            false => (connection.read(buffer), None),
+            true => connection.read_with_descriptor(buffer),
+        };
+        match read {
             Ok(0) => self.end_of_stream(client, "end of stream"),
             #[cfg(feature = "tls")]
             Ok(bytes) if connection.is_tls() => self.received_tls(client, &buffer[..bytes]),
-            Ok(bytes) => self.received(client, &buffer[..bytes]),
+            Ok(bytes) => {
+                self.connections.received = descriptor;
+                self.received(client, &buffer[..bytes]);
+                // No request was for it.
+                self.connections.received = None;
+            }
             Err(nix::Error::EAGAIN | nix::Error::EINTR) => {}
             Err(e) => self.disconnected(client, e.desc()),
         }
@@ -793,14 +813,22 @@ impl Server {
             JournalEntry::Ended(token) => {
                 self.forget_orphan(token);
                 self.recorder.hold_ended(token);
+                self.output_ended(token);
             }
             JournalEntry::Ran(lock, token) => {
                 let runs = self.table.last_runs(self.now, lock);
-                if let Some(run) = runs.into_iter().flatten().find(|run| run.token == token) {
-                    self.recorder.run(&self.lookup().run_record(run));
+                let run = runs.into_iter().flatten().find(|run| run.token == token).cloned();
+                if let Some(run) = run {
+                    self.recorder.run(&self.lookup().run_record(&run));
+                    let dropped = self.outputs.keep(&run, self.now);
+                    self.results_dropped(dropped);
                 }
             }
-            JournalEntry::RunForgotten(_, token) => self.recorder.forget_run(token),
+            JournalEntry::RunForgotten(lock, token) => {
+                self.recorder.forget_run(token);
+                let dropped = self.outputs.forget(lock);
+                self.results_dropped(dropped);
+            }
         }
     }
 
@@ -870,12 +898,13 @@ impl Server {
 
     /// Takes back what a client was granted in this turn, before the client is told.
     fn take_back(&mut self, grant: Grant) {
-        let connection = &mut self.connections[grant.client];
+        let connection = &self.connections[grant.client];
         if connection.closing {
             return;
         }
-        connection.output().truncate(grant.output_before);
-        if let Protocol::V2 { .. } = connection.protocol {
+        let protocol = connection.protocol;
+        self.connections.truncate_output(grant.client, grant.output_before);
+        if let Protocol::V2 { .. } = protocol {
             self.connections.answer(grant.client, &v2::cannot_record());
         }
         self.close_after_flush(grant.client, "its lock cannot be recorded");
@@ -890,11 +919,10 @@ impl Server {
             if self.continue_status(client) {
                 sends += SENDS_BETWEEN_CLOCKS;
             }
-            let connection = &mut self.connections[client];
             failpoint::hit("before-send");
-            let sent = connection.send();
+            let sent = self.connections.send(client);
             failpoint::hit("after-send");
-            if connection.closing {
+            if self.connections[client].closing {
                 self.close(client);
             } else if let Some(why) = self.sent(client, sent) {
                 gone.push((client, why));

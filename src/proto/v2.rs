@@ -76,6 +76,22 @@ pub enum Request {
         /// For how long it has been held, in milliseconds.
         held_ms: u64,
     },
+    /// The output of the command that runs under my lock is in the file whose descriptor comes with this. Not answered.
+    Output,
+    /// The next part of that output. Only for small outputs, where no descriptor can be passed. Not answered.
+    Piece {
+        /// The stream: 1 or 2.
+        stream: u8,
+        /// What was written to it, as base64.
+        data: String,
+    },
+    /// No other client gets that output. Not answered.
+    Withhold {
+        /// Why, for people.
+        why: ShortText,
+    },
+    /// The output is longer than it was when I last said so. Not answered.
+    Grown,
     /// Are you there?
     Ping,
 }
@@ -141,6 +157,16 @@ pub struct LockRequest {
     /// How many of the slots the client takes. All clients that say so must agree about `slots`. `None`: one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub weight: Option<NonZeroU32>,
+    /// The result of the run is for the clients that wait for it: as a waiter I want it, as a holder I give it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub share: Option<Share>,
+    /// The result of a run that succeeded is good enough while another client runs anew, if it began less than so many
+    /// milliseconds ago; 0: none is.
+    #[serde(skip_serializing_if = "is_zero")]
+    pub stale_ms: u64,
+    /// Stands for the user whose results the client may have. Filled in by the daemon; 0: none.
+    #[serde(skip)]
+    pub sharer: u64,
     /// Who asks, for other people to read.
     pub who: ClientInfo,
 }
@@ -168,6 +194,9 @@ impl LockRequest {
             replace_after_ms: None,
             no_replace: false,
             weight: None,
+            share: None,
+            stale_ms: 0,
+            sharer: 0,
             who: ClientInfo::default(),
         }
     }
@@ -194,6 +223,39 @@ pub enum Mode {
     Queue,
     /// To hear that a run is done that began after the request came. Of all requests that wait so, the newest runs.
     Coalesce,
+}
+
+/// When a waiter gets the result of the run that it waits for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum Share {
+    /// At its end, as a whole.
+    Whole,
+    /// As it comes.
+    Live,
+}
+
+/// Where the output of a run is that is over.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+#[non_exhaustive]
+pub enum OutputAt {
+    /// In the file whose descriptor comes with this.
+    Descriptor,
+    /// In the [`Answer::Piece`]s before this.
+    Pieces,
+    /// Not for this client; this says why, for people.
+    Withheld(ShortText),
+}
+
+/// An earlier result, for a client that runs anew.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Stale {
+    /// The run.
+    pub run: RunStatus,
+    /// Its output.
+    pub output: OutputAt,
 }
 
 /// Who asks for a lock, as the client tells it. For people to read: nothing is decided by it.
@@ -257,6 +319,9 @@ pub enum Answer {
         /// How long it may be relied on, where hosts share their locks, and over TCP.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         lease: Option<LeaseTerms>,
+        /// The result to use meanwhile, for a request with `stale_ms`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        stale: Option<Box<Stale>>,
     },
     /// Another client holds it; you are waiting.
     Waiting {
@@ -275,6 +340,9 @@ pub enum Answer {
         outcome: Outcome,
         /// The token that it held.
         token: Token,
+        /// The output, for a request with `share`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        output: Option<OutputAt>,
     },
     /// Another client holds it and you did not want to wait. You hold nothing.
     Busy {
@@ -290,6 +358,28 @@ pub enum Answer {
     Fresh {
         /// The run that did it.
         run: RunStatus,
+        /// The output, for a request with `share`.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        output: Option<OutputAt>,
+    },
+    /// You wait with `share` `live`: the output of the run that you wait for is in the file whose descriptor comes with
+    /// this, and grows.
+    Output {
+        /// The token of that run.
+        token: Token,
+    },
+    /// That output is longer than it was.
+    Grown,
+    /// The run whose output you follow will never be complete. You wait for the next one.
+    Torn,
+    /// You hold the lock, and a waiter follows your output: say when it has [`Request::Grown`].
+    Followed,
+    /// The next part of an output.
+    Piece {
+        /// The stream: 1 or 2.
+        stream: u8,
+        /// What was written to it, as base64.
+        data: String,
     },
     /// A newer request wants the lock instead of this one. You hold nothing.
     Superseded,
@@ -473,6 +563,13 @@ struct Frame<'a> {
     #[serde(default)]
     no_replace: bool,
     weight: Option<u32>,
+    share: Option<Share>,
+    #[serde(default)]
+    stale_ms: u64,
+    stream: Option<u8>,
+    data: Option<String>,
+    #[serde(default)]
+    why: ShortText,
     held_ms: Option<u64>,
     outcome: Option<Outcome>,
     pid: Option<u32>,
@@ -523,6 +620,13 @@ pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
             Some(text) => Ok(Request::Break { key: key(text)? }),
             None => Err(error(ErrorCode::BadRequest, "break: key is missing")),
         },
+        "output" => Ok(Request::Output),
+        "piece" => match (frame.stream, frame.data) {
+            (Some(stream @ 1..=2), Some(data)) => Ok(Request::Piece { stream, data }),
+            _ => Err(error(ErrorCode::BadRequest, "piece: stream or data is missing")),
+        },
+        "withhold" => Ok(Request::Withhold { why: frame.why }),
+        "grown" => Ok(Request::Grown),
         "status" => Ok(Request::Status { key: frame.key.map(key).transpose()?, cluster: frame.cluster }),
         "ping" => Ok(Request::Ping),
         "auth" => match (frame.name, frame.secret) {
@@ -557,6 +661,13 @@ impl Frame<'_> {
             let message = "lock: newest and replace need a lock with one holder, not shared or slots";
             return Err(error(ErrorCode::BadRequest, message));
         }
+        if self.share.is_some() && (is_plural || self.exec) {
+            let message = "lock: share needs a lock with one holder that waits for its command, not shared, slots or exec";
+            return Err(error(ErrorCode::BadRequest, message));
+        }
+        if self.stale_ms > 0 && self.share.is_none() {
+            return Err(error(ErrorCode::BadRequest, "lock: stale_ms needs share"));
+        }
         if self.newest && self.mode != Mode::Queue {
             return Err(error(ErrorCode::BadRequest, "lock: newest needs the mode queue"));
         }
@@ -588,6 +699,9 @@ impl Frame<'_> {
             replace_after_ms: self.replace_after_ms,
             no_replace: self.no_replace,
             weight,
+            share: self.share,
+            stale_ms: self.stale_ms,
+            sharer: 0,
             who: self.who,
         })
     }

@@ -1,6 +1,7 @@
 //! The child: starting the command, waiting for its end, and keeping up the locks meanwhile.
 
 use std::io;
+use std::os::fd::BorrowedFd;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -11,6 +12,7 @@ use rustix::process::{WaitOptions, wait, waitpid};
 use super::command::Command;
 use super::forward::{Forwarding, JobControl};
 use super::signals::Signals;
+use super::tee::Tee;
 use crate::client::{self, HeldLock};
 use crate::describe;
 use crate::proto::{self, Outcome};
@@ -67,6 +69,7 @@ pub(super) struct Options {
 pub(super) fn run(
     command: &Command<'_>,
     holds: &mut [HeldLock],
+    mut tee: Option<&mut Tee>,
     options: Options,
 ) -> Result<ChildExit, Error> {
     let granted = Instant::now();
@@ -75,7 +78,11 @@ pub(super) fn run(
     }
     // Before the child is there, so that no signal is lost between the two.
     let mut signals = Signals::block().map_err(|e| Error::Os("catch signals", e))?;
-    let pid = command.spawn(signals.inherited_mask()).map_err(Error::Spawn)?;
+    let output = tee.as_ref().and_then(|tee| tee.writes());
+    let pid = command.spawn(signals.inherited_mask(), output).map_err(Error::Spawn)?;
+    if let Some(tee) = &mut tee {
+        tee.start().map_err(|e| Error::Os("read the command's output", e))?;
+    }
     if options.inherits {
         for hold in &mut *holds {
             hold.set_child(proto::Pid::new(pid.as_raw() as u32).expect("a child has a process id"));
@@ -108,8 +115,10 @@ pub(super) fn run(
                 stopped: limits.stopped,
             });
         }
+        let due = limits.due().into_iter().chain(tee.as_ref().and_then(|tee| tee.due())).min();
+        let news = tee.as_ref().and_then(|tee| tee.news());
         let ready =
-            wait_for_event(&signals, holds, lock, limits.due()).map_err(|e| Error::Os("wait", e.into()))?;
+            wait_for_event(&signals, holds, news, lock, due).map_err(|e| Error::Os("wait", e.into()))?;
         signals.forget_late_stop().map_err(|e| Error::Os("read a signal", e.into()))?;
         if ready.stop {
             child.forward_stop(&mut signals).map_err(|e| Error::Os("pass on a signal", e.into()))?;
@@ -123,6 +132,11 @@ pub(super) fn run(
         {
             let limit = holds.iter().filter_map(HeldLock::stop_within).min();
             lock = child.on_lost(&error, options.kill_after, limit);
+        }
+        if let (Some(tee), [hold]) = (&mut tee, &mut *holds)
+            && lock == LockState::Held
+        {
+            tee.tell(hold);
         }
         if lock == LockState::Held {
             limits.check(holds, &mut child.forwarding).map_err(|e| Error::Os("stop the command", e))?;
@@ -160,6 +174,7 @@ struct Ready {
 fn wait_for_event(
     signals: &Signals,
     holds: &[HeldLock],
+    news: Option<BorrowedFd<'_>>,
     lock: LockState,
     limit: Option<Instant>,
 ) -> nix::Result<Ready> {
@@ -177,7 +192,8 @@ fn wait_for_event(
         PollTimeout::try_from(millis).expect("it is from 0 to i32::MAX")
     });
     let daemons = holds.iter().filter_map(HeldLock::readable);
-    let fds = signals.readable().into_iter().chain(daemons);
+    let news = news.filter(|_| lock == LockState::Held);
+    let fds = signals.readable().into_iter().chain(daemons).chain(news);
     let mut fds: Vec<PollFd<'_>> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
     match poll(&mut fds, timeout) {
         Err(Errno::EINTR) => return Ok(Ready::default()),

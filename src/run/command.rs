@@ -2,6 +2,7 @@
 
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
 use std::os::unix::ffi::{OsStrExt, OsStringExt};
 use std::os::unix::process::CommandExt;
 use std::path::PathBuf;
@@ -29,13 +30,16 @@ impl<'a> Command<'a> {
     }
 
     /// Starts the command as a child. It gets this mask of blocked signals, and the dispositions that kmutex was started
-    /// with. As execvp(3) does, a file that the kernel cannot execute is given to the shell.
+    /// with, and these standard output and standard error, if any. As execvp(3) does, a file that the kernel cannot execute is given to the shell.
     ///
     /// # Errors
     /// Those of fork(2) and execve(2).
-    pub(super) fn spawn(&self, mask: &SigSet) -> io::Result<Pid> {
+    pub(super) fn spawn(&self, mask: &SigSet, output: Option<[BorrowedFd<'_>; 2]>) -> io::Result<Pid> {
         let (argv, environment) = (self.argv()?, self.environment()?);
-        let actions = PosixSpawnFileActions::init()?;
+        let mut actions = PosixSpawnFileActions::init()?;
+        for (fd, number) in output.iter().flatten().zip(1..) {
+            actions.add_dup2(fd.as_raw_fd(), number)?;
+        }
         let mut attributes = PosixSpawnAttr::init()?;
         attributes
             .set_flags(PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK | PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF)?;

@@ -183,7 +183,7 @@ fn send(pid: Pid, signal: i32) -> nix::Result<()> {
     }
     let script = format!("kill -{signal} {pid}");
     let argv: [OsString; 3] = ["/bin/sh".into(), "-c".into(), script.into()];
-    match Command::new(&argv, Vec::new()).spawn(&SigSet::empty()) {
+    match Command::new(&argv, Vec::new()).spawn(&SigSet::empty(), None) {
         Ok(shell) => nix::sys::wait::waitpid(shell, None).map(drop),
         Err(e) => Err(e.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw)),
     }

@@ -47,8 +47,8 @@ impl Report {
     pub fn line(&mut self, result: &Result<Ended, Error>) -> String {
         self.verdict = match result {
             Ok(Ended::Ran(_) | Ended::Died(_)) => "ran",
-            Ok(Ended::Finished(_) | Ended::Adopted(_)) => "finished",
-            Ok(Ended::Fresh(_) | Ended::FreshAdopted(_)) => "fresh",
+            Ok(Ended::Finished(_) | Ended::Adopted(_) | Ended::Shared(..)) => "finished",
+            Ok(Ended::Fresh(_) | Ended::FreshAdopted(_) | Ended::SharedFresh(..)) => "fresh",
             Ok(Ended::Superseded) => "superseded",
             Ok(Ended::TimedOut) => "timeout",
             Ok(Ended::Replaced(_)) => "replaced",

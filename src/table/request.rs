@@ -150,6 +150,8 @@ pub(super) struct Details {
     pub(super) uid: Option<u32>,
     /// The request as it came. `None`: the holder has not resumed since a restart of the daemon.
     pub(super) asked: Option<Box<LockRequest>>,
+    /// Of a holder: the result of its run is there, for others.
+    pub(super) has_result: bool,
 }
 
 impl Request {
@@ -160,6 +162,12 @@ impl Request {
     /// Returns the uid of the client, if it speaks protocol 2 on a Unix socket.
     pub(super) fn uid(&self) -> Option<u32> {
         self.details.as_ref()?.uid
+    }
+
+    /// Returns the user who can have the result of a holder's run, if there is one.
+    pub(super) fn result_for(&self) -> Option<u64> {
+        let details = self.details.as_ref().filter(|details| details.has_result)?;
+        Some(details.asked.as_ref()?.sharer)
     }
 
     /// Returns the token of a holder.

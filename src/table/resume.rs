@@ -45,7 +45,7 @@ impl Table {
         let (wait_list, details) = match held.terms.protocol {
             Protocol::V1 => (WaitList::V1, None),
             Protocol::V2 => {
-                let details = Details { nonce: held.nonce, uid: held.uid, asked: None };
+                let details = Details { nonce: held.nonce, uid: held.uid, asked: None, has_result: false };
                 (WaitList::Queue, Some(Box::new(details)))
             }
         };

@@ -74,7 +74,7 @@ impl Runs {
     }
 
     /// Returns a run that is known to be the last one.
-    fn certain(&self, lock: LockId, is_success: bool) -> Option<&Run> {
+    pub(super) fn certain(&self, lock: LockId, is_success: bool) -> Option<&Run> {
         let last = self.by_lock.get(&lock).filter(|last| last.epoch == self.epoch)?;
         if is_success { last.success.as_deref() } else { last.failure.as_deref() }
     }
@@ -217,6 +217,9 @@ impl Table {
         if asked.fresh_ms == 0 && asked.fresh_failure_ms == 0 {
             return None;
         }
+        if asked.share.is_some() {
+            return self.fresh_result(now, lock, asked);
+        }
         let counts = |is_success: bool, within_ms: u64| {
             let run = self.runs.certain(lock, is_success)?;
             (run.age(now) < Duration::from_millis(within_ms)).then_some(run)
@@ -239,7 +242,7 @@ impl Table {
     /// Notes for how long a request wants the present run to count.
     pub(super) fn note_fresh(&mut self, id: RequestId) {
         let Some(asked) = self.store[id].asked() else { return };
-        let (fresh_ms, fresh_failure_ms) = (asked.fresh_ms, asked.fresh_failure_ms);
+        let (fresh_ms, fresh_failure_ms) = (asked.fresh_ms.max(asked.stale_ms), asked.fresh_failure_ms);
         if fresh_ms > 0 || fresh_failure_ms > 0 {
             let index = self.store[id].lock;
             let lock = &mut self.store[index];
@@ -273,7 +276,9 @@ impl Table {
             uid: request.details.as_ref().and_then(|details| details.uid),
             by: who(request),
         };
+        let result = request.result_for().map(|sharer| (run.clone(), sharer));
         if !run.is_over(now) && self.runs.insert(run) {
+            result.into_iter().for_each(|(run, sharer)| self.results.insert(run, sharer));
             effects.record.push(JournalEntry::Ran(lock.id, token));
             effects.runs_dropped += self.runs.trim(now);
         }

@@ -3,6 +3,7 @@
 mod nested;
 mod resume;
 mod several;
+mod shared;
 mod single_flight;
 
 use super::*;

@@ -4,8 +4,10 @@
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
-use std::io::{Read, Seek, Write};
+use std::io::{IoSlice, Read, Seek, Write};
+use std::mem::MaybeUninit;
 use std::net::{Shutdown, TcpStream};
+use std::os::fd::BorrowedFd;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -15,6 +17,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use tempfile::TempDir;
 
 /// How long anything may take before the test fails. Far more than it needs, even on a busy machine.
@@ -504,6 +507,18 @@ impl<S: Stream> Wire<S> {
         };
         self.pending.extend_from_slice(&buffer[..bytes]);
         bytes
+    }
+}
+
+impl Wire<UnixStream> {
+    /// Sends bytes, and passes a descriptor with them.
+    pub fn send_with(&mut self, bytes: &str, passed: BorrowedFd<'_>) {
+        let passed = [passed];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut control = SendAncillaryBuffer::new(&mut space);
+        assert!(control.push(SendAncillaryMessage::ScmRights(&passed)));
+        let bytes = [IoSlice::new(bytes.as_bytes())];
+        sendmsg(&self.stream, &bytes, &mut control, SendFlags::empty()).unwrap();
     }
 }
 

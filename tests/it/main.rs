@@ -59,6 +59,7 @@ mod resume;
 mod run;
 mod service;
 mod several;
+mod share;
 mod shell;
 mod signals;
 mod single_flight;

@@ -20,8 +20,8 @@ use crate::daemon::remote::{FORGET_REFUSED, RemoteRequest};
 use crate::daemon::reserve::{Claimant, Decision};
 use crate::proto::v1::State;
 use crate::proto::v2::{
-    Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, Request, decode_request, encode, error,
-    proof,
+    Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, Request, Share, decode_request, encode,
+    error, proof,
 };
 use crate::proto::{self, Key, Outcome, Pid};
 use crate::table::{ClientId, Loss, Notification, NotificationKind, RequestView, Timestamp};
@@ -215,12 +215,21 @@ impl Server {
             (Request::Overdue { held_ms }, State::Owner) => self.log_overdue(client, held_ms),
             // The client has lost the lock meanwhile, and was told.
             (Request::Overdue { .. }, _) => {}
+            (
+                request @ (Request::Output
+                | Request::Piece { .. }
+                | Request::Withhold { .. }
+                | Request::Grown),
+                _,
+            ) => self.output_request(client, request),
             (Request::Release { outcome }, State::Owner) => {
                 if log::is_verbose() {
                     log::release(self.lookup(), client, outcome);
                 }
                 self.peers.end(client);
+                let shared = self.complete_output(client);
                 self.apply(|table, now, effects| table.release(now, client, outcome, effects));
+                shared.into_iter().for_each(|token| self.outputs.told(token));
                 self.connections.answer(client, &Answer::Released);
                 if self.connections[client].inherits {
                     // Processes that the command has left behind may keep the connection open for as long as they live.
@@ -256,6 +265,7 @@ impl Server {
         }
         connection.set_child(asked.child);
         connection.inherits = asked.inherits;
+        connection.share = asked.share;
         connection.guard = asked.nonce.filter(|_| asked.inherits || asked.exec).map(Box::new);
         if let Some(name) = connection.name() {
             asked.nonce = asked.nonce.map(|nonce| nonce.of(name));
@@ -284,6 +294,10 @@ impl Server {
             && let Err(message) = self.presume_held(asked.key.id(), !asked.nowait)
         {
             return self.refuse(client, ErrorCode::Unavailable, message);
+        }
+        if asked.share.is_some() {
+            asked.sharer = self.sharer(client);
+            asked.holds.into_iter().for_each(|token| self.outputs.resumed(token));
         }
         if self.now > self.started.plus(self.grace.max(self.peer_timeout)) {
             // Clients that waited for the previous daemon have come back by now. No other client may overtake waiters.
@@ -368,21 +382,36 @@ impl Server {
             NotificationKind::Lost(_) => drop(self.peers.end(notification.client)),
             _ => {}
         }
+        let share = self.connections[notification.client].share;
+        match notification.kind {
+            NotificationKind::Finished(..) | NotificationKind::Fresh(_) | NotificationKind::Granted(_)
+                if share.is_some() =>
+            {
+                self.tell_result(notification);
+            }
+            _ => self.tell(notification),
+        }
+        if share == Some(Share::Live) && matches!(notification.kind, NotificationKind::Waiting { .. }) {
+            self.follow(notification.client);
+        }
+    }
+
+    fn tell(&mut self, notification: Notification) {
         let lookup = self.lookup();
         let viewer = self.viewer(notification.client);
         let holders = || lookup.holders_of(viewer, notification.lock);
         let answer = match notification.kind {
             NotificationKind::Granted(token) => {
-                Answer::Granted { token, lease: self.lease_terms(notification.client) }
+                Answer::Granted { token, lease: self.lease_terms(notification.client), stale: None }
             }
             NotificationKind::Offered => Answer::Offered,
             NotificationKind::Waiting { ahead, place } => {
                 Answer::Waiting { holders: holders(), ahead, place }
             }
-            NotificationKind::Finished(outcome, token) => Answer::Finished { outcome, token },
+            NotificationKind::Finished(outcome, token) => Answer::Finished { outcome, token, output: None },
             NotificationKind::Busy => Answer::Busy { holders: holders() },
             NotificationKind::Fresh(token) => match lookup.run(notification.lock, token) {
-                Some(run) => Answer::Fresh { run },
+                Some(run) => Answer::Fresh { run, output: None },
                 None => unreachable!("the table has just found it"),
             },
             NotificationKind::NewerRequest => Answer::Superseded,

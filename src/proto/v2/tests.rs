@@ -43,13 +43,16 @@ fn any_lock_request() -> impl Strategy<Value = LockRequest> {
     let slots = prop_oneof![Just((true, 1)), (1..=SLOTS_MAX).prop_map(|slots| (false, slots))];
     let nonce = option::of(any::<u128>().prop_map(Nonce));
     let resumed = (vec(option::of(any_token()), 2), option::of(any::<u32>()), option::of(any::<u64>()));
-    let flight = (any::<u64>(), any::<u64>(), any::<[bool; 2]>(), option::of(any::<u64>()), any::<u32>());
+    let share = option::of(select(&[Share::Whole, Share::Live]));
+    let flight =
+        (any::<u64>(), any::<u64>(), any::<[bool; 2]>(), option::of(any::<u64>()), any::<u32>(), share);
     (any_key(), nonce, any_mode(), slots, any::<[bool; 4]>(), any_who(), resumed, flight).prop_map(
         |(key, nonce, mode, (shared, slots), flags, who, (tokens, child, place), flight)| {
             let [nowait, exec, inherits, offers] = flags;
-            let (fresh_ms, fresh_failure_ms, [newest, no_replace], replace_after_ms, weight) = flight;
+            let (fresh_ms, fresh_failure_ms, [newest, no_replace], replace_after_ms, weight, share) = flight;
             let is_single = !shared && slots == 1;
             let mode = if is_single || mode != Mode::Coalesce { mode } else { Mode::Once };
+            let share = share.filter(|_| is_single && !exec);
             let newest = newest && is_single && mode == Mode::Queue;
             LockRequest {
                 key,
@@ -71,6 +74,9 @@ fn any_lock_request() -> impl Strategy<Value = LockRequest> {
                 replace_after_ms: replace_after_ms.filter(|_| newest),
                 no_replace,
                 weight: NonZeroU32::new(weight % (slots + 1)),
+                share,
+                stale_ms: if share.is_some() { fresh_ms } else { 0 },
+                sharer: 0,
                 who,
             }
         },
@@ -90,6 +96,10 @@ fn any_request() -> impl Strategy<Value = Request> {
         1 => (any_key(), 1..=u32::MAX, any_outcome())
             .prop_map(|(key, pid, outcome)| Request::Unlock { key, pid: Pid::new(pid).unwrap(), outcome }),
         1 => Just(Request::Ping),
+        1 => Just(Request::Output),
+        1 => Just(Request::Grown),
+        1 => (1..=2_u8, any_string(0..20)).prop_map(|(stream, data)| Request::Piece { stream, data }),
+        1 => any_text().prop_map(|why| Request::Withhold { why }),
     ]
 }
 
@@ -146,6 +156,19 @@ fn any_status() -> impl Strategy<Value = LockStatus> {
     )
 }
 
+fn any_output() -> impl Strategy<Value = OutputAt> {
+    prop_oneof![Just(OutputAt::Descriptor), Just(OutputAt::Pieces), any_text().prop_map(OutputAt::Withheld),]
+}
+
+fn any_run() -> impl Strategy<Value = RunStatus> {
+    (any_outcome(), any_token(), any::<u64>(), any_text())
+        .prop_map(|(outcome, token, age_ms, by)| RunStatus { outcome, token, age_ms, by })
+}
+
+fn any_stale() -> impl Strategy<Value = Box<Stale>> {
+    (any_run(), any_output()).prop_map(|(run, output)| Box::new(Stale { run, output }))
+}
+
 fn any_answer() -> impl Strategy<Value = Answer> {
     use ErrorCode::*;
     let parties = || vec(any_party(), 0..3);
@@ -164,7 +187,12 @@ fn any_answer() -> impl Strategy<Value = Answer> {
     prop_oneof![
         (any_string(0..20), any::<u32>(), any::<Option<u64>>())
             .prop_map(|(version, pid, peer_timeout_ms)| { Answer::Hello { version, pid, peer_timeout_ms } }),
-        (any_token(), option::of(any_lease())).prop_map(|(token, lease)| Answer::Granted { token, lease }),
+        (any_token(), option::of(any_lease()), option::of(any_stale()))
+            .prop_map(|(token, lease, stale)| Answer::Granted { token, lease, stale }),
+        (any_run(), option::of(any_output())).prop_map(|(run, output)| Answer::Fresh { run, output }),
+        any_token().prop_map(|token| Answer::Output { token }),
+        select(&[Answer::Grown, Answer::Torn, Answer::Followed]),
+        (1..=2_u8, any_string(0..20)).prop_map(|(stream, data)| Answer::Piece { stream, data }),
         (parties(), any::<u32>(), any::<u64>()).prop_map(|(holders, ahead, place)| Answer::Waiting {
             holders,
             ahead,
@@ -172,7 +200,8 @@ fn any_answer() -> impl Strategy<Value = Answer> {
         }),
         any_text().prop_map(|why| Answer::Lost { why }),
         Just(Answer::Broken),
-        (any_outcome(), any_token()).prop_map(|(outcome, token)| Answer::Finished { outcome, token }),
+        (any_outcome(), any_token(), option::of(any_output()))
+            .prop_map(|(outcome, token, output)| Answer::Finished { outcome, token, output }),
         parties().prop_map(|holders| Answer::Busy { holders }),
         Just(Answer::Released),
         any_status().prop_map(Answer::Lock),
