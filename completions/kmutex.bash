@@ -239,13 +239,17 @@ _kmutex() {
             return 0
             ;;
         kmutex__subcmd__lock)
-            opts="-s -x -n -w -E -h --pid --queue --shared --exclusive --slots --fresh --fresh-failure --coalesce --newest --replace --replace-after --no-replace --weight --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --on-peer-failure --note --no-autostart --verbose --sock --trust-uid --auth-file --tls-ca --tls-cert --tls-key --help"
+            opts="-s -x -n -w -E -h --pid --fd --queue --shared --exclusive --slots --fresh --fresh-failure --coalesce --newest --replace --replace-after --no-replace --weight --nonblock --timeout --wait --conflict-exit-code --finished-exit-code --on-peer-failure --note --no-autostart --verbose --sock --trust-uid --auth-file --tls-ca --tls-cert --tls-key --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --pid)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --fd)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;
@@ -897,13 +901,17 @@ _kmutex() {
             return 0
             ;;
         kmutex__subcmd__unlock)
-            opts="-h --pid --sock --trust-uid --auth-file --tls-ca --tls-cert --tls-key --help"
+            opts="-h --pid --fd --sock --trust-uid --auth-file --tls-ca --tls-cert --tls-key --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0
             fi
             case "${prev}" in
                 --pid)
+                    COMPREPLY=($(compgen -f "${cur}"))
+                    return 0
+                    ;;
+                --fd)
                     COMPREPLY=($(compgen -f "${cur}"))
                     return 0
                     ;;

@@ -82,6 +82,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s o -l close -d 'Clo
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s F -l no-fork -d 'Replace kmutex with the command instead of waiting for it'
 complete -c kmutex -n "__fish_kmutex_using_subcommand run" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l pid -d 'Acquire the lock for process PID instead of the calling process' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l fd -d 'Acquire the lock for the open file of descriptor N, as flock(1) does: as long as any process has it open' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l slots -d 'Let up to N holders hold the lock at a time' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l fresh -d 'Skip the command if a run that succeeded began less than DURATION ago' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l fresh-failure -d 'Skip the command if a run that failed began less than DURATION ago' -r
@@ -112,6 +113,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l no-autostart -d '
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -l verbose -d 'Report on standard error who holds the lock and how long the wait took'
 complete -c kmutex -n "__fish_kmutex_using_subcommand lock" -s h -l help -d 'Print help (see more with \'--help\')'
 complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l pid -d 'Release the lock of process PID instead of the calling process' -r
+complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l fd -d 'Release the lock of the open file of descriptor N' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l sock -d 'Connect to the daemon at ADDR: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)' -r -F
 complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l trust-uid -d 'Trust a daemon of this user id too, besides root\'s and the caller\'s' -r
 complete -c kmutex -n "__fish_kmutex_using_subcommand unlock" -l auth-file -d 'Give the name and secret in FILE to a daemon that is reached over TCP [env: KMUTEX_AUTH_FILE]' -r -F

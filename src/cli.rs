@@ -349,6 +349,10 @@ pub struct Lock {
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pub pid: Option<u32>,
 
+    /// Acquire the lock for the open file of descriptor N, as flock(1) does: as long as any process has it open
+    #[arg(long, value_name = "N", conflicts_with = "pid")]
+    pub fd: Option<u32>,
+
     /// How to acquire the lock
     #[command(flatten)]
     pub lock: LockArgs,
@@ -363,6 +367,10 @@ pub struct Unlock {
     /// Release the lock of process PID instead of the calling process
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     pub pid: Option<u32>,
+
+    /// Release the lock of the open file of descriptor N
+    #[arg(long, value_name = "N", conflicts_with = "pid")]
+    pub fd: Option<u32>,
 
     /// How to reach the daemon
     #[command(flatten)]

@@ -1,10 +1,15 @@
 //! Descriptors that this process was started with, named by their numbers.
 
 use std::fs::File;
-use std::io;
-use std::os::fd::AsRawFd;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
 
 use nix::sys::resource::{Resource, getrlimit};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::{PidfdFlags, PidfdGetfdFlags, getpid, pidfd_getfd, pidfd_open};
 
 /// Duplicates the descriptor `number`, which came from outside: safe Rust cannot use it as it is.
@@ -28,13 +33,49 @@ pub fn dup(number: u32) -> io::Result<File> {
     File::options().write(true).open(format!("/dev/fd/{number}"))
 }
 
-/// Closes all files but the standard ones, so that no process waits for the end of a pipe that this
-/// one keeps open.
+/// Returns another descriptor of the open file that the descriptor `number` refers to: not of the same file opened anew.
+///
+/// # Errors
+/// When the descriptor is not open.
+pub fn share(number: u32) -> io::Result<File> {
+    let raw = i32::try_from(number).map_err(|_| io::Error::from(nix::Error::EBADF))?;
+    if !std::fs::exists(format!("/dev/fd/{raw}"))? {
+        // The numbers that are free now are about to be taken.
+        return Err(nix::Error::EBADF.into());
+    }
+    // By way of a socket: pidfd_getfd(2) is forbidden in many containers.
+    let (sender, receiver) = UnixStream::pair()?;
+    let rights = [raw];
+    sendmsg::<()>(
+        sender.as_raw_fd(),
+        &[IoSlice::new(&[0])],
+        &[ControlMessage::ScmRights(&rights)],
+        MsgFlags::empty(),
+        None,
+    )?;
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut ancillary = RecvAncillaryBuffer::new(&mut space);
+    let mut byte = [0];
+    recvmsg(&receiver, &mut [IoSliceMut::new(&mut byte)], &mut ancillary, RecvFlags::CMSG_CLOEXEC)?;
+    let received = ancillary.drain().find_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(mut descriptors) => descriptors.next(),
+        _ => None,
+    });
+    received.map(|descriptor: OwnedFd| descriptor.into()).ok_or_else(|| nix::Error::EMFILE.into())
+}
+
+/// Returns a path that opens the same file anew.
+pub fn path(file: &File) -> PathBuf {
+    format!("/proc/self/fd/{}", file.as_raw_fd()).into()
+}
+
+/// Closes all descriptors but the standard ones and these, so that no process waits for the end of a pipe that this one keeps
+/// open.
 ///
 /// # Errors
 /// As getrlimit(2), where /proc is missing.
-pub(crate) fn close_inherited() -> io::Result<()> {
-    let numbers: Vec<i32> = match std::fs::read_dir("/proc/self/fd") {
+pub fn close_all_but(kept: &[RawFd]) -> io::Result<()> {
+    let numbers: Vec<RawFd> = match std::fs::read_dir("/proc/self/fd") {
         Ok(folder) => folder.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok()).collect(),
         // Without /proc: every number that may be open.
         Err(_) => {
@@ -43,7 +84,7 @@ pub(crate) fn close_inherited() -> io::Result<()> {
         }
     };
     for number in numbers {
-        if number > 2 {
+        if number > 2 && !kept.contains(&number) {
             // The descriptor of the directory itself is closed already; closing any other one cannot lose data.
             let _ = nix::unistd::close(number);
         }

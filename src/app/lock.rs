@@ -11,12 +11,12 @@ use crate::acquire::{Acquire, Wait};
 use crate::cli;
 use crate::client::Target;
 use crate::exit::Exit;
-use crate::lock::{self, LockResult};
+use crate::lock::{self, Lifetime, LockResult};
 use crate::proto::{Key, v2::Mode};
 
 pub(super) fn lock(args: cli::Lock) -> Result<u8, Failure> {
     let request = acquire(&args.lock, key(args.key)?)?;
-    Ok(match lock::lock(&request, args.pid)? {
+    Ok(match lock::lock(&request, Lifetime::new(args.pid, args.fd))? {
         LockResult::Held(_) => 0,
         LockResult::Finished(status) => status.unwrap_or(args.lock.finished_exit_code),
         LockResult::Superseded => args.lock.finished_exit_code,
@@ -25,7 +25,7 @@ pub(super) fn lock(args: cli::Lock) -> Result<u8, Failure> {
 }
 
 pub(super) fn unlock(args: cli::Unlock) -> Result<u8, Failure> {
-    lock::unlock(&target(&args.daemon, false)?, key(args.key)?, args.pid)?;
+    lock::unlock(&target(&args.daemon, false)?, key(args.key)?, Lifetime::new(args.pid, args.fd))?;
     Ok(0)
 }
 

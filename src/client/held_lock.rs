@@ -194,6 +194,28 @@ impl HeldLock {
         self.lease.as_ref().map(Lease::margin)
     }
 
+    /// In a process that was forked from the one that connected: connects anew, so that the daemon knows this one. If that does
+    /// not work in time, the old connection stays.
+    ///
+    /// # Errors
+    /// [`Error::Lost`] when the lock was lost.
+    pub fn reconnect(&mut self, wait: Duration) -> Result<(), Error> {
+        self.request.who.pid = Pid::new(std::process::id());
+        let give_up = Instant::now() + wait;
+        let old = std::mem::replace(&mut self.link, Link::down());
+        loop {
+            self.poll()?;
+            if let Link::Up(_) = self.link {
+                return Ok(());
+            }
+            if Instant::now() >= give_up {
+                self.link = old;
+                return Ok(());
+            }
+            self.wait(give_up)?;
+        }
+    }
+
     /// Notes that process `pid` has inherited the lock, which therefore also lasts as long as that process. The client tells
     /// the daemon when it resumes, or when [`HeldLock::poll`] is called after a moment.
     ///

@@ -30,7 +30,7 @@ const LIMITS: [Resource; 6] = [
 /// # Errors
 /// When the kernel refuses that.
 pub(super) fn prepare() -> io::Result<()> {
-    fd::close_inherited()?;
+    fd::close_all_but(&[])?;
     SigSet::empty().thread_set_mask()?;
     restore_signals()?;
     for limit in LIMITS {

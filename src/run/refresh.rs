@@ -54,7 +54,7 @@ pub(super) fn take_over(
 ) -> Result<(LockRequest, Session, Token), client::Error> {
     let os = |e: io::Error| client::Error::Io("begin to run in the background", e);
     // Before this process opens anything itself.
-    fd::close_inherited().map_err(os)?;
+    fd::close_all_but(&[]).map_err(os)?;
     let mut line = String::new();
     BufReader::new(io::stdin()).read_line(&mut line).map_err(os)?;
     let (nonce, token) = parse(line.trim_end()).ok_or_else(|| os(io::ErrorKind::InvalidInput.into()))?;

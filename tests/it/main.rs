@@ -17,6 +17,7 @@ mod cluster_trouble;
 mod crash;
 mod daemon;
 mod deadlines;
+mod descriptor;
 mod errors;
 #[cfg(feature = "etcd")]
 mod etcd_client;
