@@ -578,7 +578,7 @@ _kmutex() {
             return 0
             ;;
         kmutex__subcmd__serve)
-            opts="-s -f -m -t -h --socket --sock --force --maxconn --timeout --no-log --log-level --mode --group --max-per-uid --reserve --show-commands --state --grace --peer-timeout --remember-max --share-total --share-across-users --auth-file --open --tls-cert --tls-key --tls-client-ca --etcd --etcd-ca --etcd-cert --etcd-key --etcd-user --etcd-password-file --etcd-ttl --etcd-timeout --etcd-prefix --ready-fd --idle-exit --detach --help"
+            opts="-s -f -m -t -h --socket --sock --force --maxconn --timeout --no-log --log-level --mode --group --max-per-uid --reserve --show-commands --state --grace --peer-timeout --remote --remember-max --share-total --share-across-users --auth-file --open --tls-cert --tls-key --tls-client-ca --etcd --etcd-ca --etcd-cert --etcd-key --etcd-user --etcd-password-file --etcd-ttl --etcd-timeout --etcd-prefix --ready-fd --idle-exit --detach --help"
             if [[ ${cur} == -* || ${COMP_CWORD} -eq 2 ]] ; then
                 COMPREPLY=( $(compgen -W "${opts}" -- "${cur}") )
                 return 0

@@ -182,6 +182,7 @@ complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l idle-exit -d 'Ex
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -s f -l force -d 'Remove an old socket file'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l no-log -d 'Log nothing'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l show-commands -d 'Show the commands and notes of all users to every user'
+complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l remote -d 'Treat all clients as if they were on other machines, because they come through a forwarder such as sshd'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l share-across-users -d 'Give root\'s results (run --share) to the callers of all users'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l open -d 'Serve TCP ports that other hosts can reach without --auth-file or --tls-client-ca: every client may take every lock'
 complete -c kmutex -n "__fish_kmutex_using_subcommand serve" -l detach -d 'Detach from the calling process, and write a newline to standard output when serving (used by run)'

@@ -555,6 +555,13 @@ pub struct Serve {
     #[arg(long, value_name = "DURATION", default_value = "30", allow_negative_numbers = true, value_parser = peer_timeout)]
     pub peer_timeout: Duration,
 
+    /// Treat all clients as if they were on other machines, because they come through a forwarder such as sshd
+    ///
+    /// The daemon does so by itself for a client on a Unix socket that is not the process at the other end of the connection. See
+    /// --peer-timeout; the end of a connection does not say that the client has ended then.
+    #[arg(long)]
+    pub remote: bool,
+
     /// Remember for N locks when their work was last done (see run --fresh); the oldest are forgotten first
     #[arg(long, value_name = "N", default_value_t = 100_000)]
     pub remember_max: u32,

@@ -120,6 +120,8 @@ pub struct Config {
     pub grace: Duration,
     /// How long a machine at the other end of a TCP connection may say nothing until it counts as gone. `None`: for ever.
     pub peer_timeout: Option<Duration>,
+    /// All clients may come through forwarders, such as sshd.
+    pub remote: bool,
     /// Where to keep the journal. `None`: beside the first Unix socket; if there is none, the daemon keeps no journal.
     pub state: Option<PathBuf>,
     /// Of how many locks the daemon remembers when their work was last done.
@@ -185,6 +187,7 @@ impl Config {
             shows_commands: false,
             grace: Duration::from_secs(30),
             peer_timeout: Some(Duration::from_secs(30)),
+            remote: false,
             state: None,
             remember_max: 100_000,
             share_total: 256 * 1024 * 1024,

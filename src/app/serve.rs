@@ -63,6 +63,7 @@ impl TryFrom<cli::Serve> for daemon::Config {
             shows_commands: args.show_commands,
             grace: args.grace,
             peer_timeout: (args.peer_timeout > Duration::ZERO).then_some(args.peer_timeout),
+            remote: args.remote,
             state: args.state,
             remember_max: args.remember_max as usize,
             share_total: args.share_total,

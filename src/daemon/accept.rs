@@ -28,6 +28,8 @@ pub(super) struct Acceptor {
     listeners: Vec<Listener>,
     pub(super) admission: Admission,
     when_full: WhenFull,
+    /// All clients come through forwarders.
+    remote: bool,
     generation: u32,
     state: Accepting,
     warned_last: Option<Timestamp>,
@@ -58,6 +60,7 @@ impl Acceptor {
             listeners,
             admission: Admission::new(config, raise_descriptor_limit()?),
             when_full: config.when_full,
+            remote: config.remote,
             generation: 0,
             state: Accepting::Full,
             warned_last: None,
@@ -113,7 +116,9 @@ impl Acceptor {
         }
         // Generation 0 and the top bit are reserved; a number is reused only after 2^31 connections.
         self.generation = self.generation % (u32::MAX / 2) + 1;
-        Connection::new(fd, peer, self.generation, access)
+        let mut connection = Connection::new(fd, peer, self.generation, access);
+        connection.forwarded = self.remote;
+        connection
     }
 
     /// Returns the files that the sockets need.

@@ -47,6 +47,9 @@ pub(super) struct Connection {
     pub(super) guard: Option<Box<Nonce>>,
     /// Its request shares the result of a run.
     pub(super) share: Option<Share>,
+    /// It comes through a forwarder, such as sshd: the client may be on another machine, and the end of the stream says nothing
+    /// of it.
+    pub(super) forwarded: bool,
     /// It is in the list of connections that have output.
     pub(super) dirty: bool,
     /// What the loop is woken for.
@@ -114,6 +117,7 @@ impl Connection {
             protocol: Protocol::V1,
             access,
             inherits: false,
+            forwarded: false,
             guard: None,
             share: None,
             dirty: false,
@@ -138,7 +142,12 @@ impl Connection {
 
     /// Returns `true` if the client may be on another machine.
     pub(super) fn is_remote(&self) -> bool {
-        !self.has_peer
+        !self.has_peer || self.forwarded
+    }
+
+    /// Returns the process at the other end, if that is the client.
+    pub(super) fn process(&self) -> Option<Pid> {
+        self.peer().filter(|_| !self.forwarded).and_then(|peer| Pid::new(peer.pid))
     }
 
     /// Returns the process that has inherited the lock from this client, if one is known.
@@ -146,9 +155,10 @@ impl Connection {
         self.child
     }
 
-    /// Notes that process. Over TCP it is ignored: the number means nothing on this host, or another process.
+    /// Notes that process. That of a client on another machine is ignored: the number means nothing on this host, or another
+    /// process.
     pub(super) fn set_child(&mut self, pid: Option<Pid>) {
-        self.child = pid.filter(|_| self.has_peer);
+        self.child = pid.filter(|_| !self.is_remote());
     }
 
     /// Returns the name that a client over TCP has shown to be its own.

@@ -48,6 +48,11 @@ impl Viewer {
     }
 }
 
+/// Returns `true` if this is the name of this machine.
+fn is_here(host: &str) -> bool {
+    nix::unistd::gethostname().is_ok_and(|name| name.to_string_lossy() == host)
+}
+
 #[derive(Clone, Copy)]
 pub(super) struct Lookup<'a> {
     pub(super) table: &'a Table,
@@ -169,11 +174,14 @@ impl<'a> Lookup<'a> {
             return party;
         }
         let orphan = request.held.filter(|_| request.client.is_none()).map(|held| held.token);
-        let peer = request.client.and_then(|client| self.connections[client].peer());
+        let process = request.client.and_then(|client| self.connections[client].process());
         let mut who = request.asked.map(|asked| asked.who.clone()).unwrap_or_default();
         let pid_of = |token| self.orphans.pid(token);
-        if let Some(pid) = peer.and_then(|peer| Pid::new(peer.pid)).or_else(|| orphan.and_then(pid_of)) {
+        if let Some(pid) = process.or_else(|| orphan.and_then(pid_of)) {
             who.pid = Some(pid);
+        } else if request.client.is_some_and(|client| self.connections[client].forwarded) {
+            // A local client must not pass for another process. On another machine the number is of that one.
+            who.pid = who.pid.filter(|_| !who.host.is_empty() && !is_here(who.host.as_str()));
         }
         if let Some(name) = self.name(request) {
             who.user = name.into();
@@ -216,10 +224,9 @@ impl<'a> Lookup<'a> {
             return self.orphans.record(held.token).cloned();
         };
         let connection = &self.connections[client];
-        // Over TCP the daemon does not know the client's process, and a process id that the client sends means nothing
-        // on this host.
-        let (pid, child) =
-            connection.peer().map_or((None, None), |peer| (Pid::new(peer.pid), connection.child()));
+        // The daemon does not know the process of a client on another machine, and a process id that the client sends means
+        // nothing on this host.
+        let (pid, child) = (connection.process(), connection.child());
         Some(HoldRecord { held, pid, child, granted: request.since, recorded: self.now })
     }
 

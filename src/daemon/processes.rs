@@ -57,6 +57,13 @@ impl Liveness {
     }
 }
 
+/// Returns `true` if a process has this number in one of the pid namespaces that it is in (proc(5), /proc/PID/status, NSpid).
+pub(super) fn has_number(pid: u32, number: proto::Pid) -> bool {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
+    numbers.split_ascii_whitespace().any(|text| text.parse() == Ok(number.get()))
+}
+
 /// Finds the command of a kmutex that was killed before it could name the command's process. The command has the lock's
 /// token in its environment. Its descendants inherit the variable, so the command is the process that started first.
 ///

@@ -155,7 +155,7 @@ impl Server {
         let last = recorder.last_token().map_or(0, |token| token.0);
         let now = clock::now();
         let first_token = Token(micros.max(last + 1));
-        let is_exposed = listeners.iter().any(Listener::is_exposed);
+        let is_exposed = config.remote || listeners.iter().any(Listener::is_exposed);
         let acceptor = Acceptor::new(config, listeners)?;
         let descriptors = acceptor.admission.outputs_max();
         let outputs = Outputs::new(config.share_total, descriptors, config.share_across_users);
@@ -534,6 +534,7 @@ impl Server {
             true => connection.read_with_descriptor(buffer),
         };
         match read {
+            Ok(0) if connection.forwarded => self.disconnected(client, "end of stream"),
             Ok(0) => self.end_of_stream(client, "end of stream"),
             #[cfg(feature = "tls")]
             Ok(bytes) if connection.is_tls() => self.received_tls(client, &buffer[..bytes]),

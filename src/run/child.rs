@@ -374,8 +374,9 @@ impl Child {
                 LockState::Lost
             }
             Some(after) => {
-                crate::message::print(format_args!("{error}; stopping the command"));
+                // The message comes second: writing it may take long, and another holder may have the lock soon.
                 self.forwarding.signal_all(Signal::SIGTERM);
+                crate::message::print(format_args!("{error}; stopping the command"));
                 // Killed with some of that time to spare.
                 let after = limit.map_or(after, |limit| after.min(limit * 4 / 5));
                 Instant::now().checked_add(after).map_or(LockState::Lost, LockState::KillAt)

@@ -15,9 +15,9 @@ use crate::harness::{KMUTEX, Process, wait_for, wait_until};
 use crate::net::{Cut, Net};
 
 /// The peer timeout of the daemon.
-const TIMEOUT: Duration = Duration::from_secs(4);
+const TIMEOUT: Duration = Duration::from_secs(6);
 /// By when the next command has started.
-const NEXT: Duration = Duration::from_secs(6);
+const NEXT: Duration = Duration::from_secs(8);
 /// For what depends on how busy the machine is.
 const SLACK: Duration = Duration::from_secs(4);
 

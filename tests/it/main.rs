@@ -64,6 +64,7 @@ mod share;
 mod shell;
 mod signals;
 mod single_flight;
+mod ssh;
 mod status;
 mod stopped;
 mod terminal;

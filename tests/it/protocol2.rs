@@ -68,19 +68,33 @@ fn a_once_waiter_is_told_the_outcome() {
 fn a_waiter_hears_who_holds_and_how_many_are_ahead() {
     let daemon = Daemon::start();
     let mut holder = daemon.wire();
-    let who =
-        r#"{"type":"lock","key":"hello","who":{"pid":7,"host":"h","user":"u","command":"c","note":"n"}}"#;
+    let who = r#"{"type":"lock","key":"hello","who":{"host":"h","user":"u","command":"c","note":"n"}}"#;
     holder.open(who).answer_of("granted");
     let mut first = daemon.wire();
     let waiting = first.open(QUEUE).answer_of("waiting");
     assert_eq!(waiting["ahead"], 0);
     let party = &waiting["holders"][0];
-    assert_eq!(party["pid"], std::process::id(), "the kernel's, whatever the client says");
+    assert_eq!(party["pid"], std::process::id(), "the kernel's");
     for (field, value) in [("host", "h"), ("user", "u"), ("command", "c"), ("note", "n")] {
         assert_eq!(party[field], value);
     }
     let mut second = daemon.wire();
     assert_eq!(second.open(QUEUE).answer_of("waiting")["ahead"], 1);
+}
+
+#[test]
+fn no_client_of_this_machine_passes_for_another_process() {
+    let daemon = Daemon::start();
+    let here = nix::unistd::gethostname().unwrap().to_string_lossy().into_owned();
+    for (pid, host, shown) in
+        [(1, here.as_str(), 0), (1, "", 0), (std::process::id(), "", std::process::id())]
+    {
+        let mut holder = daemon.wire();
+        let who = json!({"pid": pid, "host": host});
+        holder.open(&json!({"type": "lock", "key": "k", "who": who}).to_string()).answer_of("granted");
+        assert_eq!(daemon.status()[0]["holders"][0]["pid"], shown, "{pid} {host:?}");
+        holder.request(RELEASE).answer_of("released");
+    }
 }
 
 #[test]

@@ -11,12 +11,12 @@ use crate::daemon::gate::Verdict;
 use crate::daemon::identity::Identity;
 #[cfg(feature = "tls")]
 use crate::daemon::identity::Standing;
-use crate::daemon::{leases, log};
+use crate::daemon::{leases, log, processes};
 use crate::journal::HoldRecord;
 use crate::proto::v1::{Foreign, State};
 #[cfg(feature = "tls")]
 use crate::proto::v2::error;
-use crate::proto::v2::{Answer, ErrorCode, LeaseTerms};
+use crate::proto::v2::{Answer, ClientInfo, ErrorCode, LeaseTerms};
 use crate::proto::{LockId, Secret};
 use crate::table::{ClientId, Timestamp};
 #[cfg(feature = "tls")]
@@ -92,6 +92,21 @@ impl Server {
     /// Returns how long a client may rely on the lock that it holds, if that has a limit.
     pub(super) fn lease_terms(&self, client: ClientId) -> Option<LeaseTerms> {
         leases::both(self.lookup().lease_terms(), self.peers.terms(client))
+    }
+
+    /// Notes that a client on a Unix socket is not the process at the other end of the connection: then that is a forwarder, such as
+    /// sshd. A client that does not say which process it is counts as local, unless `--remote` says otherwise.
+    pub(super) fn note_forwarder(&mut self, client: ClientId, who: &ClientInfo) {
+        let connection = &mut self.connections[client];
+        if let (Some(peer), Some(pid)) = (connection.peer(), who.pid)
+            && !connection.forwarded
+            && peer.pid != 0
+            && peer.pid != pid.get()
+            && !processes::has_number(peer.pid, pid)
+        {
+            connection.forwarded = true;
+            debug!("{} is a forwarder", self.connections.describe(client));
+        }
     }
 
     /// Frees the locks of clients that have not sent a ping in time.

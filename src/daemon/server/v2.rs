@@ -259,7 +259,12 @@ impl Server {
                 asked.who.user = name.into();
             }
         }
+        self.note_forwarder(client, &asked.who);
         let connection = &mut self.connections[client];
+        if connection.forwarded && asked.exec && asked.child.is_some() {
+            let message = "lock: the daemon is on another machine, and cannot watch that process";
+            return self.refuse(client, ErrorCode::BadRequest, message);
+        }
         if let Access::NoLock(limit) = connection.access {
             return self.too_many(client, limit);
         }
