@@ -250,6 +250,12 @@ pub struct Peer {
     pub uid: u32,
 }
 
+impl Peer {
+    /// Stands for the users that have no number in this user namespace; it is the number of no user.
+    #[doc(hidden)]
+    pub const UNMAPPED: u32 = u32::MAX;
+}
+
 /// Asks the kernel who is at the other end (unix(7), SO_PEERCRED).
 ///
 /// # Errors

@@ -543,7 +543,8 @@ pub struct Serve {
 
     /// Keep the lock of a holder that has not reconnected for DURATION after a restart
     ///
-    /// This applies to holders that the daemon can neither ask nor watch: those of protocol 1 and those over TCP.
+    /// This applies to holders that the daemon can neither ask nor watch: those of protocol 1, those over TCP, and those in
+    /// another container.
     #[arg(long, value_name = "DURATION", default_value = "30", allow_negative_numbers = true, value_parser = duration)]
     pub grace: Duration,
 

@@ -29,6 +29,7 @@
 //! | `recorder.rs` | the table's changes to the journal |
 //! | `orphans.rs` | holders that are not connected |
 //! | `outputs.rs` | the outputs of runs whose results clients share |
+//! | `named.rs` | processes that clients name, by descriptor |
 //! | `processes.rs` | which processes those are, and whether they live |
 //! | `cluster.rs` | clustering: sharing locks with other hosts, through etcd |
 //! | `cluster_disabled.rs` | an empty type in its place, in a build without etcd |
@@ -58,6 +59,7 @@ mod listener;
 mod listing;
 mod log;
 mod lookup;
+mod named;
 mod orphans;
 mod outputs;
 mod predecessor;

@@ -42,6 +42,30 @@ const GROWTH_MAX: u64 = 4;
 /// Identifies a boot of this machine (random(4), boot_id).
 pub type BootId = [u8; 16];
 
+/// When and where the process ids of a journal mean something: in one boot, and in one pid namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Era {
+    /// The boot.
+    pub boot: BootId,
+    /// The pid namespace (its inode, namespaces(7)); 0: it cannot be told.
+    pub namespace: u64,
+}
+
+impl From<BootId> for Era {
+    fn from(boot: BootId) -> Era {
+        Era { boot, namespace: 0 }
+    }
+}
+
+/// One process. Another one that gets its number later has another start time.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Process {
+    /// Its number, in the daemon's pid namespace.
+    pub pid: Pid,
+    /// When it started, by the clock that counts from boot.
+    pub started: Timestamp,
+}
+
 /// Identifies where a journal was written.
 type Place = [u8; 16];
 
@@ -53,10 +77,10 @@ pub struct HoldRecord {
     /// The process that holds the lock, if it is known.
     pub pid: Option<Pid>,
     /// The command that has inherited the lock, if there is one.
-    pub child: Option<Pid>,
+    pub child: Option<Process>,
     /// When it was granted, by the clock that counts from boot.
     pub granted: Timestamp,
-    /// When this was recorded. Both processes lived then: one that was started later is another.
+    /// When this was first recorded. The process that holds the lock lived then: one that was started later is another.
     pub recorded: Timestamp,
 }
 
@@ -110,7 +134,7 @@ impl ClusterLease {
 pub struct Journal {
     path: PathBuf,
     file: File,
-    boot: BootId,
+    era: Era,
     /// How far the file is good. What lies behind it was written in part, and is written over.
     length: u64,
     /// How large it was when it was last written anew.
@@ -127,12 +151,18 @@ impl Journal {
     ///
     /// # Errors
     /// When the file cannot be written or put into its place.
-    pub fn create(path: &Path, boot: BootId, lease: ClusterLease, content: &Snapshot) -> io::Result<Journal> {
-        let mut bytes = header(&boot, &place(path)).to_vec();
+    pub fn create(
+        path: &Path,
+        era: impl Into<Era>,
+        lease: ClusterLease,
+        content: &Snapshot,
+    ) -> io::Result<Journal> {
+        let era = era.into();
+        let mut bytes = header(&era, &place(path)).to_vec();
         if lease.is_clustered() {
             encode(Entry::Lease(lease), &mut bytes);
         }
-        content.holds.iter().for_each(|hold| encode(Entry::Grant(hold), &mut bytes));
+        content.holds.iter().for_each(|hold| put_hold(hold, &mut bytes));
         for run in &content.runs {
             encode(Entry::Run(run), &mut bytes);
             encode(Entry::RunBy(run), &mut bytes);
@@ -142,7 +172,7 @@ impl Journal {
         Ok(Journal {
             path: path.into(),
             file,
-            boot,
+            era,
             length,
             compacted: length,
             pending: Vec::new(),
@@ -153,7 +183,7 @@ impl Journal {
 
     /// Notes that a lock is held, for the next [`Journal::write`]. One with the same token as before replaces it.
     pub fn grant(&mut self, record: &HoldRecord) {
-        encode(Entry::Grant(record), &mut self.pending);
+        put_hold(record, &mut self.pending);
     }
 
     /// Notes that the hold with this token has ended, for the next [`Journal::write`].
@@ -217,7 +247,7 @@ impl Journal {
     /// # Errors
     /// When the new file cannot be written.
     pub fn compact(&mut self, content: &Snapshot) -> io::Result<()> {
-        match Journal::create(&self.path, self.boot, self.lease, content) {
+        match Journal::create(&self.path, self.era, self.lease, content) {
             Ok(new) => *self = new,
             Err(e) => {
                 // Not again with every lock: when it has grown as much once more.
@@ -260,6 +290,8 @@ pub struct Loaded {
     pub content: Snapshot,
     /// The journal is of this boot of the machine. The holds of an earlier boot are left out.
     pub is_of_this_boot: bool,
+    /// The pid namespace in which its process ids mean something; 0: it cannot be told.
+    pub namespace: u64,
     /// The highest token in it: new ones must be larger.
     pub last_token: Option<Token>,
     /// Whether the locks are clustered, and under which lease.
@@ -356,7 +388,7 @@ pub fn parse(bytes: &[u8], boot: &BootId) -> Loaded {
     let (records, cut) = body.as_chunks::<RECORD_BYTES>();
     records.iter().for_each(|record| contents.add(decode(record)));
     contents.damaged += usize::from(!cut.is_empty());
-    contents.finish(is_of_this_boot)
+    Loaded { namespace: namespace_in(head), ..contents.finish(is_of_this_boot) }
 }
 
 /// What the records of a journal say, read from the first to the last.
@@ -375,6 +407,12 @@ impl Contents {
             Some(Decoded::Grant(record)) => {
                 let token = record.held.token;
                 self.held.insert(token, record);
+                token
+            }
+            Some(Decoded::Child(token, child)) => {
+                if let Some(record) = self.held.get_mut(&token) {
+                    record.child = Some(child);
+                }
                 token
             }
             Some(Decoded::End(token)) => {
@@ -411,7 +449,8 @@ impl Contents {
         }
         let complaint = (self.damaged > 0).then(|| format!("{} damaged records were skipped", self.damaged));
         let content = Snapshot { holds: self.held.into_values().collect(), runs };
-        Loaded { content, is_of_this_boot, last_token: self.last_token, lease: self.lease, complaint }
+        let (last_token, lease) = (self.last_token, self.lease);
+        Loaded { content, is_of_this_boot, namespace: 0, last_token, lease, complaint }
     }
 }
 
@@ -437,9 +476,10 @@ fn replace(path: &Path, bytes: &[u8]) -> io::Result<File> {
 
 // The layout. All numbers are little endian; the checksum is the CRC-32 of everything that follows it.
 //
-//   header  16 magic | 16 boot id | 52 zero | 4 checksum of these
-//   record   4 checksum | 1 kind | 1 protocol | 1 flags | 1 zero | 4 slots | 4 uid | 4 pid | 4 child
+//   header  16 magic | 16 boot id | 16 place | 8 pid namespace | 28 zero | 4 checksum of these
+//   record   4 checksum | 1 kind | 1 protocol | 1 flags | 1 zero | 4 slots | 4 uid | 4 pid | 4 zero
 //          | 8 token | 16 lock | 16 nonce | 8 granted | 8 until | 8 recorded
+//   child    4 checksum | 1 kind | 11 zero | 4 pid | 4 zero | 8 token | 8 started | 48 zero; after the record of its hold
 //   run      4 checksum | 1 kind | 1 zero | 1 flags | 1 exit status or signal | 4 zero | 4 uid | 8 counts for | 8 token
 //          | 16 lock | 8 began | 8 began, since 1970 | 24 zero; and after it
 //   run by   4 checksum | 1 kind | 19 zero | 8 token | 56 text
@@ -451,6 +491,7 @@ const LEASE: u8 = 3;
 const RUN: u8 = 4;
 const RUN_BY: u8 = 5;
 const RUN_FORGOTTEN: u8 = 6;
+const CHILD: u8 = 7;
 const SHARED: u8 = 1;
 const EXEC: u8 = 2;
 const INHERITS: u8 = 4;
@@ -463,6 +504,7 @@ const SIGNAL: u8 = 128;
 
 enum Entry<'a> {
     Grant(&'a HoldRecord),
+    Child(Token, Process),
     End(Token),
     Lease(ClusterLease),
     Run(&'a RunRecord),
@@ -472,6 +514,7 @@ enum Entry<'a> {
 
 enum Decoded {
     Grant(HoldRecord),
+    Child(Token, Process),
     End(Token),
     Lease(ClusterLease),
     Run(RunRecord),
@@ -479,14 +522,27 @@ enum Decoded {
     RunForgotten(Token),
 }
 
-fn header(boot: &BootId, place: &Place) -> [u8; RECORD_BYTES] {
+/// Appends what there is to record of a hold.
+fn put_hold(hold: &HoldRecord, bytes: &mut Vec<u8>) {
+    encode(Entry::Grant(hold), bytes);
+    if let Some(child) = hold.child {
+        encode(Entry::Child(hold.held.token, child), bytes);
+    }
+}
+
+fn header(era: &Era, place: &Place) -> [u8; RECORD_BYTES] {
     let mut bytes = [0; RECORD_BYTES];
     bytes[..16].copy_from_slice(MAGIC);
-    bytes[16..32].copy_from_slice(boot);
+    bytes[16..32].copy_from_slice(&era.boot);
     bytes[32..48].copy_from_slice(place);
+    bytes[48..56].copy_from_slice(&era.namespace.to_le_bytes());
     let sum = crc32fast::hash(&bytes[..84]);
     bytes[84..].copy_from_slice(&sum.to_le_bytes());
     bytes
+}
+
+fn namespace_in(header: &[u8; RECORD_BYTES]) -> u64 {
+    u64::from_le_bytes(header[48..56].try_into().expect("eight bytes"))
 }
 
 fn is_whole(header: &[u8; RECORD_BYTES]) -> bool {
@@ -506,6 +562,11 @@ fn encode(entry: Entry<'_>, records: &mut Vec<u8>) {
             let by = &by.as_bytes()[..by.floor_char_boundary(RUN_BY_BYTES_MAX)];
             encode_mark(RUN_BY, run.token.0, bytes);
             bytes[32..32 + by.len()].copy_from_slice(by);
+        }
+        Entry::Child(token, Process { pid, started }) => {
+            encode_mark(CHILD, token.0, bytes);
+            put(bytes, 16, pid.get().to_le_bytes());
+            put(bytes, 32, started.0.to_le_bytes());
         }
         Entry::End(token) => encode_mark(END, token.0, bytes),
         Entry::RunForgotten(token) => encode_mark(RUN_FORGOTTEN, token.0, bytes),
@@ -527,7 +588,7 @@ fn encode_mark(kind: u8, number: u64, bytes: &mut [u8; RECORD_BYTES]) {
 }
 
 fn encode_grant(record: &HoldRecord, bytes: &mut [u8; RECORD_BYTES]) {
-    let HoldRecord { held, pid, child, granted, recorded } = record;
+    let HoldRecord { held, pid, child: _, granted, recorded } = record;
     let flag = |is_set: bool, bit: u8| if is_set { bit } else { 0 };
     let flags = flag(held.terms.shared, SHARED)
         | flag(held.terms.exec, EXEC)
@@ -540,7 +601,6 @@ fn encode_grant(record: &HoldRecord, bytes: &mut [u8; RECORD_BYTES]) {
     put(bytes, 8, held.terms.slots.to_le_bytes());
     put(bytes, 12, held.uid.unwrap_or(0).to_le_bytes());
     put(bytes, 16, Pid::number(*pid).to_le_bytes());
-    put(bytes, 20, Pid::number(*child).to_le_bytes());
     put(bytes, 24, held.token.0.to_le_bytes());
     put(bytes, 32, held.lock.0);
     put(bytes, 48, held.nonce.map_or(0, |nonce| nonce.0).to_le_bytes());
@@ -578,6 +638,10 @@ fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
     let flag = |bit: u8| bytes[6] & bit != 0;
     match bytes[4] {
         END => Some(Decoded::End(token)),
+        CHILD => {
+            let process = Process { pid: Pid::new(u32_at(16))?, started: Timestamp(u64_at(32)) };
+            Some(Decoded::Child(token, process))
+        }
         RUN => {
             let number = bytes[7];
             let run = Run {
@@ -618,8 +682,8 @@ fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
                 until: flag(HAS_UNTIL).then(|| Timestamp(u64_at(72))),
             };
             let (granted, recorded) = (Timestamp(u64_at(64)), Timestamp(u64_at(80)));
-            let (pid, child) = (Pid::new(u32_at(16)), Pid::new(u32_at(20)));
-            Some(Decoded::Grant(HoldRecord { held, pid, child, granted, recorded }))
+            let pid = Pid::new(u32_at(16));
+            Some(Decoded::Grant(HoldRecord { held, pid, child: None, granted, recorded }))
         }
         _ => None,
     }

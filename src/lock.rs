@@ -10,10 +10,13 @@ mod descriptor;
 mod keeper;
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::os::unix::fs::MetadataExt;
 use std::time::Instant;
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::{Uid, getppid};
+use rustix::process::{PidfdFlags, pidfd_open};
 
 use crate::acquire::{Acquire, Acquired};
 use crate::addr::{Addr, Reason};
@@ -76,6 +79,7 @@ pub fn lock(request: &Acquire, lifetime: Lifetime) -> Result<LockResult, Error> 
 
 fn lock_for_process(request: &Acquire, pid: Option<u32>) -> Result<LockResult, Error> {
     let parent = if pid.is_none() { Some(caller::find()?) } else { None };
+    let process = open(pid)?;
     let pid = holder(&request.target, pid)?;
     let wire = LockRequest {
         // No message says how the process ends, so its end is the end of the work.
@@ -85,9 +89,15 @@ fn lock_for_process(request: &Acquire, pid: Option<u32>) -> Result<LockResult, E
     };
     match request.acquire(&wire, Instant::now())? {
         Acquired::Granted { mut session, token, .. } => {
-            if parent.is_some_and(|parent| !caller::is_still(parent)) {
+            let has_ended = process.is_some_and(|process| !is_alive(&process));
+            if has_ended || parent.is_some_and(|parent| !caller::is_still(parent)) {
+                // Its number, by which the session named it, may be another process's by now.
                 session.send(&Request::Release { outcome: Outcome::Vanished })?;
-                return Err(Unsuitable::Ended.into());
+                return Err(if parent.is_some() {
+                    Unsuitable::Ended.into()
+                } else {
+                    Error::NoProcess(pid.get())
+                });
             }
             // The daemon knows that the shell holds the lock before the shell can make its next request.
             session.leave()?;
@@ -197,6 +207,23 @@ fn holder(target: &Target, pid: Option<u32>) -> Result<Pid, Error> {
         return Err(Error::NotYours(pid, owner.uid()));
     }
     Pid::new(pid).ok_or(Error::NoProcess(pid))
+}
+
+/// Opens a process, by default the parent of this one, before anything is found out about it. `None`: the kernel has no pidfds, or
+/// there is no such process, which is said later.
+fn open(pid: Option<u32>) -> Result<Option<OwnedFd>, Error> {
+    let number = pid.map_or(nix::unistd::getppid().as_raw(), |pid| pid as i32);
+    let Some(process) = rustix::process::Pid::from_raw(number) else { return Ok(None) };
+    match pidfd_open(process, PidfdFlags::empty()) {
+        Ok(process) => Ok(Some(process)),
+        Err(rustix::io::Errno::SRCH | rustix::io::Errno::INVAL | rustix::io::Errno::NOSYS) => Ok(None),
+        Err(e) => Err(Error::Process(number as u32, e.into())),
+    }
+}
+
+/// Returns `true` if a process has not ended: a descriptor of one that has is readable (pidfd_open(2)).
+fn is_alive(process: &OwnedFd) -> bool {
+    matches!(poll(&mut [PollFd::new(process.as_fd(), PollFlags::POLLIN)], PollTimeout::ZERO), Ok(0))
 }
 
 /// Returns the command line of a process (proc(5), /proc/PID/cmdline).

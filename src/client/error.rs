@@ -45,6 +45,14 @@ pub enum Error {
         /// The name of that user, if there is one.
         user: Option<String>,
     },
+    /// The daemon runs as a user who has no uid in the client's user namespace.
+    #[error(
+        "not trusting the daemon on {addr}: its user has no uid in this user namespace (user_namespaces(7)), and could be any user"
+    )]
+    Unmapped {
+        /// The daemon's address.
+        addr: Addr,
+    },
     /// The daemon closed the connection.
     #[error("the daemon closed the connection")]
     Closed,
@@ -156,9 +164,10 @@ impl Error {
             Error::Addr(error) => error.exit(),
             Error::Place(error) => error.exit(),
             Error::Autostart { .. } | Error::SocketGone { .. } => Exit::Unavailable,
-            Error::Untrusted { .. } | Error::NotPermitted(_) | Error::ExposedAuthFile { .. } => {
-                Exit::NotPermitted
-            }
+            Error::Untrusted { .. }
+            | Error::Unmapped { .. }
+            | Error::NotPermitted(_)
+            | Error::ExposedAuthFile { .. } => Exit::NotPermitted,
             Error::AuthFile { .. } => Exit::Usage,
             #[cfg(feature = "tls")]
             Error::Tls { error, .. } => error.exit(),

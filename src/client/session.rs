@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use nix::sys::socket::{Shutdown, shutdown};
 use nix::unistd::Uid;
+use rustix::process::{PidfdFlags, pidfd_open};
 
 use super::credentials::Credentials;
 use super::lease::Lease;
@@ -17,6 +18,7 @@ use crate::keepalive;
 use crate::lock_file;
 use crate::lookup;
 use crate::output::{self, Output};
+use crate::place;
 use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LeaseTerms, LockRequest, LockStatus, LockUser, Mode, OutputAt,
     PREAMBLE, Request, RunStatus, Stale, decode_answer, encode, encode_proven,
@@ -546,7 +548,10 @@ impl Session {
     /// [`Error::Closed`] when the daemon is gone.
     pub fn send(&mut self, request: &Request) -> Result<(), Error> {
         let message = self.message(request);
-        self.transport.write_all(&message, self.answer_wait)
+        match self.process_in(request) {
+            None => self.transport.write_all(&message, self.answer_wait),
+            Some(process) => self.transport.write_with(&message, process.as_fd(), self.answer_wait),
+        }
     }
 
     /// Returns a request as it is to be sent next.
@@ -568,6 +573,18 @@ impl Session {
             self.proof = lock.nonce.filter(|_| lock.inherits || lock.exec);
         }
         message
+    }
+
+    /// Returns a descriptor of the process that a request names: its number may mean another process to the daemon.
+    fn process_in(&self, request: &Request) -> Option<OwnedFd> {
+        let pid = match request {
+            Request::Lock(asked) => asked.child?,
+            Request::Child { pid } | Request::Unlock { pid, .. } => *pid,
+            _ => return None,
+        };
+        let pid = rustix::process::Pid::from_raw(i32::try_from(pid.get()).ok()?)?;
+        // A process that has ended needs no lock, and no daemon takes a number in its place.
+        pidfd_open(pid, PidfdFlags::empty()).ok().filter(|_| self.is_local)
     }
 
     /// Waits for the next answer, at most until `deadline`. Checks the greeting and skips it.
@@ -692,7 +709,14 @@ impl AsFd for Session {
 fn check_trust(target: &Target, fd: &OwnedFd) -> Result<(), Error> {
     let Addr::Unix(_) = target.addr else { return Ok(()) };
     let uid = addr::peer(fd).map_err(|e| Error::Io("find out who serves the socket", e))?.uid;
-    if uid == 0 || uid == Uid::effective().as_raw() || target.trusted_uids.contains(&uid) {
+    if uid == 0 || target.trusted_uids.contains(&uid) {
+        return Ok(());
+    }
+    // The kernel shows one number for all users that this user namespace does not know, perhaps this process's own among them.
+    if place::is_unmapped(uid) {
+        return Err(Error::Unmapped { addr: target.addr.clone() });
+    }
+    if uid == Uid::effective().as_raw() {
         return Ok(());
     }
     Err(Error::Untrusted { addr: target.addr.clone(), uid, user: lookup::user(uid) })

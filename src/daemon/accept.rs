@@ -15,7 +15,8 @@ use super::connection::Connection;
 use super::listener::{self, Listener};
 use super::source::Source;
 use super::{Config, Error, WhenFull};
-use crate::addr::{self, Reason};
+use crate::addr::{self, Peer, Reason};
+use crate::place;
 use crate::table::Timestamp;
 
 /// After the kernel has refused a descriptor and no connection was closed since, how long to wait before the next attempt.
@@ -104,7 +105,7 @@ impl Acceptor {
     }
 
     fn admit(&mut self, index: usize, fd: OwnedFd, now: Timestamp) -> Connection {
-        let peer = if self.listeners[index].is_unix() { addr::peer(&fd).ok() } else { None };
+        let peer = if self.listeners[index].is_unix() { addr::peer(&fd).ok().map(known) } else { None };
         let access = self.admission.admit(peer);
         if let Access::NoLock(limit) | Access::None(limit) = access
             && self.warns_again(now)
@@ -196,6 +197,11 @@ impl Acceptor {
         }
         !quiet
     }
+}
+
+/// The kernel shows one number for all users that this user namespace does not know: it says nothing about who they are.
+fn known(peer: Peer) -> Peer {
+    if place::is_unmapped(peer.uid) { Peer { uid: Peer::UNMAPPED, ..peer } } else { peer }
 }
 
 /// Checks that this process may have enough open files to serve at all, before any client relies on it.

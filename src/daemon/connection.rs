@@ -15,6 +15,7 @@ use smallvec::SmallVec;
 
 use super::admission::Access;
 use super::identity::{Identity, Standing};
+use super::named::{self, Named};
 use crate::addr::Peer;
 use crate::passing;
 use crate::proto::v2::Share;
@@ -42,9 +43,8 @@ pub(super) struct Connection {
     pub(super) access: Access,
     /// Its lock may be inherited by a command, whose descendants may keep this connection open.
     pub(super) inherits: bool,
-    /// The nonce of the lock request that a command inherits. Each further request must show it: the command does not know
-    /// it, and so cannot ask for anything with the rights of the user who connected.
-    pub(super) guard: Option<Box<Nonce>>,
+    /// What few connections have.
+    extra: Option<Box<Extra>>,
     /// Its request shares the result of a run.
     pub(super) share: Option<Share>,
     /// It comes through a forwarder, such as sshd: the client may be on another machine, and the end of the stream says nothing
@@ -64,8 +64,8 @@ pub(super) struct Connection {
     /// more bytes of each of very many connections. The same is true of `deadline`.)
     has_peer: bool,
     peer: Peer,
-    /// The process that has inherited the lock from this client; 0 if no such process is known.
-    child: Option<Pid>,
+    /// When what this client holds was first recorded.
+    pub(super) recorded: Timestamp,
     /// When it is closed unless the message that it has begun is complete by then, or, if its requests are postponed, unless
     /// it has read something by then; [`Timestamp::NEVER`] if there is no limit.
     pub(super) deadline: Timestamp,
@@ -74,6 +74,18 @@ pub(super) struct Connection {
     /// What was read and not handled: the beginning of a message whose end has not arrived yet, or postponed requests.
     pub(super) input: Buffer,
     output: Buffer,
+}
+
+/// What only connections have whose lock a command inherits, or that is taken for another process.
+#[derive(Default)]
+struct Extra {
+    /// The nonce of the lock request that a command inherits. Each further request must show it: the command does not know
+    /// it, and so cannot ask for anything with the rights of the user who connected.
+    guard: Option<Nonce>,
+    /// The process that keeps the lock when the client is gone.
+    child: Option<Named>,
+    /// The descriptor that has arrived with a request that is handled later.
+    received: Option<OwnedFd>,
 }
 
 /// The protocol of a connection. It begins with protocol 1, and a preamble switches it to protocol 2.
@@ -118,7 +130,7 @@ impl Connection {
             access,
             inherits: false,
             forwarded: false,
-            guard: None,
+            extra: None,
             share: None,
             dirty: false,
             interest: Interest::Input,
@@ -127,7 +139,7 @@ impl Connection {
             closing: false,
             has_peer: peer.is_some(),
             peer: peer.unwrap_or(Peer { pid: 0, uid: 0 }),
-            child: None,
+            recorded: Timestamp(0),
             deadline: Timestamp::NEVER,
             identity: None,
             input: Buffer::new(),
@@ -150,15 +162,46 @@ impl Connection {
         self.peer().filter(|_| !self.forwarded).and_then(|peer| Pid::new(peer.pid))
     }
 
-    /// Returns the process that has inherited the lock from this client, if one is known.
-    pub(super) fn child(&self) -> Option<Pid> {
-        self.child
+    /// Returns the user at the other end. `None`: over TCP, and for a user who has no number in this user namespace, and so could be
+    /// any.
+    pub(super) fn uid(&self) -> Option<u32> {
+        self.peer().map(|peer| peer.uid).filter(|uid| *uid != Peer::UNMAPPED)
     }
 
-    /// Notes that process. That of a client on another machine is ignored: the number means nothing on this host, or another
-    /// process.
-    pub(super) fn set_child(&mut self, pid: Option<Pid>) {
-        self.child = pid.filter(|_| !self.is_remote());
+    /// Returns the process that keeps the lock when this client is gone, if one is known.
+    pub(super) fn child(&self) -> Option<&Named> {
+        self.extra.as_ref()?.child.as_ref()
+    }
+
+    /// Notes that process, and returns the one before.
+    pub(super) fn set_child(&mut self, child: Option<Named>) -> Option<Named> {
+        match (&mut self.extra, child) {
+            (None, None) => None,
+            (_, child) => std::mem::replace(&mut self.extra.get_or_insert_default().child, child),
+        }
+    }
+
+    /// Returns the nonce that each request must show, if a command has inherited this connection.
+    pub(super) fn guard(&self) -> Option<Nonce> {
+        self.extra.as_ref()?.guard
+    }
+
+    pub(super) fn set_guard(&mut self, guard: Option<Nonce>) {
+        if self.extra.is_some() || guard.is_some() {
+            self.extra.get_or_insert_default().guard = guard;
+        }
+    }
+
+    /// Keeps the descriptor that has arrived with a request that is handled later.
+    pub(super) fn keep_received(&mut self, descriptor: Option<OwnedFd>) {
+        if descriptor.is_some() {
+            self.extra.get_or_insert_default().received = descriptor;
+        }
+    }
+
+    /// Takes it.
+    pub(super) fn take_received(&mut self) -> Option<OwnedFd> {
+        self.extra.as_mut()?.received.take()
     }
 
     /// Returns the name that a client over TCP has shown to be its own.
@@ -185,22 +228,17 @@ impl Connection {
             || self.identity.as_ref().is_some_and(|identity| identity.standing == Standing::Verifying)
     }
 
-    /// Reads what has arrived, without waiting.
-    pub(super) fn read(&self, buffer: &mut [u8]) -> nix::Result<usize> {
-        recv(self.fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT)
+    /// Reads what has arrived, without waiting, and the descriptor that came with it: of a process, or of the output of its command.
+    pub(super) fn read(&self, buffer: &mut [u8]) -> nix::Result<(usize, Option<OwnedFd>)> {
+        match self.has_peer {
+            true => named::read(self.fd.as_fd(), buffer, self.share.is_some()),
+            false => Ok((recv(self.fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT)?, None)),
+        }
     }
 
     /// Returns `true` if descriptors can be passed to the client, and it may pass one: the output of its command.
     pub(super) fn passes_descriptors(&self) -> bool {
         self.has_peer && self.share.is_some()
-    }
-
-    /// Reads what has arrived, and the descriptor that came with it.
-    pub(super) fn read_with_descriptor(&self, buffer: &mut [u8]) -> (nix::Result<usize>, Option<OwnedFd>) {
-        match passing::receive(&self.fd, buffer, false) {
-            Ok((bytes, descriptor)) => (Ok(bytes), descriptor),
-            Err(e) => (Err(e), None),
-        }
     }
 
     /// Returns `true` if `bytes` are the middle of a line that began earlier. Then there is nothing to decode, and a long

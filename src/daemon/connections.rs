@@ -10,6 +10,7 @@ use std::time::Duration;
 use slab::Slab;
 
 use super::connection::{Attached, Buffer, Connection, ConnectionId, Sent};
+use crate::addr::Peer;
 use crate::proto::v2::{self, Answer};
 use crate::table::{ClientId, Timestamp};
 
@@ -240,6 +241,9 @@ impl Connections {
     /// A client, for the log.
     pub(super) fn describe(&self, client: ClientId) -> String {
         match self.slab.get(client.0 as usize).and_then(|connection| connection.peer()) {
+            Some(Peer { pid, uid: Peer::UNMAPPED }) => {
+                format!("client {} (pid {pid}, a user without a uid here)", client.0)
+            }
             Some(peer) => format!("client {} (pid {}, uid {})", client.0, peer.pid, peer.uid),
             None => match self.slab.get(client.0 as usize).and_then(Connection::name) {
                 Some(name) => format!("client {} ({name:?})", client.0),

@@ -4,6 +4,7 @@ use nix::unistd::Uid;
 
 use super::cluster::Clustering;
 use super::connections::Connections;
+use super::named::Named;
 use super::orphans::Orphans;
 use crate::clock;
 use crate::journal::{HoldRecord, RunRecord, Snapshot};
@@ -79,7 +80,7 @@ impl<'a> Lookup<'a> {
     /// Returns the user whose request this is, if the kernel told.
     pub(super) fn uid(&self, request: &RequestView<'_>) -> Option<u32> {
         match request.client {
-            Some(client) => self.connections[client].peer().map(|peer| peer.uid),
+            Some(client) => self.connections[client].uid(),
             None => request.held.and_then(|held| held.uid),
         }
     }
@@ -90,11 +91,11 @@ impl<'a> Lookup<'a> {
     }
 
     /// Returns the hold of a lock that a process keeps without a connection, if it does.
-    pub(super) fn hold_of_process(&self, lock: LockId, pid: Pid) -> Option<HoldState> {
+    pub(super) fn hold_of_process(&self, lock: LockId, process: &Named) -> Option<HoldState> {
         let lock = self.table.find(lock)?;
         let mut unconnected =
             lock.holders().filter(|holder| holder.client.is_none()).filter_map(|holder| holder.held);
-        unconnected.find(|held| self.orphans.is_held_by(held.token, pid))
+        unconnected.find(|held| self.orphans.is_held_by(held.token, process))
     }
 
     /// Returns how long a granted lock may be relied on, if that has a limit.
@@ -226,8 +227,9 @@ impl<'a> Lookup<'a> {
         let connection = &self.connections[client];
         // The daemon does not know the process of a client on another machine, and a process id that the client sends means
         // nothing on this host.
-        let (pid, child) = (connection.process(), connection.child());
-        Some(HoldRecord { held, pid, child, granted: request.since, recorded: self.now })
+        let pid = connection.process();
+        let child = connection.child().and_then(Named::known);
+        Some(HoldRecord { held, pid, child, granted: request.since, recorded: connection.recorded })
     }
 
     /// Returns everything that is to be recorded.

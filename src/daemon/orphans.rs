@@ -2,17 +2,17 @@
 //! ended and a process that it started holds the lock. Each keeps its lock until it comes back, its process ends, or,
 //! if no process can be watched, a time limit passes.
 
-use crate::proto::Pid;
 use std::collections::BTreeMap;
 use std::io;
 use std::os::fd::OwnedFd;
 
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 
+use super::named::Named;
 use super::processes::Liveness;
 use super::source::Source;
 use crate::journal::HoldRecord;
-use crate::proto::{Protocol, Token};
+use crate::proto::{Pid, Protocol, Token};
 use crate::table::{HoldState, Timestamp};
 
 /// What the daemon knows of each unconnected holder, by the token of its grant.
@@ -27,6 +27,8 @@ struct Orphan {
     is_command: bool,
     /// The hold was restored after a restart of the daemon, and its client may yet come back.
     is_restored: bool,
+    /// The watched process is a command outside of the daemon's pid namespace, which only the descriptor names.
+    is_foreign: bool,
     /// Its descriptor counts, as a connection of the holder's user does.
     counts: bool,
 }
@@ -34,7 +36,8 @@ struct Orphan {
 impl Orphan {
     /// Returns `true` if the lock was taken for a process that is not its client (`kmutex lock`). No client will come back.
     fn is_handed_over(&self) -> bool {
-        self.record.held.terms.exec && self.record.child.is_some() && (self.is_command || !self.is_restored)
+        let has_command = self.record.child.is_some() || self.is_foreign;
+        self.record.held.terms.exec && has_command && (self.is_command || !self.is_restored)
     }
 }
 
@@ -80,7 +83,10 @@ impl Orphans {
     /// Returns the process that keeps a hold, as far as it is known.
     pub(super) fn pid(&self, token: Token) -> Option<Pid> {
         let orphan = self.0.get(&token)?;
-        orphan.record.child.filter(|_| orphan.is_command).or(orphan.record.pid)
+        if orphan.is_foreign {
+            return None;
+        }
+        orphan.record.child.filter(|_| orphan.is_command).map(|child| child.pid).or(orphan.record.pid)
     }
 
     /// Returns `true` if the client of this hold has not come back since a restart of the daemon.
@@ -89,8 +95,12 @@ impl Orphans {
     }
 
     /// Returns `true` if the lock was taken for this process.
-    pub(super) fn is_held_by(&self, token: Token, pid: Pid) -> bool {
-        self.0.get(&token).is_some_and(|orphan| orphan.is_handed_over() && orphan.record.child == Some(pid))
+    pub(super) fn is_held_by(&self, token: Token, process: &Named) -> bool {
+        let is_it = |orphan: &Orphan| match process {
+            Named::Known(process) => orphan.record.child == Some(*process),
+            Named::Foreign(_) => orphan.process.as_ref().is_some_and(|mine| process.is_foreign(mine)),
+        };
+        self.0.get(&token).is_some_and(|orphan| orphan.is_handed_over() && is_it(orphan))
     }
 
     /// The holder has come back, or its hold has ended. Returns whose descriptor counts no more, if one did.
@@ -126,8 +136,14 @@ impl Orphans {
             Liveness::Alive(process) => Some(process),
             Liveness::Exited | Liveness::Unknown => None,
         };
-        let orphan =
-            Orphan { record, process: None, is_command, is_restored: true, counts: process.is_some() };
+        let orphan = Orphan {
+            record,
+            process: None,
+            is_command,
+            is_restored: true,
+            is_foreign: false,
+            counts: process.is_some(),
+        };
         Some(Survivor { orphan, process, held })
     }
 
@@ -144,7 +160,8 @@ impl Orphans {
         }
     }
 
-    /// Leaves a hold whose client has gone to the process that `record.child` names.
+    /// Leaves a hold whose client has gone to a process: the one that `record.child` names, or else one that only its descriptor
+    /// names.
     ///
     /// # Errors
     /// If the process cannot be watched. The hold lasts nevertheless.
@@ -155,7 +172,9 @@ impl Orphans {
         epoll: &Epoll,
     ) -> io::Result<()> {
         let token = record.held.token;
-        let orphan = Orphan { record, process: None, is_command: true, is_restored: false, counts: true };
+        let is_foreign = record.child.is_none();
+        let orphan =
+            Orphan { record, process: None, is_command: true, is_restored: false, is_foreign, counts: true };
         self.0.insert(token, orphan);
         self.watch(token, process?, epoll)
     }
@@ -164,7 +183,14 @@ impl Orphans {
     /// tells whether it lives.
     pub(super) fn await_return(&mut self, record: HoldRecord) {
         let token = record.held.token;
-        let orphan = Orphan { record, process: None, is_command: false, is_restored: true, counts: false };
+        let orphan = Orphan {
+            record,
+            process: None,
+            is_command: false,
+            is_restored: true,
+            is_foreign: false,
+            counts: false,
+        };
         self.0.insert(token, orphan);
     }
 

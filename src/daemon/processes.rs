@@ -1,17 +1,17 @@
 //! The processes of this machine: which one a record of the journal means, and how to notice its end.
 
-use crate::proto;
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::MetadataExt;
+use std::sync::OnceLock;
 use std::time::Duration;
 
 use nix::unistd::{SysconfVar, Uid, sysconf};
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
 
-use crate::journal::HoldRecord;
-use crate::proto::Token;
+use crate::journal::{self, HoldRecord};
+use crate::proto::{self, Token};
 use crate::table::Timestamp;
 
 /// Whether a holder's process lives.
@@ -31,10 +31,22 @@ impl Liveness {
     /// # Errors
     /// As pidfd_open(2) gives them.
     pub(super) fn of_process(pid: Option<proto::Pid>, recorded: Timestamp) -> io::Result<Liveness> {
+        Liveness::find(pid, |start| start <= recorded)
+    }
+
+    /// Finds a process that a client has named.
+    ///
+    /// # Errors
+    /// As pidfd_open(2) gives them.
+    pub(super) fn of_named(process: journal::Process) -> io::Result<Liveness> {
+        Liveness::find(Some(process.pid), |start| start == process.started)
+    }
+
+    fn find(pid: Option<proto::Pid>, is_it: impl FnOnce(Timestamp) -> bool) -> io::Result<Liveness> {
         let pid = pid.and_then(|pid| Pid::from_raw(i32::try_from(pid.get()).ok()?));
-        let Some(pid) = pid else { return Ok(Liveness::Unknown) };
+        let Some(pid) = pid.filter(|_| namespace().is_some()) else { return Ok(Liveness::Unknown) };
         match pidfd_open(pid, PidfdFlags::empty()) {
-            Ok(_) if start_time(pid).is_some_and(|start| start > recorded) => Ok(Liveness::Exited),
+            Ok(_) if start_time(pid).is_some_and(|start| !is_it(start)) => Ok(Liveness::Exited),
             // If the start time cannot be read, the process counts as the right one: a lock is held for too long rather
             // than granted twice.
             Ok(process) => Ok(Liveness::Alive(process)),
@@ -51,8 +63,9 @@ impl Liveness {
     pub(super) fn of_command(record: &HoldRecord) -> io::Result<Liveness> {
         match (record.child, record.held.terms.inherits) {
             (None, false) => Ok(Liveness::Exited),
+            (None, true) if namespace().is_none() => Ok(Liveness::Unknown),
             (None, true) => find_command_by_token(record),
-            (child, _) => Liveness::of_process(child, record.recorded),
+            (Some(child), _) => Liveness::of_named(child),
         }
     }
 }
@@ -62,6 +75,19 @@ pub(super) fn has_number(pid: u32, number: proto::Pid) -> bool {
     let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
     let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:")).unwrap_or_default();
     numbers.split_ascii_whitespace().any(|text| text.parse() == Ok(number.get()))
+}
+
+/// Returns this process's pid namespace, in which the numbers mean something that the kernel tells it. `None`: /proc is missing, or
+/// shows another namespace, so no number can be looked up there.
+pub(super) fn namespace() -> Option<u64> {
+    static NAMESPACE: OnceLock<Option<u64>> = OnceLock::new();
+    *NAMESPACE.get_or_init(|| {
+        let status = fs::read_to_string("/proc/self/status").ok()?;
+        // One number for each namespace, from that of /proc down to the process's own.
+        let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"))?;
+        let is_own = numbers.trim().parse() == Ok(std::process::id());
+        is_own.then(|| Some(fs::metadata("/proc/self/ns/pid").ok()?.ino()))?
+    })
 }
 
 /// Finds the command of a kmutex that was killed before it could name the command's process. The command has the lock's
@@ -95,7 +121,9 @@ fn find_command_by_token(record: &HoldRecord) -> io::Result<Liveness> {
         }
     }
     match found.into_iter().min_by_key(|&(start, pid)| (start, pid.as_raw_nonzero())) {
-        Some((start, pid)) => Liveness::of_process(proto::Pid::new(pid.as_raw_nonzero().get() as u32), start),
+        Some((start, pid)) => {
+            Liveness::find(proto::Pid::new(pid.as_raw_nonzero().get() as u32), |other| other == start)
+        }
         None if all_seen => Ok(Liveness::Exited),
         None => Ok(Liveness::Unknown),
     }
@@ -117,13 +145,19 @@ fn has_token(environment: &[u8], token: Token) -> bool {
 const CLOCK_STEP: Duration = Duration::from_millis(10);
 
 /// Returns when a process was started, by the clock that counts from boot (proc(5), /proc/PID/stat, starttime).
-fn start_time(pid: Pid) -> Option<Timestamp> {
+pub(super) fn start_time(pid: Pid) -> Option<Timestamp> {
+    const START_TIME: usize = 22;
+    let ticks = stat_field(pid, START_TIME)?;
+    let hertz = sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|hertz| u64::try_from(hertz).ok())?;
+    Some(Timestamp(ticks.saturating_mul(1000).checked_div(hertz)?))
+}
+
+/// Returns a field of proc(5), /proc/PID/stat, by its number there.
+pub(super) fn stat_field(pid: Pid, field: usize) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{}/stat", pid.as_raw_nonzero())).ok()?;
     // The second field is a name in parentheses, which may contain any character.
     let (_, after_name) = stat.rsplit_once(')')?;
-    let ticks: u64 = after_name.split_ascii_whitespace().nth(19)?.parse().ok()?;
-    let hertz = sysconf(SysconfVar::CLK_TCK).ok().flatten().and_then(|hertz| u64::try_from(hertz).ok())?;
-    Some(Timestamp(ticks.saturating_mul(1000).checked_div(hertz)?))
+    after_name.split_ascii_whitespace().nth(field - 3)?.parse().ok()
 }
 
 #[cfg(test)]

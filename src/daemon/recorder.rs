@@ -6,12 +6,12 @@ use std::path::{Path, PathBuf};
 
 use log::{error, info, warn};
 
-use super::failpoint;
 use super::socket_lock::SocketLock;
 use super::{Config, Error};
+use super::{failpoint, processes};
 use crate::addr::Reason;
 use crate::clock;
-use crate::journal::{self, BootId, HoldRecord, Journal, RunRecord, Snapshot};
+use crate::journal::{self, BootId, Era, HoldRecord, Journal, RunRecord, Snapshot};
 use crate::proto::Token;
 use crate::table::{ClientId, Timestamp};
 
@@ -78,7 +78,15 @@ impl Recorder {
             let (now, unix_now) = (clock::now(), clock::unix_ms());
             loaded.content.runs.retain_mut(|run| carry_over(run, now, unix_now));
         }
-        let journal = Journal::create(path, boot, loaded.lease, &loaded.content).map_err(error)?;
+        let namespace = processes::namespace().unwrap_or(0);
+        if loaded.namespace != namespace || namespace == 0 {
+            // The numbers are of another pid namespace, where this daemon sees no process: each holder must resume.
+            for hold in &mut loaded.content.holds {
+                (hold.pid, hold.child) = (None, None);
+            }
+        }
+        let era = Era { boot, namespace };
+        let journal = Journal::create(path, era, loaded.lease, &loaded.content).map_err(error)?;
         Ok(Recorder {
             journal: Some(journal),
             socket_lock,

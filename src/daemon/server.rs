@@ -33,6 +33,7 @@ use super::listener::Listener;
 use super::listing::Listing;
 use super::log::Limiter;
 use super::lookup::Lookup;
+use super::named::Named;
 use super::orphans::{Orphans, Successor};
 use super::outputs::Outputs;
 use super::predecessor::Predecessor;
@@ -243,8 +244,9 @@ impl Server {
     /// Returns `false` if the hold has ended.
     fn restore(&mut self, record: HoldRecord) -> io::Result<bool> {
         let may_watch = self.acceptor.admission.may_watch_restored();
-        // A client on another machine runs its command until its lease is over.
-        let grace = if record.pid.is_none() { self.grace.max(self.peer_timeout) } else { self.grace };
+        // A client on another machine, which has no uid here, runs its command until its lease is over.
+        let is_remote = record.pid.is_none() && record.held.uid.is_none();
+        let grace = if is_remote { self.grace.max(self.peer_timeout) } else { self.grace };
         match Orphans::examine(record, self.now.plus(grace), may_watch) {
             Some(survivor) if self.table.restore(survivor.granted(), survivor.held) => {
                 if survivor.is_watched() {
@@ -529,16 +531,12 @@ impl Server {
         if connection.closing || connection.is_paused() {
             return;
         }
-        let (read, descriptor) = match connection.passes_descriptors() {
-            false => (connection.read(buffer), None),
-            true => connection.read_with_descriptor(buffer),
-        };
-        match read {
-            Ok(0) if connection.forwarded => self.disconnected(client, "end of stream"),
-            Ok(0) => self.end_of_stream(client, "end of stream"),
+        match connection.read(buffer) {
+            Ok((0, _)) if connection.forwarded => self.disconnected(client, "end of stream"),
+            Ok((0, _)) => self.end_of_stream(client, "end of stream"),
             #[cfg(feature = "tls")]
-            Ok(bytes) if connection.is_tls() => self.received_tls(client, &buffer[..bytes]),
-            Ok(bytes) => {
+            Ok((bytes, _)) if connection.is_tls() => self.received_tls(client, &buffer[..bytes]),
+            Ok((bytes, descriptor)) => {
                 self.connections.received = descriptor;
                 self.received(client, &buffer[..bytes]);
                 // No request was for it.
@@ -633,12 +631,19 @@ impl Server {
     /// although no process has this connection any more (the command has closed it, or the lock was resumed since), the
     /// command keeps the lock.
     fn hand_over_to_child(&mut self, client: ClientId) {
-        let Some(child) = self.connections[client].child() else { return };
         let Some(record) = self.lookup().record_of_client(client) else { return };
-        let process = match Liveness::of_process(Some(child), self.now) {
-            Ok(Liveness::Alive(process)) => Ok(process),
-            Ok(Liveness::Exited | Liveness::Unknown) => return,
-            Err(e) => Err(e),
+        let process = match self.connections[client].set_child(None) {
+            None => return,
+            Some(Named::Foreign(process)) => {
+                // It counts from now on as the process of a holder that is not connected.
+                self.acceptor.admission.release(record.held.uid);
+                Ok(process)
+            }
+            Some(Named::Known(child)) => match Liveness::of_named(child) {
+                Ok(Liveness::Alive(process)) => Ok(process),
+                Ok(Liveness::Exited | Liveness::Unknown) => return,
+                Err(e) => Err(e),
+            },
         };
         let (token, uid) = (record.held.token, record.held.uid);
         self.table.detach(client);
@@ -673,7 +678,7 @@ impl Server {
     }
 
     fn peer_uid(&self, client: ClientId) -> Option<u32> {
-        self.connections[client].peer().map(|peer| peer.uid)
+        self.connections[client].uid()
     }
 
     /// The holder that was not connected has come back, or its hold has ended.
@@ -800,6 +805,7 @@ impl Server {
                 // The client is told of the grant next, behind its present output.
                 let output_before = self.connections[client].output().len();
                 self.recorder.granted(Grant { client, output_before });
+                self.connections[client].recorded = self.now;
                 self.record_hold(client);
             }
             JournalEntry::Resumed(client) => {
@@ -809,6 +815,7 @@ impl Server {
                     let token = held.token;
                     self.forget_orphan(token);
                 }
+                self.connections[client].recorded = self.now;
                 self.record_hold(client);
             }
             JournalEntry::Ended(token) => {
@@ -837,6 +844,18 @@ impl Server {
     fn record_hold(&mut self, client: ClientId) {
         if let Some(record) = self.lookup().record_of_client(client) {
             self.recorder.hold(&record);
+        }
+    }
+
+    /// Notes the process that keeps a client's lock when the client is gone. A process outside of the namespace takes a
+    /// descriptor, which counts as a connection of the client's user does.
+    fn set_child(&mut self, client: ClientId, child: Option<Named>) {
+        let uid = self.peer_uid(client);
+        if let Some(Named::Foreign(_)) = child {
+            self.acceptor.admission.keep(uid);
+        }
+        if let Some(Named::Foreign(_)) = self.connections[client].set_child(child) {
+            self.acceptor.forgotten(uid, &self.epoll);
         }
     }
 
@@ -1005,6 +1024,9 @@ impl Server {
             self.gate.closed(id, identity);
         }
         self.closing -= 1;
+        if let Some(Named::Foreign(_)) = connection.child() {
+            self.acceptor.forgotten(connection.uid(), &self.epoll);
+        }
         if self.connections.is_empty() {
             self.idle_since = Some(self.now);
         }

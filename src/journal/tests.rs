@@ -23,11 +23,11 @@ fn any_record() -> impl Strategy<Value = HoldRecord> {
         proptest::option::of(any::<u32>()),
         proptest::option::of(any::<u64>().prop_map(Timestamp)),
     );
-    (any::<[u8; 16]>(), any::<u64>(), terms, ends, any::<[u32; 2]>(), any::<[u64; 2]>()).prop_map(
-        |(lock, token, terms, (nonce, uid, until), [pid, child], [granted, recorded])| HoldRecord {
+    (any::<[u8; 16]>(), any::<u64>(), terms, ends, any::<[u32; 2]>(), any::<[u64; 3]>()).prop_map(
+        |(lock, token, terms, (nonce, uid, until), [pid, child], [granted, recorded, started])| HoldRecord {
             held: HoldState { lock: LockId(lock), token: Token(token), terms, nonce, uid, until },
             pid: Pid::new(pid),
-            child: Pid::new(child),
+            child: Pid::new(child).map(|pid| Process { pid, started: Timestamp(started) }),
             granted: Timestamp(granted),
             recorded: Timestamp(recorded),
         },
@@ -45,7 +45,7 @@ fn record(token: u64) -> HoldRecord {
             until: Some(Timestamp(5)),
         },
         pid: Pid::new(77),
-        child: Pid::new(78),
+        child: None,
         granted: Timestamp(3),
         recorded: Timestamp(4),
     }
@@ -96,7 +96,7 @@ fn a_weight_is_read_as_it_was_written() {
 
 /// A journal's file of three grants, the second of which has ended.
 fn sample() -> Vec<u8> {
-    let mut bytes = header(&BOOT, &[0; 16]).to_vec();
+    let mut bytes = header(&BOOT.into(), &[0; 16]).to_vec();
     for token in 1..=3 {
         encode(Entry::Grant(&record(token)), &mut bytes);
     }
@@ -128,7 +128,7 @@ proptest! {
     #[test]
     fn no_bytes_can_panic_it(bytes in proptest::collection::vec(any::<u8>(), 0..1000)) {
         parse(&bytes, &BOOT);
-        let behind_a_header = [header(&BOOT, &[0; 16]).as_slice(), &bytes].concat();
+        let behind_a_header = [header(&BOOT.into(), &[0; 16]).as_slice(), &bytes].concat();
         prop_assert!(parse(&behind_a_header, &BOOT).content.holds.is_empty());
     }
 }
@@ -329,4 +329,26 @@ fn a_copy_of_a_journal_has_neither_the_lease_nor_what_was_held_under_it() {
     drop(Journal::create(&path, BOOT, ClusterLease::Local, &holds(std::slice::from_ref(&held))).unwrap());
     fs::copy(&path, &copy).unwrap();
     assert_eq!(load(&copy, &BOOT).content.holds, [held]);
+}
+
+#[test]
+fn a_command_is_recorded_with_its_hold_and_the_pid_namespace_with_both() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("journal");
+    let child = Process { pid: Pid::new(78).unwrap(), started: Timestamp(12_345) };
+    let named = HoldRecord { child: Some(child), ..record(2) };
+    let era = Era { boot: BOOT, namespace: 4_026_531_836 };
+    let mut journal = Journal::create(&path, era, ClusterLease::Local, &holds(&[record(1)])).unwrap();
+    journal.grant(&named);
+    journal.write().unwrap();
+    let loaded = load(&path, &BOOT);
+    assert_eq!(loaded.content.holds, [record(1), named.clone()]);
+    assert_eq!(loaded.namespace, era.namespace);
+    journal.compact(&loaded.content).unwrap();
+    assert_eq!(load(&path, &BOOT), loaded);
+    // Recorded again without a command, it has none.
+    journal.grant(&record(2));
+    journal.end(Token(1));
+    journal.write().unwrap();
+    assert_eq!(load(&path, &BOOT).content.holds, [record(2)]);
 }

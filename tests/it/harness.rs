@@ -7,7 +7,7 @@ use std::fs::{self, File};
 use std::io::{IoSlice, Read, Seek, Write};
 use std::mem::MaybeUninit;
 use std::net::{Shutdown, TcpStream};
-use std::os::fd::BorrowedFd;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -417,6 +417,35 @@ impl Stream for TcpStream {
 
 /// The preamble of protocol 2.
 pub const PREAMBLE: &[u8; 16] = b"\0kmutex proto 2\n";
+
+impl Wire<UnixStream> {
+    /// Sends a request of protocol 2, with a descriptor of the process that it names. `preamble`: it is the first request.
+    pub fn request_with(&mut self, preamble: &[u8], request: &str, process: Pid) -> &mut Self {
+        self.request_with_file(preamble, request, open_process(process).as_fd())
+    }
+
+    /// The same with any descriptor.
+    pub fn request_with_file(&mut self, preamble: &[u8], request: &str, file: BorrowedFd<'_>) -> &mut Self {
+        send_with(&self.stream, &[preamble, request.as_bytes(), b"\n"].concat(), file);
+        self
+    }
+}
+
+/// Sends bytes, and a descriptor with them.
+pub fn send_with(stream: &UnixStream, bytes: &[u8], file: BorrowedFd<'_>) {
+    let descriptors = [file];
+    let mut space = [std::mem::MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    control.push(SendAncillaryMessage::ScmRights(&descriptors));
+    let sent = sendmsg(stream, &[IoSlice::new(bytes)], &mut control, SendFlags::empty()).unwrap();
+    assert_eq!(sent, bytes.len());
+}
+
+/// Opens a process, to name it.
+pub fn open_process(process: Pid) -> OwnedFd {
+    let process = rustix::process::Pid::from_raw(process.as_raw()).unwrap();
+    rustix::process::pidfd_open(process, rustix::process::PidfdFlags::empty()).unwrap()
+}
 
 impl<S: Stream> Wire<S> {
     pub fn new(stream: S) -> Wire<S> {

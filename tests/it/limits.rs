@@ -85,7 +85,7 @@ fn what_one_client_sends_does_not_make_the_daemon_grow() {
         client.answer_of("granted");
         client.request(&format!(r#"{{"type":"ping","x":"{long}"}}"#)).answer_of("pong");
         client.request(&format!(r#"{{"type":"{long}"}}"#)).answer_of("error");
-        client.request(r#"{"type":"child","pid":4294967295}"#);
+        client.request(r#"{"type":"child","pid":4294967295}"#).answer_of("error");
         client.request(r#"{"type":"release"}"#).answer_of("released");
     };
     for number in 0..100 {

@@ -41,6 +41,7 @@ mod like_flock;
 mod limits;
 #[cfg(feature = "etcd")]
 mod machines;
+mod namespaces;
 mod nested;
 #[cfg(feature = "etcd")]
 #[path = "../chaos_cluster/net.rs"]

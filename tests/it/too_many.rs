@@ -1,13 +1,16 @@
 //! More clients than the daemon, or one user, may have; and what clients leave behind.
 
 use std::io::{Read, Write};
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::process::{Command, Stdio};
 
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::{Daemon, KMUTEX, PREAMBLE, Process, TIMEOUT, Wire, finish, tool, wait_until};
+use crate::harness::{
+    Daemon, KMUTEX, PREAMBLE, Process, TIMEOUT, Wire, finish, open_process, send_with, tool, wait_until,
+};
 use crate::other_user::OtherUser;
 
 const PING: &str = r#"{"type":"ping"}"#;
@@ -26,7 +29,9 @@ fn sleeper() -> Process {
 fn leave_lock(daemon: &Daemon, key: &str, process: &Process) {
     let mut wire = daemon.wire();
     let pid = process.pid();
-    wire.open(&format!(r#"{{"type":"lock","key":"{key}","exec":true,"child":{pid}}}"#)).answer_of("granted");
+    let request = format!(r#"{{"type":"lock","key":"{key}","exec":true,"child":{pid}}}"#);
+    wire.request_with(PREAMBLE, &request, pid).answer_of("hello");
+    wire.answer_of("granted");
     drop(wire);
     wait_until("the process to hold the lock", || {
         daemon.status().iter().any(|lock| lock["key"] == key && lock["holders"][0]["pid"] == pid.as_raw())
@@ -204,7 +209,8 @@ fn a_stream_that_ends_with_a_reset_leaves_the_lock_to_the_command_too() {
             "{{\"type\":\"lock\",\"key\":\"k\",\"inherits\":true}}\n{{\"type\":\"child\",\"pid\":{}}}\n{PING}\n",
             process.pid()
         );
-        stream.write_all(&[PREAMBLE, requests.as_bytes()].concat()).unwrap();
+        let descriptor = open_process(process.pid());
+        send_with(&stream, &[PREAMBLE, requests.as_bytes()].concat(), descriptor.as_fd());
         let mut answers = String::new();
         while !answers.contains("pong") {
             let mut buffer = [0; 4096];

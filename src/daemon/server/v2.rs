@@ -4,7 +4,7 @@ use std::collections::btree_map::Entry;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
-use ::log::warn;
+use ::log::{debug, warn};
 use nix::unistd::Uid;
 
 use super::Server;
@@ -16,6 +16,7 @@ use crate::daemon::failpoint;
 use crate::daemon::listing::{Listing, Step};
 use crate::daemon::log;
 use crate::daemon::lookup::Viewer;
+use crate::daemon::named::{self, Named};
 use crate::daemon::remote::{FORGET_REFUSED, RemoteRequest};
 use crate::daemon::reserve::{Claimant, Decision};
 use crate::proto::v1::State;
@@ -23,7 +24,7 @@ use crate::proto::v2::{
     Answer, ErrorCode, FRAME_BYTES_MAX, LockRequest, LockStatus, Request, Share, decode_request, encode,
     error, proof,
 };
-use crate::proto::{self, Key, Outcome, Pid};
+use crate::proto::{self, Key, Outcome};
 use crate::table::{ClientId, Loss, Notification, NotificationKind, RequestView, Timestamp};
 use crate::timestamp::millis;
 
@@ -81,6 +82,7 @@ impl Server {
                 }
             }
             Ok(_) => {
+                self.connections.received = None;
                 let message = "a command has inherited this connection: its requests need a proof";
                 self.refuse(client, ErrorCode::NotPermitted, message);
             }
@@ -97,9 +99,9 @@ impl Server {
 
     /// Returns `true` if a request on a connection that a command has inherited comes from the client itself.
     fn may_request(&self, client: ClientId, line: &[u8]) -> bool {
-        match &self.connections[client].guard {
+        match self.connections[client].guard() {
             None => true,
-            Some(nonce) => proof(line) == Some(**nonce),
+            Some(nonce) => proof(line) == Some(nonce),
         }
     }
 
@@ -110,7 +112,7 @@ impl Server {
     }
 
     fn viewer(&self, client: ClientId) -> Viewer {
-        Viewer::new(self.connections[client].peer().map(|peer| peer.uid), self.shows_commands)
+        Viewer::new(self.connections[client].uid(), self.shows_commands)
     }
 
     pub(super) fn refuse(&mut self, client: ClientId, code: ErrorCode, message: impl Into<String>) {
@@ -130,6 +132,8 @@ impl Server {
             Decision::Refused(why) => self.refuse(client, ErrorCode::NotPermitted, why),
             Decision::Pending => {
                 self.users.wait(self.connections.id(client));
+                let descriptor = self.connections.received.take();
+                self.connections[client].keep_received(descriptor);
                 self.connections[client].awaits_user = true;
                 self.connections.mark_dirty(client);
                 return false;
@@ -152,8 +156,8 @@ impl Server {
             Request::Break { key } | Request::Forget { key } => key,
             _ => return Decision::Permitted,
         };
-        let claimant = match (connection.peer(), connection.name()) {
-            (Some(peer), _) => Claimant::User { uid: peer.uid, connection: connection.as_fd() },
+        let claimant = match (connection.uid(), connection.name()) {
+            (Some(uid), _) => Claimant::User { uid, connection: connection.as_fd() },
             (None, Some(name)) => Claimant::Name(name),
             (None, None) => Claimant::Unknown,
         };
@@ -189,7 +193,9 @@ impl Server {
             self.connections[client].awaits_user = false;
             self.connections.mark_dirty(client);
             let (input, _) = self.connections.take_input(client);
+            self.connections.received = self.connections[client].take_received();
             self.handle_requests(client, &input, Timestamp::NEVER);
+            self.connections.received = None;
         }
     }
 
@@ -202,14 +208,22 @@ impl Server {
                 self.refuse(client, ErrorCode::WrongState, message);
             }
             (Request::Take, _) => self.apply(|table, now, effects| table.take(now, client, effects)),
-            (Request::Child { pid }, State::Owner) => {
+            // Its process is on another machine.
+            (Request::Child { .. }, _) if self.connections[client].is_remote() => {}
+            (Request::Child { .. }, State::Owner) => {
                 failpoint::hit("child");
-                self.connections[client].set_child(Some(pid));
-                self.record_hold(client);
+                match self.named(client) {
+                    Ok(child) => {
+                        debug!("command: {} has named it", self.connections.describe(client));
+                        self.set_child(client, Some(child));
+                        self.record_hold(client);
+                    }
+                    Err((code, why)) => self.refuse(client, code, format!("child: {why}")),
+                }
             }
             // The client has lost the lock meanwhile, and was told.
             (Request::Child { .. }, _) => {}
-            (Request::Unlock { key, pid, outcome }, _) => self.unlock(client, &key, pid, outcome),
+            (Request::Unlock { key, outcome, .. }, _) => self.unlock(client, &key, outcome),
             (Request::Break { key }, _) => self.break_lock(client, &key),
             (Request::Forget { key }, _) => self.forget(client, &key),
             (Request::Overdue { held_ms }, State::Owner) => self.log_overdue(client, held_ms),
@@ -268,27 +282,19 @@ impl Server {
         if let Access::NoLock(limit) = connection.access {
             return self.too_many(client, limit);
         }
-        connection.set_child(asked.child);
         connection.inherits = asked.inherits;
         connection.share = asked.share;
-        connection.guard = asked.nonce.filter(|_| asked.inherits || asked.exec).map(Box::new);
+        connection.set_guard(asked.nonce.filter(|_| asked.inherits || asked.exec));
         if let Some(name) = connection.name() {
             asked.nonce = asked.nonce.map(|nonce| nonce.of(name));
         }
-        let uid = connection.peer().map(|peer| peer.uid);
+        let uid = connection.uid();
         if self.cluster.is_some() && (asked.shared || asked.slots > 1) {
             let message = "lock: shared locks and slots work on one host only, and this daemon uses etcd";
             return self.refuse(client, ErrorCode::PerHost, message);
         }
-        if let Some(child) = asked.child
-            && asked.holds.is_none()
-            && self.lookup().hold_of_process(asked.key.id(), child).is_some()
-        {
-            return self.refuse(
-                client,
-                ErrorCode::HeldAbove,
-                format!("lock: process {child} holds this lock"),
-            );
+        if !self.take_child(client, &asked) {
+            return;
         }
         let is_admin = uid.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw());
         if asked.replace_after_ms.is_some() && !is_admin && !self.table.may_replace(asked.key.id(), uid) {
@@ -313,13 +319,54 @@ impl Server {
         }
     }
 
+    /// Takes the process that the client names, if it names one. Returns `false` if the request is refused.
+    fn take_child(&mut self, client: ClientId, asked: &LockRequest) -> bool {
+        let child = match asked.child.filter(|_| !self.connections[client].is_remote()) {
+            // The process of a client on another machine is not here.
+            None => None,
+            Some(_) => match self.named(client) {
+                Ok(child) => Some(child),
+                // The client holds the lock whether its command can be named or not.
+                Err(_) if asked.holds.is_some() => None,
+                Err((code, why)) => {
+                    self.refuse(client, code, format!("lock: {why}"));
+                    return false;
+                }
+            },
+        };
+        if let Some(child) = &child
+            && asked.holds.is_none()
+            && self.lookup().hold_of_process(asked.key.id(), child).is_some()
+        {
+            self.refuse(client, ErrorCode::HeldAbove, "lock: the process holds this lock");
+            return false;
+        }
+        self.set_child(client, child);
+        true
+    }
+
+    /// Returns the process whose descriptor came with a request.
+    fn named(&mut self, client: ClientId) -> Result<Named, (ErrorCode, &'static str)> {
+        let received = self.connections.received.take();
+        let Some((descriptor, peer)) = received.zip(self.connections[client].peer()) else {
+            return Err((
+                ErrorCode::BadRequest,
+                "no descriptor of the process came with this (pidfd_open(2))",
+            ));
+        };
+        named::check(descriptor, peer).map_err(|why| (ErrorCode::NotPermitted, why))
+    }
+
     /// Ends a hold that a process keeps without a connection.
-    fn unlock(&mut self, client: ClientId, key: &Key, pid: Pid, outcome: Outcome) {
-        let by = self.connections[client].peer().map(|peer| peer.uid);
-        let held = self.lookup().hold_of_process(key.id(), pid);
+    fn unlock(&mut self, client: ClientId, key: &Key, outcome: Outcome) {
+        let by = self.connections[client].uid();
+        let process = match self.named(client) {
+            Ok(process) => process,
+            Err((code, why)) => return self.refuse(client, code, format!("unlock: {why}")),
+        };
+        let held = self.lookup().hold_of_process(key.id(), &process);
         let Some(held) = held.filter(|held| by == Some(0) || (by.is_some() && by == held.uid)) else {
-            let message = format!("unlock: process {pid} does not hold this lock");
-            return self.refuse(client, ErrorCode::NotHeld, message);
+            return self.refuse(client, ErrorCode::NotHeld, "unlock: the process does not hold this lock");
         };
         self.apply(|table, now, effects| table.release_orphan(now, held.token, outcome, effects));
         self.connections.answer(client, &Answer::Released);
@@ -327,7 +374,7 @@ impl Server {
 
     /// Root, the daemon's own user and the user who ran it may forget a run.
     fn forget(&mut self, client: ClientId, key: &Key) {
-        let by = self.connections[client].peer().map(|peer| peer.uid);
+        let by = self.connections[client].uid();
         let is_admin = by.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw());
         let runs = self.table.last_runs(self.now, key.id());
         if !is_admin && !runs.into_iter().flatten().all(|run| by.is_some() && run.uid == by) {
@@ -352,7 +399,7 @@ impl Server {
 
     /// Root, the daemon's own user and the holder's user may break a lock; one of another host, only the first two.
     fn break_lock(&mut self, client: ClientId, key: &Key) {
-        let by = self.connections[client].peer().map(|peer| peer.uid);
+        let by = self.connections[client].uid();
         let is_admin = by.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw())
             || self.identity(client).is_some_and(|identity| self.gate.is_admin(identity));
         if is_admin && self.table.held_here(key.id()).is_none() && self.cluster.is_some() {
