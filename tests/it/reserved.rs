@@ -12,7 +12,7 @@ use crate::world::{BOB, EVE, World};
 /// A machine that knows the users Bob and Eve by name, and a group `ops` that Bob is in.
 fn world() -> World {
     World::with(&format!(
-        "cp /etc/passwd /etc/group /run; echo bob:x:{BOB}:{BOB}::/:/bin/sh >> /run/passwd
+        "grep -v -e ^bob: -e ^eve: /etc/passwd > /run/passwd; cp /etc/group /run; echo bob:x:{BOB}:{BOB}::/:/bin/sh >> /run/passwd
          echo eve:x:{EVE}:{EVE}::/:/bin/sh >> /run/passwd; echo ops:x:4242:bob >> /run/group
          mount --bind /run/passwd /etc/passwd; mount --bind /run/group /etc/group"
     ))
