@@ -760,7 +760,7 @@ fn positive_duration(text: &str) -> Result<Duration, String> {
 
 /// Parses a size: a number of bytes, with or without a unit (K, M or G: powers of 1024).
 fn size(text: &str) -> Result<u64, String> {
-    let units = [("K", 10), ("M", 20), ("G", 30)];
+    let units = [("K", 10), ("k", 10), ("M", 20), ("m", 20), ("G", 30), ("g", 30)];
     let unit = units.into_iter().find_map(|(unit, shift)| Some((text.strip_suffix(unit)?, shift)));
     let (number, shift) = unit.unwrap_or((text, 0));
     let number: u64 = number.parse().map_err(|_| "not a number of bytes, nor one with K, M or G")?;

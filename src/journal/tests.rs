@@ -1,8 +1,12 @@
+use std::num::NonZeroU32;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::time::Duration;
 
 use proptest::prelude::*;
 
 use super::*;
+use crate::proto::{LockId, Nonce, Outcome, Protocol};
+use crate::table::Terms;
 
 const BOOT: BootId = *b"this very boot!!";
 
