@@ -70,6 +70,11 @@ impl Connections {
         ConnectionId { client, generation: self[client].generation }
     }
 
+    /// Returns `true` if there is such a client.
+    pub(super) fn contains(&self, client: ClientId) -> bool {
+        self.slab.contains(client.0 as usize)
+    }
+
     /// Returns the client if this connection is still open.
     pub(super) fn find(&self, id: ConnectionId) -> Option<ClientId> {
         let connection = self.slab.get(id.client.0 as usize)?;

@@ -50,7 +50,8 @@ use crate::journal::{ClusterLease, HoldRecord, Snapshot};
 use crate::proto::Token;
 use crate::proto::v2::{ErrorCode, error};
 use crate::table::{
-    self, ArrivalMark, ClientId, ClusterNotice, Effects, JournalEntry, NotificationKind, Table, Timestamp,
+    self, ArrivalMark, ClientId, ClusterNotice, Effects, JournalEntry, Notification, NotificationKind, Table,
+    Timestamp,
 };
 
 /// How long a turn may take events and requests before it goes on to record and to send.
@@ -59,8 +60,9 @@ const WARN_EVERY: Duration = Duration::from_secs(60);
 const TURN_MAX: Duration = Duration::from_millis(5);
 /// How long it may take until it stops sending.
 const FLUSH_MAX: Duration = Duration::from_millis(10);
-/// Reading the clock takes a while, compared with sending a few bytes.
+/// Reading the clock takes a while, compared with sending a few bytes, or with telling a client something.
 const SENDS_BETWEEN_CLOCKS: usize = 16;
+const NOTIFICATIONS_BETWEEN_CLOCKS: usize = 64;
 /// How many requests of one connection are handled before the other connections have their turn.
 const REQUESTS_AT_ONCE_MAX: usize = 64;
 /// The same, in bytes of answers: a connection that has so much to read is not answered any more requests until then.
@@ -293,8 +295,13 @@ impl Server {
             }
             self.now = clock::now();
             timer.start();
-            self.poll_cluster();
-            while let Some(event) = batch.next() {
+            self.notify_clients();
+            if !self.is_behind() {
+                self.poll_cluster();
+            }
+            while !self.is_behind()
+                && let Some(event) = batch.next()
+            {
                 if let Some(reason) = self.handle(event, &mut buffer)? {
                     return Ok(reason);
                 }
@@ -302,11 +309,15 @@ impl Server {
                     break;
                 }
             }
-            self.handle_postponed();
-            if batch.is_round_complete(self.connections.len()) {
+            if !self.is_behind() {
+                self.handle_postponed();
+            }
+            if !self.is_behind() && batch.is_round_complete(self.connections.len()) {
                 self.settle();
             }
-            self.expire();
+            if !self.is_behind() {
+                self.expire();
+            }
             if self.files.look_at().is_some_and(|at| at <= self.now) {
                 self.look_at_files();
             }
@@ -397,7 +408,7 @@ impl Server {
 
     /// Returns how long the loop may sleep.
     fn timeout(&self) -> EpollTimeout {
-        if self.mark.is_some() || self.has_work {
+        if self.mark.is_some() || self.has_work || self.is_behind() {
             return EpollTimeout::ZERO;
         }
         let deadlines = [
@@ -472,7 +483,7 @@ impl Server {
             if accepted.from.is_none_or(|from| self.admit(client, from)) {
                 self.register(client, buffer);
             }
-            if self.is_over(TURN_MAX) {
+            if self.is_behind() || self.is_over(TURN_MAX) {
                 break;
             }
         }
@@ -566,6 +577,9 @@ impl Server {
     /// Continues with requests that were postponed: each connection once, and at least one of them in each turn.
     fn handle_postponed(&mut self) {
         for _ in 0..self.connections.postponed() {
+            if self.is_behind() {
+                return;
+            }
             let Some(client) = self.connections.pop_postponed() else { return };
             let (input, _) = self.connections.take_input(client);
             self.handle_requests(client, &input, Timestamp::NEVER);
@@ -614,7 +628,8 @@ impl Server {
 
     /// Returns `true` if the other connections have their turn before this one goes on.
     fn must_postpone(&mut self, client: ClientId, handled: usize) -> bool {
-        handled >= REQUESTS_AT_ONCE_MAX
+        self.is_behind()
+            || handled >= REQUESTS_AT_ONCE_MAX
             || self.connections[client].output().len() >= ANSWERS_AT_ONCE_BYTES
             || (handled >= REQUESTS_AT_ONCE_MIN && self.is_over(TURN_MAX))
     }
@@ -763,30 +778,57 @@ impl Server {
         }
         // Taken and put back, so that neither is allocated anew each time.
         let mut record = std::mem::take(&mut self.effects.record);
-        let mut notifications = std::mem::take(&mut self.effects.notifications);
         for change in record.drain(..) {
             self.record(change);
         }
-        for notification in notifications.drain(..) {
-            if log::is_verbose() {
-                log::notification(self.lookup(), notification);
+        self.effects.record = record;
+        self.notify_clients();
+        self.warn_of_dropped_runs();
+    }
+
+    /// Tells clients what the table has decided. If that takes too long, the rest is left to the next turns, which handle no event of
+    /// a client before ([`Server::is_behind`]).
+    fn notify_clients(&mut self) {
+        let mut notifications = std::mem::take(&mut self.effects.notifications);
+        let mut told = 0;
+        while let Some(&notification) = notifications.get(told) {
+            if told > 0 && told % NOTIFICATIONS_BETWEEN_CLOCKS == 0 && self.is_over(TURN_MAX) {
+                break;
             }
-            match self.connections[notification.client].protocol {
-                Protocol::V1 => self.notify_v1(notification),
-                Protocol::V2 { .. } => self.notify_v2(notification),
-            }
-            match notification.kind {
-                NotificationKind::Expired => {
-                    self.close_after_flush(notification.client, "hold limit exceeded")
-                }
-                NotificationKind::Superseded => {
-                    self.close_after_flush(notification.client, "resumed on another connection")
-                }
-                _ => {}
+            told += 1;
+            // A client may have gone meanwhile, or its grant may have been taken back.
+            if self.connections.contains(notification.client)
+                && !self.connections[notification.client].closing
+            {
+                self.notify(notification);
             }
         }
-        (self.effects.record, self.effects.notifications) = (record, notifications);
-        self.warn_of_dropped_runs();
+        notifications.drain(..told);
+        // To tell one client may have had effects on others.
+        notifications.append(&mut self.effects.notifications);
+        self.effects.notifications = notifications;
+    }
+
+    fn notify(&mut self, notification: Notification) {
+        if log::is_verbose() {
+            log::notification(self.lookup(), notification);
+        }
+        match self.connections[notification.client].protocol {
+            Protocol::V1 => self.notify_v1(notification),
+            Protocol::V2 { .. } => self.notify_v2(notification),
+        }
+        match notification.kind {
+            NotificationKind::Expired => self.close_after_flush(notification.client, "hold limit exceeded"),
+            NotificationKind::Superseded => {
+                self.close_after_flush(notification.client, "resumed on another connection")
+            }
+            _ => {}
+        }
+    }
+
+    /// Returns `true` if clients wait to be told what was decided earlier. No client is answered anything else before.
+    fn is_behind(&self) -> bool {
+        !self.effects.notifications.is_empty()
     }
 
     /// Warns that the table forgot runs that still counted: once in a while, since that goes on.

@@ -127,7 +127,7 @@ fn a_newcomer_that_gave_up_is_passed_over() {
 fn interruptions_change_nothing() {
     let daemon = Daemon::start();
     let bystanders = Bystanders::of(&daemon);
-    let calls = "epoll_wait,epoll_pwait,recvfrom,sendto,accept4,pwrite64,pidfd_open";
+    let calls = "epoll_wait,epoll_pwait,recvfrom,recvmsg,sendto,accept4,pwrite64,pidfd_open";
     let injector = Injector::attach(&daemon, &format!("{calls}:error=EINTR:when=1+2"));
     let holder = daemon.hold("k");
     let mut waiter = Process::spawn(&mut daemon.run(&["k", "false"]));
@@ -224,12 +224,9 @@ fn a_client_that_cannot_be_sent_to_is_gone() {
 #[test]
 #[ignore = "needs strace"]
 fn a_client_that_cannot_be_heard_is_gone() {
-    for fault in [
-        "recvfrom:error=ECONNRESET",
-        "recvfrom:error=EIO",
-        "epoll_ctl:error=ENOMEM",
-        "epoll_ctl:error=ENOSPC",
-    ] {
+    for fault in
+        ["recvmsg:error=ECONNRESET", "recvmsg:error=EIO", "epoll_ctl:error=ENOMEM", "epoll_ctl:error=ENOSPC"]
+    {
         let daemon = Daemon::start();
         let bystanders = Bystanders::of(&daemon);
         let injector = Injector::attach(&daemon, &format!("{fault}:when=1"));

@@ -38,8 +38,11 @@ fn a_key_may_come_in_pieces_cut_anywhere() {
         for cut in 1..16 {
             let mut client = dial();
             client.send(&KEY[..cut]);
-            // Another client's answer shows that the daemon has read the first piece by now.
-            dial().send(OTHER).expect("O");
+            // Another client's answer shows that the daemon has read the first piece by now. (Without the release, the next such
+            // client could be read before the end of this one.)
+            let mut other = dial();
+            other.send(OTHER).expect("O").send("R").end();
+            other.expect_closed();
             client.send(&KEY[cut..]).expect("O").send("R").end();
             client.expect_closed();
         }

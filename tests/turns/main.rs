@@ -182,6 +182,44 @@ fn the_search_for_cycles_among_thousands_is_short() {
     scene.assert_no_long_turn();
 }
 
+/// All of them are told at once. Waiters of both kinds, each with a request behind its first one.
+#[test]
+#[ignore = "takes seconds of full load and nearly all descriptors"]
+fn the_end_of_a_run_that_thousands_wait_for_is_told_in_several_turns() {
+    const EACH: usize = 8_000;
+    let scene = Measured::start(&[]);
+    let daemon = &scene.daemon;
+    let mut holder = hold(daemon, r#"{"type":"lock","key":"run"}"#);
+    let mut waiters: Vec<_> = (0..EACH).map(|_| daemon.wire()).collect();
+    for wire in &mut waiters {
+        wire.open(r#"{"type":"lock","key":"run"}"#).answer_of("waiting");
+    }
+    // A client that sends more requests behind its release is answered in order.
+    holder.send(
+        [r#"{"type":"release"}"#, r#"{"type":"lock","key":"run"}"#, r#"{"type":"ping"}"#, ""].join("\n"),
+    );
+    for answer in ["released", "granted", "pong"] {
+        holder.answer_of(answer);
+    }
+    for wire in &mut waiters {
+        wire.answer_of("finished");
+        // Each waits again, for the next run.
+        wire.request(r#"{"type":"lock","key":"run"}"#);
+    }
+    for wire in &mut waiters {
+        wire.answer_of("waiting");
+    }
+    // The holder vanishes, and so do half of the waiters, while the others are told who is next.
+    drop(holder);
+    waiters.truncate(EACH / 2);
+    waiters[0].answer_of("granted");
+    waiters[0].request(r#"{"type":"release"}"#).answer_of("released");
+    for wire in &mut waiters[1..] {
+        wire.answer_of("finished");
+    }
+    scene.assert_no_long_turn();
+}
+
 #[test]
 #[ignore = "takes seconds of full load and nearly all descriptors"]
 fn a_flood_of_connections_does_not_stall_it() {
