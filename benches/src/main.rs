@@ -3,6 +3,7 @@
 //! - `bench run`: times, as ratios in one run; writes results.json, and the table in docs/performance.md.
 //! - `bench cluster`: of these times, those of locks that are shared through etcd; the others stay as they were.
 //! - `bench flight`: of these, how many runs there are for many requests; it prints them.
+//! - `bench network`: of these, locks over TCP and TLS, and redis; it prints them.
 //! - `bench plot`: the pictures of docs/performance.md, from results.json.
 //! - `bench count [--check]`: instructions, system calls and bytes, which are the same each time: writes counts.json, or
 //!   fails where one has grown by more than a tenth.
@@ -13,6 +14,7 @@ mod counts;
 mod etcd;
 mod floor;
 mod load;
+mod network;
 mod plot;
 mod report;
 mod servers;
@@ -36,6 +38,7 @@ fn main() -> Result<()> {
             let cluster = cluster::measure(&kmutex()?)?;
             report::Report { cluster, ..report::Report::load()? }.save()
         }
+        ["network"] => network::measure(&kmutex()?).map(drop),
         ["flight"] => single_flight::measure(&kmutex()?).map(drop),
         ["plot"] => plot::draw(&report::Report::load()?),
         ["count"] => counts::measure(&kmutex()?)?.save(),
@@ -46,7 +49,7 @@ fn main() -> Result<()> {
             counts::table_rounds(rounds.parse()?);
             Ok(())
         }
-        _ => fail("usage: bench run | cluster | flight | plot | count [--check]"),
+        _ => fail("usage: bench run | cluster | network | flight | plot | count [--check]"),
     }
 }
 

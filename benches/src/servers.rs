@@ -35,6 +35,11 @@ impl Server {
         })
     }
 
+    /// Another server on a processor of its own. It listens on the socket that `command` is given, and perhaps elsewhere.
+    pub fn started(command: impl FnOnce(&Path) -> Command) -> Result<Server> {
+        Server::start(command)?.pinned()
+    }
+
     /// The floor.
     pub fn floor() -> Result<Server> {
         let program = std::env::current_exe()?;

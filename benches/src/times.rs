@@ -9,6 +9,7 @@ use std::time::Duration;
 use crate::cluster;
 use crate::commands::{Environment, Timed, alternate};
 use crate::load::{self, Protocol};
+use crate::network;
 use crate::report::{Distribution, Report, Row, Target, Throughput};
 use crate::servers::{Server, pin_load, unpin_load};
 use crate::single_flight;
@@ -28,6 +29,7 @@ pub fn measure(program: &Path) -> Result<Report> {
     if limit < IDLE + 500 {
         return fail(format!("{limit} open files are too few for {IDLE} connections: raise the hard limit"));
     }
+    network::check()?;
     let mut report = Report { machine: machine()?, ..Report::default() };
     commands(program, &mut report)?;
     pin_load()?;
@@ -39,6 +41,7 @@ pub fn measure(program: &Path) -> Result<Report> {
     report.row("binary without the feature etcd", slim / 1e6, None, "MB", Target::AtMost(2.0));
     report.row("binary with / without it", bytes / 1e6, Some(slim / 1e6), "MB", Target::Open);
     report.rows.extend(single_flight::measure(program)?);
+    report.rows.extend(network::measure(program)?);
     report.cluster = cluster::measure(program)?;
     Ok(report)
 }

@@ -458,6 +458,11 @@ impl<S: Stream> Wire<S> {
         self
     }
 
+    /// The connection itself.
+    pub fn into_stream(self) -> S {
+        self.stream
+    }
+
     /// Ends the sending direction.
     pub fn end(&mut self) {
         self.stream.end();

@@ -2,6 +2,7 @@
 //! frozen, switched off or replaced. In each scene the old command has ended before the next one starts.
 
 use std::fs;
+use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -184,6 +185,31 @@ fn when_the_daemons_machine_is_replaced_the_old_command_has_ended_before_the_nex
     assert_eq!(late, 69, "it cannot be decided yet: {}", scene.daemon_log());
     scene.next_command_starts(replaced);
     assert_eq!(scene.holder.wait(), 74, "{}", scene.daemon_log());
+}
+
+#[test]
+#[ignore = "needs root, for network namespaces"]
+fn a_waiter_whose_machine_is_gone_leaves_the_line() {
+    let scene = Scene::new();
+    scene.net.cut(WAITER, Cut::Port);
+    wait_until("the waiter's request is gone", || scene.status().contains("\"waiting\":0"));
+}
+
+/// Of protocol 1, and of a client that becomes the command, the kernel knows alone.
+#[test]
+#[ignore = "needs root, for network namespaces, and socat"]
+fn a_lock_without_a_lease_ends_when_the_machine_is_gone() {
+    let scene = Scene::new();
+    let mut socat = scene.net.place(HOLDER).tool("socat");
+    socat.args(["-", &format!("TCP:{}", sock(&scene.net.place(DAEMON)))]);
+    let mut old = Process::spawn(socat.stdin(Stdio::piped()).stdout(Stdio::piped()));
+    old.child.stdin.as_mut().unwrap().write_all(b"an old identity!").unwrap();
+    let exec = ["-F", "exec", "--", "sh", "-c", "echo holding; exec sleep 1000"];
+    let mut command = run(&scene.net, HOLDER, scene.folder.path(), &exec);
+    command.wait_for_line("holding");
+    wait_until("both hold", || scene.status().matches("\"holding\":1").count() == 3);
+    scene.net.cut(HOLDER, Cut::Port);
+    wait_until("neither holds", || !scene.status().contains("\"holding\":1,"));
 }
 
 #[test]

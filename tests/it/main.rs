@@ -36,6 +36,7 @@ mod hostile;
 mod imports;
 mod init;
 mod keyedmutex;
+mod leases;
 mod library;
 mod like_flock;
 mod limits;

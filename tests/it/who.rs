@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use nix::sys::signal::Signal;
 
 use crate::certificates::{Authority, tcp_sock, write_private};
-use crate::harness::{Daemon, Finished, KMUTEX, Process, TIMEOUT, finish, wait_until};
+use crate::harness::{Daemon, Finished, KMUTEX, Process, TIMEOUT, Wire, finish, wait_until};
 
 /// What `kmutex hash-secret` makes of a secret.
 fn hash(secret: &str) -> String {
@@ -394,4 +394,28 @@ fn a_bad_file_of_names_is_named_at_the_start() {
     assert_eq!(refused.code, 64);
     assert!(refused.stderr.contains("auth: line 1: the secret is not a hash"), "{}", refused.stderr);
     assert!(!refused.stderr.contains("hunter2"));
+}
+
+#[test]
+fn a_request_is_resumed_by_its_own_name_only() {
+    let names = Names::new();
+    let daemon = names.daemon();
+    let as_name = |name: &str, request: &str| {
+        let mut wire = Wire::new(TcpStream::connect(tcp_sock(&daemon)).unwrap());
+        wire.open(&format!(
+            "{{\"type\":\"auth\",\"name\":\"{name}\",\"secret\":\"open sesame\"}}\n{request}"
+        ));
+        wire.answer_of("welcome");
+        wire
+    };
+    let mut ci = as_name("ci", r#"{"type":"lock","key":"build","nonce":"7"}"#);
+    let token = ci.answer_of("granted")["token"].clone();
+    let again = format!(r#"{{"type":"lock","key":"build","nonce":"7","holds":{token}}}"#);
+    as_name("ops", &again).answer_of("lost");
+    let mut anew = as_name("ops", r#"{"type":"lock","key":"build","nonce":"7","mode":"queue"}"#);
+    anew.answer_of("waiting");
+    let mut resumed = as_name("ci", &again);
+    assert_eq!(resumed.answer_of("granted")["token"], token);
+    resumed.request(r#"{"type":"release"}"#).answer_of("released");
+    anew.answer_of("granted");
 }
