@@ -414,6 +414,36 @@ fn what_a_descendant_of_the_command_sends_to_their_group_is_not_passed_on() {
 }
 
 #[test]
+fn a_signal_to_the_whole_group_from_outside_is_never_lost_and_comes_twice_at_most() {
+    type Send = fn(&Counter<'_>);
+    let senders: [(&str, Send); 3] = [
+        ("kill -- -PGID", |counter| kill(Pid::from_raw(-counter.kmutex.as_raw()), Signal::SIGTERM).unwrap()),
+        ("each process, kmutex first", |counter| {
+            kill(counter.kmutex, Signal::SIGTERM).unwrap();
+            kill(counter.command(), Signal::SIGTERM).unwrap();
+        }),
+        ("each process, the command first", |counter| {
+            kill(counter.command(), Signal::SIGTERM).unwrap();
+            kill(counter.kmutex, Signal::SIGTERM).unwrap();
+        }),
+    ];
+    for options in [&[][..], &["-o"], &["--tree"]] {
+        for (name, send) in senders {
+            let daemon = Daemon::start();
+            let mut process = start(&daemon, options, &["TERM"]);
+            let counter = Counter::ready(&daemon);
+            send(&counter);
+            counter.wait_for("TERM", 1);
+            counter.barrier();
+            // No rule tells such a sender from one that signals kmutex alone.
+            assert!((1..=2).contains(&counter.count("TERM")), "{name}: {}", counter.count("TERM"));
+            drop(process.child.stdin.take());
+            assert_eq!(process.wait(), 5);
+        }
+    }
+}
+
+#[test]
 #[ignore = "needs zsh and dash"]
 fn the_command_gets_what_each_kind_of_sender_sends() {
     // A shell gives a background process no input, unless it is told to.
