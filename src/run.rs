@@ -8,6 +8,7 @@ mod refresh;
 mod report;
 mod signals;
 mod tee;
+mod witness;
 
 use std::ffi::{OsStr, OsString};
 use std::io;

@@ -117,14 +117,17 @@ pub(super) fn run(
         }
         let due = limits.due().into_iter().chain(tee.as_ref().and_then(|tee| tee.due())).min();
         let news = tee.as_ref().and_then(|tee| tee.news());
-        let ready =
-            wait_for_event(&signals, holds, news, lock, due).map_err(|e| Error::Os("wait", e.into()))?;
+        let ready = wait_for_event(&signals, holds, [news, child.forwarding.script()], lock, due)
+            .map_err(|e| Error::Os("wait", e.into()))?;
         signals.forget_late_stop().map_err(|e| Error::Os("read a signal", e.into()))?;
         if ready.stop {
             child.forward_stop(&mut signals).map_err(|e| Error::Os("pass on a signal", e.into()))?;
         }
         if ready.signal {
             child.forward(&mut signals).map_err(|e| Error::Os("pass on a signal", e.into()))?;
+        }
+        if ready.due {
+            child.forwarding.watch_script();
         }
         if ready.due
             && lock == LockState::Held
@@ -166,7 +169,7 @@ struct Ready {
     signal: bool,
     /// SIGTSTP.
     stop: bool,
-    /// About the locks.
+    /// About the locks, or the script that runs kmutex.
     due: bool,
 }
 
@@ -174,7 +177,7 @@ struct Ready {
 fn wait_for_event(
     signals: &Signals,
     holds: &[HeldLock],
-    news: Option<BorrowedFd<'_>>,
+    [news, script]: [Option<BorrowedFd<'_>>; 2],
     lock: LockState,
     limit: Option<Instant>,
 ) -> nix::Result<Ready> {
@@ -193,7 +196,7 @@ fn wait_for_event(
     });
     let daemons = holds.iter().filter_map(HeldLock::readable);
     let news = news.filter(|_| lock == LockState::Held);
-    let fds = signals.readable().into_iter().chain(daemons).chain(news);
+    let fds = signals.readable().into_iter().chain(daemons).chain(news).chain(script);
     let mut fds: Vec<PollFd<'_>> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
     match poll(&mut fds, timeout) {
         Err(Errno::EINTR) => return Ok(Ready::default()),

@@ -5,7 +5,9 @@
 
 use std::collections::HashMap;
 use std::fs;
+use std::time::Duration;
 
+use nix::libc::{SIGALRM, SIGHUP, SIGINT, SIGQUIT, SIGTERM, SIGUSR1, SIGUSR2};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::{Pid, getpgid};
 
@@ -54,12 +56,44 @@ pub(super) fn is_below(pid: Pid, ancestor: Pid) -> bool {
     false
 }
 
-/// Returns `true` if a process ignores a signal (proc(5), SigIgn).
-pub(super) fn ignores(pid: Pid, signal: i32) -> bool {
-    let status = fs::read_to_string(format!("/proc/{pid}/status")).unwrap_or_default();
-    let bits = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
-    let bits = bits.and_then(|bits| u64::from_str_radix(bits.trim(), 16).ok());
-    bits.is_some_and(|bits| bits & bit(signal) != 0)
+/// Returns `true` if a process ignores a signal.
+fn ignores(pid: Pid, signal: i32) -> bool {
+    signals(pid, "SigIgn:").is_some_and(|ignored| ignored & bit(signal) != 0)
+}
+
+/// Returns `true` if a process that has sent a signal ignores it itself. Waits a moment for timeout(1), which first signals its
+/// child, and then its group.
+pub(super) fn spares_itself(pid: Pid, signal: i32) -> bool {
+    const TRIES: u32 = 50;
+    const PAUSE: Duration = Duration::from_micros(200);
+    let is_timeout = || fs::read_to_string(format!("/proc/{pid}/comm")).is_ok_and(|name| name == "timeout\n");
+    if ignores(pid, signal) {
+        return true;
+    }
+    // No event tells of that.
+    is_timeout()
+        && (0..TRIES).any(|_| {
+            std::thread::sleep(PAUSE);
+            ignores(pid, signal)
+        })
+}
+
+/// Returns `true` if a process would die of a signal.
+pub(super) fn dies_of(pid: Pid, signal: i32) -> bool {
+    let sets = ["SigBlk:", "SigIgn:", "SigCgt:"];
+    is_fatal(signal) && sets.iter().all(|set| signals(pid, set).is_some_and(|set| set & bit(signal) == 0))
+}
+
+/// Returns `true` if a signal that programs are sent ends a program that does nothing about it (signal(7)).
+pub(super) fn is_fatal(signal: i32) -> bool {
+    matches!(signal, SIGHUP | SIGINT | SIGQUIT | SIGTERM | SIGUSR1 | SIGUSR2 | SIGALRM)
+}
+
+/// Returns a set of signals from /proc/PID/status (proc(5)), with [`bit`].
+fn signals(pid: Pid, set: &str) -> Option<u64> {
+    let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+    let bits = status.lines().find_map(|line| line.strip_prefix(set))?;
+    u64::from_str_radix(bits.trim(), 16).ok()
 }
 
 /// Returns the process and its descendants, parents first.

@@ -1,6 +1,7 @@
 //! Which signals are passed on to the command.
 
 use std::ffi::OsString;
+use std::os::fd::BorrowedFd;
 
 use nix::errno::Errno;
 use nix::libc::*;
@@ -11,6 +12,7 @@ use nix::unistd::{Pid, getpgid, getpgrp, getsid};
 use super::command::Command;
 use super::descendants;
 use super::signals::{Received, Sender};
+use super::witness::Witness;
 use crate::startup::bit;
 
 /// The policy of passing signals on: every signal reaches the command, and none reaches it twice where kmutex can tell.
@@ -19,11 +21,15 @@ use crate::startup::bit;
 ///   kmutex's group has its own; a command that has moved to another group (as timeout(1) does) gets kmutex's.
 /// - When a terminal hangs up, the kernel tells the session leader alone. If that is kmutex, it passes the hang-up on.
 /// - What the command or one of its descendants sends to their own group, the command has got itself. (sudo(8) has this rule.)
-/// - A process of kmutex's group that ignores a signal and sends it spares itself: it sends to the group (timeout(1) does so).
+/// - A process of kmutex's group that ignores a signal and sends it spares itself: it sends to the group. (timeout(1) does so,
+///   after it has sent the signal to its child alone.)
 /// - A shell that continues a job sends SIGCONT to the group. The kernel signals the newest process of a group first, so a
 ///   command that was stopped has been continued before kmutex runs again.
+/// - A sender from outside of the group that has killed the script around kmutex with the same signal has sent it to the group,
+///   or to each process.
 /// - All other signals are meant for the command. A sender from outside that signals the whole group looks like one that
-///   signals kmutex alone, so that a command that handles the signal gets it twice then; no signal is lost.
+///   signals kmutex alone, if no such script is there to tell. Then a command that handles the signal gets it twice, unless the
+///   first is still pending when the second comes. No signal is lost.
 #[derive(Debug)]
 pub(super) struct Forwarding {
     command: Pid,
@@ -34,6 +40,8 @@ pub(super) struct Forwarding {
     ended: bool,
     /// The signals that could not be sent and were reported, as [`bit`].
     denied: u64,
+    /// The script that runs kmutex, once the command has run for a while.
+    witness: Option<Witness>,
 }
 
 /// Where the command stands as a job of a shell's.
@@ -49,7 +57,7 @@ pub(super) enum JobControl {
 impl Forwarding {
     /// `tree`: the job is the command with its descendants.
     pub(super) fn new(command: Pid, tree: bool) -> Forwarding {
-        Forwarding { command, job: JobControl::Running, tree, ended: false, denied: 0 }
+        Forwarding { command, job: JobControl::Running, tree, ended: false, denied: 0, witness: None }
     }
 
     pub(super) fn command(&self) -> Pid {
@@ -99,7 +107,7 @@ impl Forwarding {
     }
 
     /// Returns `true` if the command was sent the same signal as kmutex.
-    fn has_its_own(&self, received: Received) -> bool {
+    fn has_its_own(&mut self, received: Received) -> bool {
         match (received.sender, received.signal) {
             (Sender::Kernel, SIGCHLD) => true,
             (Sender::Kernel, SIGINT | SIGQUIT | SIGTSTP | SIGTTIN | SIGTTOU | SIGWINCH) => {
@@ -108,7 +116,10 @@ impl Forwarding {
             (Sender::Kernel, SIGHUP | SIGCONT) => self.shares_group() && getsid(None) != Ok(Pid::this()),
             // The others that the kernel sends concern one process: an alarm that was set before kmutex was executed.
             (Sender::Kernel, _) => false,
-            (Sender::Process(pid), signal) => self.is_sent_to_group(Pid::from_raw(pid), signal),
+            (Sender::Process(pid), signal) => {
+                let sender = Pid::from_raw(pid);
+                self.is_sent_to_group(sender, signal) || self.has_killed_script(sender, signal)
+            }
         }
     }
 
@@ -120,7 +131,31 @@ impl Forwarding {
         sender.as_raw() > 0
             && self.shares_group()
             && getpgid(Some(sender)) == Ok(getpgrp())
-            && (descendants::is_below(sender, self.command) || descendants::ignores(sender, signal))
+            && (descendants::is_below(sender, self.command) || descendants::spares_itself(sender, signal))
+    }
+
+    /// Returns `true` if a signal of a sender outside of the group has killed the script that runs kmutex too.
+    fn has_killed_script(&mut self, sender: Pid, signal: i32) -> bool {
+        // Of a sender that has ended by now nothing is known: it may be the script's own, which may end by itself.
+        let is_outside = sender.as_raw() == 0 || getpgid(Some(sender)).is_ok_and(|group| group != getpgrp());
+        if !is_outside || !self.shares_group() {
+            return false;
+        }
+        self.watch_script();
+        self.witness.as_mut().is_some_and(|script| script.is_killed_by(signal))
+    }
+
+    /// Watches the script that runs kmutex. Called now and then, but not at the start, which should be quick.
+    pub(super) fn watch_script(&mut self) {
+        match &mut self.witness {
+            Some(script) => script.note_end(),
+            None => self.witness = Witness::find(),
+        }
+    }
+
+    /// Returns the descriptor that becomes readable when [`Forwarding::watch_script`] should be called.
+    pub(super) fn script(&self) -> Option<BorrowedFd<'_>> {
+        self.witness.as_ref()?.readable()
     }
 
     fn shares_group(&self) -> bool {

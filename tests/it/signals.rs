@@ -444,6 +444,56 @@ fn a_signal_to_the_whole_group_from_outside_is_never_lost_and_comes_twice_at_mos
 }
 
 #[test]
+fn a_signal_from_outside_that_kills_the_script_too_comes_once() {
+    for _ in 0..5 {
+        let daemon = Daemon::start();
+        // The script does nothing about TERM; the command does.
+        let script = r#""$KMUTEX" run k perl -e "$COUNTER" -- TERM PWR <&3; echo not here > not"#;
+        let mut command = tool("dash");
+        command.args(["-c", &format!("exec 3<&0; {script}")]).current_dir(daemon.folder()).process_group(0);
+        command.env("KMUTEX", KMUTEX).env("COUNTER", COUNTER).env("KMUTEX_SOCK", daemon.sock());
+        let mut script = Process::spawn(command.stdin(Stdio::piped()));
+        let counter = Counter::ready(&daemon);
+        wait_until("kmutex to watch the script", || watches_a_process(counter.kmutex));
+        kill(Pid::from_raw(-script.pid().as_raw()), Signal::SIGTERM).unwrap();
+        counter.wait_for("TERM", 1);
+        assert_eq!(script.wait(), 128 + 15);
+        counter.barrier();
+        assert_eq!(counter.count("TERM"), 1);
+        // To kmutex alone: nothing is held back for the sake of that.
+        counter.send(Signal::SIGTERM);
+        drop(script.child.stdin.take());
+        daemon.wait_for_counts("k", 0, 0);
+        assert!(!daemon.folder().join("not").exists());
+    }
+}
+
+/// Whether a process has a descriptor of another one.
+fn watches_a_process(pid: Pid) -> bool {
+    let files = fs::read_dir(format!("/proc/{pid}/fd")).unwrap().flatten();
+    files
+        .filter_map(|file| fs::read_link(file.path()).ok())
+        .any(|link| link.to_string_lossy().contains("pidfd"))
+}
+
+#[test]
+fn a_signal_from_outside_that_spares_the_script_comes_once() {
+    let daemon = Daemon::start();
+    let script = r#"exec 3<&0; "$KMUTEX" run k perl -e "$COUNTER" -- TERM PWR <&3; exit $?"#;
+    let mut command = tool("dash");
+    command.args(["-c", script]).current_dir(daemon.folder()).process_group(0);
+    command.env("KMUTEX", KMUTEX).env("COUNTER", COUNTER).env("KMUTEX_SOCK", daemon.sock());
+    let mut script = Process::spawn(command.stdin(Stdio::piped()));
+    let counter = Counter::ready(&daemon);
+    wait_until("kmutex to watch the script", || watches_a_process(counter.kmutex));
+    counter.send(Signal::SIGTERM);
+    counter.barrier();
+    assert_eq!(counter.count("TERM"), 1);
+    drop(script.child.stdin.take());
+    assert_eq!(script.wait(), 5);
+}
+
+#[test]
 #[ignore = "needs zsh and dash"]
 fn the_command_gets_what_each_kind_of_sender_sends() {
     // A shell gives a background process no input, unless it is told to.
