@@ -35,6 +35,7 @@ fuzz_target!(|data: &[u8]| {
             (Request::Release { outcome }, _) => {
                 checked.feed(|table, now, effects| table.release(now, client, outcome, effects));
             }
+            (Request::Take, _) => checked.feed(|table, now, effects| table.take(now, client, effects)),
             (Request::Break { key }, _) => {
                 checked.feed(|table, now, effects| table.break_lock(now, key.id(), effects));
             }

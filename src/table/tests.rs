@@ -1,6 +1,7 @@
 //! The rules one by one, for reading. That they hold together is `simulation.rs`'s to show.
 
 mod nested;
+mod offers;
 mod resume;
 mod several;
 mod shared;
