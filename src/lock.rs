@@ -173,7 +173,7 @@ fn unlock_descriptor(key: Key, number: u32) -> Result<(), Error> {
     };
     descriptor.unmark(marker).map_err(|e| unusable(e.into()))?;
     match descriptor.wait_for_keeper(marker, 2 * RELEASE_WAIT) {
-        Err(e) if e.kind() == io::ErrorKind::TimedOut => Err(client::Error::Silent.into()),
+        Err(e) if e.kind() == io::ErrorKind::TimedOut => Err(Error::Stuck(number)),
         other => other.map_err(|e| unusable(e.into())),
     }
 }
@@ -268,6 +268,9 @@ pub enum Error {
     /// No process can be started that holds the lock.
     #[error("cannot start a process that holds the lock: {}", Reason(.0))]
     Keeper(#[source] io::Error),
+    /// The process that holds the lock is stopped, or has lost the daemon.
+    #[error("the process that holds the lock for descriptor {0} does not release it in time")]
+    Stuck(u32),
     /// The open file does not hold the lock.
     #[error("descriptor {} does not hold the lock {:?}", .1, .0.as_str())]
     NotHeldOpen(Key, u32),
@@ -284,7 +287,7 @@ impl Error {
             Error::NotHere(_) | Error::Unsuitable(_) => Exit::Usage,
             Error::Descriptor(_, Unusable::Os(_)) => Exit::Os,
             Error::Descriptor(..) => Exit::Usage,
-            Error::Keeper(_) => Exit::Os,
+            Error::Keeper(_) | Error::Stuck(_) => Exit::Os,
             Error::NoProcess(_) => Exit::BadData,
             Error::NoParent | Error::NoProc => Exit::Os,
             Error::NotYours(..) | Error::NotHeld(..) | Error::NotHeldOpen(..) => Exit::NotPermitted,

@@ -189,6 +189,31 @@ fn the_process_that_holds_the_lock_inherits_nothing_and_heeds_no_signal_but_kill
 }
 
 #[test]
+#[ignore = "takes some seconds"]
+fn unlock_returns_when_the_lock_is_released_and_not_before() {
+    let daemon = Daemon::start();
+    let script = r#"exec 9>file; "$KMUTEX" lock --fd 9 k && echo holding; read line; "$KMUTEX" unlock --fd 9 k; echo $?; read line"#;
+    let mut command = shell(&daemon, "sh", script);
+    command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut process = Process::spawn(&mut command);
+    process.wait_for_line("holding");
+    let pid = keeper(&daemon);
+    kill(pid, Signal::SIGSTOP).unwrap();
+    writeln!(process.child.stdin.as_mut().unwrap()).unwrap();
+    // It waits in vain, and says so.
+    process.wait_for_line("71");
+    assert_eq!(daemon.counts("k"), (1, 0));
+    kill(pid, Signal::SIGCONT).unwrap();
+    daemon.wait_for_counts("k", 0, 0);
+    drop(process.child.stdin.take());
+    process.wait();
+    assert_eq!(
+        process.stderr(),
+        "kmutex: the process that holds the lock for descriptor 9 does not release it in time\n"
+    );
+}
+
+#[test]
 fn a_descriptors_lock_outlives_the_daemon() {
     let mut daemon = Daemon::start();
     let mut holder = holder(&daemon, "");
