@@ -23,7 +23,8 @@ mod times;
 
 use std::path::{Path, PathBuf};
 
-type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
+type Failure = Box<dyn std::error::Error + Send + Sync>;
+type Result<T> = std::result::Result<T, Failure>;
 
 fn fail<T>(why: impl Into<String>) -> Result<T> {
     Err(why.into().into())

@@ -4,6 +4,8 @@
 
 use std::time::Duration;
 
+use log::info;
+
 use crate::proto::{LockId, Protocol, Token};
 use crate::table::{HoldState, Terms, Timestamp};
 
@@ -27,6 +29,8 @@ impl Predecessor {
 
     /// A daemon of which nothing is known but that its clients have leases of `timeout`, which end from now on.
     pub(super) fn unknown(now: Timestamp, timeout: Duration, first_token: Token) -> Predecessor {
+        let seconds = timeout.as_secs();
+        info!("clients of an earlier daemon may hold locks: granting none for {seconds} s (--peer-timeout)");
         Predecessor { until: now.plus(timeout), first_token: first_token.0, presumed: 0 }
     }
 
