@@ -70,6 +70,8 @@ impl Delivery {
 /// All outputs.
 pub(super) struct Outputs {
     running: BTreeMap<Token, Running>,
+    /// The ones among them whose runs are over, until their waiters have been told.
+    over: Vec<Token>,
     kept: BTreeMap<Token, Kept>,
     /// When those end.
     ends: BTreeSet<(Timestamp, Token)>,
@@ -78,21 +80,33 @@ pub(super) struct Outputs {
     descriptors_max: usize,
     /// Root's results are for all users.
     across_users: bool,
+    /// Why there is no result of a run that this daemon knows no output of.
+    unknown: &'static str,
     /// Makes numbers of names.
     names: RandomState,
 }
 
 impl Outputs {
     /// `bytes_max`: how long all outputs that are kept may be. `descriptors_max`: how many outputs there may be.
-    pub(super) fn new(bytes_max: u64, descriptors_max: usize, across_users: bool) -> Outputs {
+    pub(super) fn new(
+        bytes_max: u64,
+        descriptors_max: usize,
+        across_users: bool,
+        is_clustered: bool,
+    ) -> Outputs {
         Outputs {
             running: BTreeMap::new(),
+            over: Vec::new(),
             kept: BTreeMap::new(),
             ends: BTreeSet::new(),
             kept_bytes: 0,
             bytes_max,
             descriptors_max,
             across_users,
+            unknown: match is_clustered {
+                true => "that run was on another host, or without --share",
+                false => "that run was without --share",
+            },
             names: RandomState::new(),
         }
     }
@@ -218,6 +232,7 @@ impl Outputs {
     pub(super) fn complete(&mut self, token: Token) -> bool {
         let Some(running) = self.running.get_mut(&token) else { return false };
         running.is_over = true;
+        self.over.push(token);
         if let Given::File(file) = &running.given
             && output::sealed_size(file).is_err()
         {
@@ -235,9 +250,11 @@ impl Outputs {
         }
     }
 
-    /// The waiters of a run that is over have been told.
-    pub(super) fn told(&mut self, token: Token) {
-        self.running.remove(&token);
+    /// All waiters of runs that are over have been told.
+    pub(super) fn all_told(&mut self) {
+        for token in self.over.drain(..) {
+            self.running.remove(&token);
+        }
     }
 
     /// A run that is over is remembered: keeps its output, if it has one. Returns what had to go.
@@ -315,7 +332,7 @@ impl Outputs {
     /// `follows`: it has the descriptor, if the run's holder gave one.
     pub(super) fn of_run(&self, token: Token, sharer: u64, passes: bool) -> Delivery {
         match self.running.get(&token) {
-            None => Delivery::withheld("that run does not share its result (--share)"),
+            None => Delivery::withheld(self.unknown),
             Some(running) if !may_have(running.sharer, sharer) => {
                 Delivery::withheld("that run was another user's")
             }
@@ -391,7 +408,7 @@ mod tests {
     use crate::proto::Outcome;
 
     fn outputs(bytes_max: u64, descriptors_max: usize) -> Outputs {
-        Outputs::new(bytes_max, descriptors_max, false)
+        Outputs::new(bytes_max, descriptors_max, false, false)
     }
 
     fn file(bytes: &[u8], is_sealed: bool) -> OwnedFd {
@@ -421,7 +438,7 @@ mod tests {
         assert!(outputs.complete(Token(token)));
         assert_eq!(outputs.hold_ended(Token(token)), []);
         dropped.extend(outputs.keep(&run(lock, token), Timestamp(10)));
-        outputs.told(Token(token));
+        outputs.all_told();
         dropped
     }
 
@@ -482,7 +499,7 @@ mod tests {
 
     #[test]
     fn a_result_is_its_users_own() {
-        let mut outputs = Outputs::new(1000, 9, true);
+        let mut outputs = Outputs::new(1000, 9, true, false);
         let [root, user, other] = [Some(0), Some(5), Some(7)].map(|uid| outputs.sharer(uid, None));
         outputs.add_file(Token(1), user, Some(file(b"x", true)));
         outputs.add_file(Token(2), root, Some(file(b"x", true)));

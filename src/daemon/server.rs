@@ -161,7 +161,8 @@ impl Server {
         let is_exposed = config.remote || listeners.iter().any(Listener::is_exposed);
         let acceptor = Acceptor::new(config, listeners)?;
         let descriptors = acceptor.admission.outputs_max();
-        let outputs = Outputs::new(config.share_total, descriptors, config.share_across_users);
+        let outputs =
+            Outputs::new(config.share_total, descriptors, config.share_across_users, cluster.is_some());
         let mut server = Server {
             epoll,
             signals,
@@ -324,6 +325,9 @@ impl Server {
             self.poll_gate();
             self.end_leases();
             self.flush_turn();
+            if !self.is_behind() {
+                self.outputs.all_told();
+            }
             if self.acceptor.is_due(self.now) {
                 self.acceptor.resume(&self.epoll)?;
             }

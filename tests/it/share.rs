@@ -191,6 +191,7 @@ fn a_caller_that_reads_no_further_ends_its_command_and_harms_no_waiter() {
     let mut holding = Process::spawn(
         daemon.run(&["--share", "k", "sh", "-c", command]).stdout(Stdio::piped()).stderr(Stdio::null()),
     );
+    daemon.wait_for_counts("k", 1, 0);
     let waiter = waiting(&daemon, &["--share"], || {
         fs::write(daemon.folder().join("fifo"), "\n").unwrap();
         assert_eq!(holding.line().as_deref(), Some("y"));
@@ -241,7 +242,7 @@ fn an_output_that_is_too_long_or_not_given_is_79_with_the_reason() {
     let plain = daemon.hold("k");
     let waiter =
         waiting(&daemon, &["--share", "--finished-exit-code", "5"], || assert_eq!(plain.finish(0), 0));
-    waiter.assert_error(5, &["does not share its result"]);
+    waiter.assert_error(5, &["without --share"]);
     // And the other way round: a waiter that does not ask for the result.
     let mut holding = holder(&daemon, &[], "exit 0");
     waiting(&daemon, &[], || assert_eq!(finish_holder(&mut holding), 0)).assert_silent(79);
@@ -543,6 +544,25 @@ fn a_waiter_that_does_not_read_what_it_is_told_grows_nothing() {
 }
 
 #[test]
+fn waiters_that_are_told_in_later_turns_get_the_result_too() {
+    let daemon = Daemon::start();
+    let mut holding = daemon.wire();
+    holding.open(r#"{"type":"lock","key":"k","share":"whole"}"#).answer_of("granted");
+    let file = kmutex::output::OutputFile::of(b"x", b"").unwrap();
+    holding.send_with("{\"type\":\"output\"}\n", file.as_fd());
+    let mut waiters: Vec<_> = (0..400).map(|_| daemon.wire()).collect();
+    for waiter in &mut waiters {
+        waiter.open(r#"{"type":"lock","key":"k","share":"whole"}"#);
+    }
+    waiters.iter_mut().for_each(|waiter| drop(waiter.answer_of("waiting")));
+    holding.request(r#"{"type":"release","outcome":{"exit":0}}"#).answer_of("released");
+    for waiter in &mut waiters {
+        assert_eq!(waiter.answer_of("finished")["output"], "descriptor");
+    }
+    wait_until("no output to be left", || outputs_of(&daemon) == 0);
+}
+
+#[test]
 fn what_cannot_be_meant_together_is_refused() {
     let daemon = Daemon::start();
     for options in [
@@ -611,4 +631,34 @@ fn a_program_shares_results_too() {
     };
     assert!(run.past.is_some());
     drop(guard);
+}
+
+#[cfg(feature = "etcd")]
+#[test]
+#[ignore = "needs etcd"]
+fn of_several_hosts_each_has_results_of_its_own() {
+    let etcd = crate::etcd_harness::Etcd::single();
+    let [one, two]: [Daemon; 2] = crate::cluster::hosts(&etcd);
+    let mut holding = holder(&one, &[], "exit 3");
+    let far = std::thread::scope(|scope| {
+        let far = scope.spawn(|| finish(&mut waiter(&two, &["--share"])));
+        two.wait_for_counts("k", 1, 1);
+        let near = waiting(&one, &["--share"], || assert_eq!(finish_holder(&mut holding), 3));
+        assert_eq!((near.code, near.stdout.as_str()), (3, "first\n"));
+        far.join().unwrap()
+    });
+    far.assert_error(79, &["another host"]);
+    let ask = |host: &Daemon, options: &[&str]| {
+        let options = [&["--share"], options, &["k", "sh", "-c", "echo run >> runs; wc -l < runs"]].concat();
+        finish(&mut host.run(&options)).assert_silent(0)
+    };
+    for _ in 0..2 {
+        assert_eq!([&one, &two].map(|host| ask(host, &["--fresh", "1h"])), ["1\n", "1\n"]);
+    }
+    finish(&mut two.kmutex(&["forget", "k"])).assert_silent(0);
+    wait_until("the other host to learn of it", || ask(&one, &["--fresh", "1h"]) == "2\n");
+    // An older result is given although another host has the lock.
+    let other = two.hold_with(&["--queue"], "k");
+    assert_eq!(ask(&one, &["--fresh", "0.001", "--stale", "1h"]), "2\n");
+    other.finish(0);
 }

@@ -110,12 +110,13 @@ impl Server {
     }
 
     /// A client is about to release its lock: others may have its result.
-    pub(super) fn complete_output(&mut self, client: ClientId) -> Option<Token> {
-        let token = self.token_of(client).filter(|_| self.connections[client].share.is_some())?;
-        if self.outputs.complete(token) {
+    pub(super) fn complete_output(&mut self, client: ClientId) {
+        if self.connections[client].share.is_some()
+            && let Some(token) = self.token_of(client)
+            && self.outputs.complete(token)
+        {
             self.table.has_result(client);
         }
-        Some(token)
     }
 
     /// Tells a client that shares results of a run that is over, with its output.

@@ -241,9 +241,8 @@ impl Server {
                     log::release(self.lookup(), client, outcome);
                 }
                 self.peers.end(client);
-                let shared = self.complete_output(client);
+                self.complete_output(client);
                 self.apply(|table, now, effects| table.release(now, client, outcome, effects));
-                shared.into_iter().for_each(|token| self.outputs.told(token));
                 self.connections.answer(client, &Answer::Released);
                 if self.connections[client].inherits {
                     // Processes that the command has left behind may keep the connection open for as long as they live.
