@@ -305,7 +305,8 @@ impl Client {
     }
 
     /// Checks, without waiting, that the client still holds its lock, and resumes it if the daemon was restarted. A program
-    /// that holds a lock for a long time calls this regularly.
+    /// that holds a lock for a long time calls this regularly: over TCP, and with etcd, several times in 10 seconds, or else the lock
+    /// is lost when its lease is over.
     ///
     /// # Errors
     /// [`Error::Lost`] when the lock was lost.

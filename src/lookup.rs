@@ -85,9 +85,15 @@ fn getent(database: &str, key: &str, limit: Duration) -> io::Result<String> {
         // It may have ended by itself meanwhile.
         let _ = child.kill();
     }
-    let status = child.wait()?;
+    let status = child.wait();
     let output = output?;
-    if !status.success() {
+    let is_found = match status {
+        Ok(status) => status.success(),
+        // A process that waits for all its children, as `kmutex run --tree` does, has reaped this one too.
+        Err(e) if e.raw_os_error() == Some(nix::libc::ECHILD) => !output.is_empty(),
+        Err(e) => return Err(e),
+    };
+    if !is_found {
         return Err(io::Error::other("there is no such name"));
     }
     String::from_utf8(output).map_err(io::Error::other)

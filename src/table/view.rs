@@ -1,8 +1,8 @@
 //! A read-only view of the table: for status answers, and to tell a waiter who holds the lock.
 
 use super::{ClientId, HoldState, Lock, LockIndex, RequestId, Store, Table, Terms, Timestamp, WaitList};
-use crate::proto::LockId;
 use crate::proto::v2::{LISTED_MAX, LockRequest};
+use crate::proto::{LockId, Token};
 
 /// A lock that is held or awaited.
 #[derive(Clone, Copy)]
@@ -47,6 +47,11 @@ impl Table {
         let id = self.store.request_of(client)?;
         let view = self.view(self.store[id].lock);
         Some((view, view.request(id)))
+    }
+
+    /// Returns the client that holds a lock under this token, if it is connected.
+    pub fn holder_of(&self, token: Token) -> Option<ClientId> {
+        self.store[self.holders.get(token)?].client
     }
 
     pub(super) fn view(&self, index: LockIndex) -> LockView<'_> {

@@ -304,3 +304,43 @@ fn garbage_through_tls_ends_only_its_own_connection() {
     }
     assert_eq!(run_echo(&daemon, &authority.trust(&daemon)).stdout, "ran\n");
 }
+
+/// A server whose part of the handshake never comes to its end.
+#[test]
+#[ignore = "needs openssl"]
+fn a_handshake_that_never_ends_keeps_no_client() {
+    let authority = Authority::new();
+    for trickles in [false, true] {
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let sock = format!("tls://{}", listener.local_addr().unwrap());
+        std::thread::spawn(move || {
+            for mut stream in listener.incoming().flatten() {
+                std::thread::spawn(move || {
+                    // A server hello, byte by byte; it ends when the client has had enough.
+                    let mut next = vec![0x16, 3, 3, 0x3f, 0xff, 2, 0, 0x3f, 0xf0];
+                    while stream.write_all(&next).is_ok() {
+                        std::thread::sleep(Duration::from_millis(5));
+                        next = vec![0; usize::from(trickles)];
+                    }
+                });
+            }
+        });
+        for (option, code) in [("--nonblock", 69), ("--wait=0.5", 75)] {
+            let mut command = Command::new(crate::harness::KMUTEX);
+            command.args([
+                "run",
+                option,
+                "--sock",
+                &sock,
+                "--tls-ca",
+                &authority.text("ca.pem"),
+                "k",
+                "true",
+            ]);
+            let began = Instant::now();
+            let done = finish(&mut command);
+            assert_eq!(done.code, code, "{option}, trickles: {trickles}: {done:?}");
+            assert!(began.elapsed() < Duration::from_secs(10), "{option}: {:?}", began.elapsed());
+        }
+    }
+}

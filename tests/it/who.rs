@@ -71,6 +71,14 @@ impl Names {
         kmutex
     }
 
+    /// A raw connection of this name, which has made this request.
+    fn wire(&self, daemon: &Daemon, name: &str, request: &str) -> Wire<TcpStream> {
+        let mut wire = Wire::new(TcpStream::connect(tcp_sock(daemon)).unwrap());
+        let auth = format!(r#"{{"type":"auth","name":"{name}","secret":"open sesame"}}"#);
+        wire.open(&format!("{auth}\n{request}")).answer_of("welcome");
+        wire
+    }
+
     fn run(&self, daemon: &Daemon, file: &str, key: &str) -> Finished {
         finish(&mut self.kmutex(daemon, file, &["run", key, "--", "echo", "ran"]))
     }
@@ -400,14 +408,7 @@ fn a_bad_file_of_names_is_named_at_the_start() {
 fn a_request_is_resumed_by_its_own_name_only() {
     let names = Names::new();
     let daemon = names.daemon();
-    let as_name = |name: &str, request: &str| {
-        let mut wire = Wire::new(TcpStream::connect(tcp_sock(&daemon)).unwrap());
-        wire.open(&format!(
-            "{{\"type\":\"auth\",\"name\":\"{name}\",\"secret\":\"open sesame\"}}\n{request}"
-        ));
-        wire.answer_of("welcome");
-        wire
-    };
+    let as_name = |name: &str, request: &str| names.wire(&daemon, name, request);
     let mut ci = as_name("ci", r#"{"type":"lock","key":"build","nonce":"7"}"#);
     let token = ci.answer_of("granted")["token"].clone();
     let again = format!(r#"{{"type":"lock","key":"build","nonce":"7","holds":{token}}}"#);
@@ -418,4 +419,16 @@ fn a_request_is_resumed_by_its_own_name_only() {
     assert_eq!(resumed.answer_of("granted")["token"], token);
     resumed.request(r#"{"type":"release"}"#).answer_of("released");
     anew.answer_of("granted");
+}
+
+#[test]
+fn a_request_runs_under_a_lock_of_its_own_name_only() {
+    let names = Names::new();
+    let daemon = names.daemon();
+    let as_name = |name: &str, request: &str| names.wire(&daemon, name, request);
+    let mut ci = as_name("ci", r#"{"type":"lock","key":"build"}"#);
+    let token = ci.answer_of("granted")["token"].clone();
+    let within = format!(r#"{{"type":"lock","key":"build","nowait":true,"within":{token}}}"#);
+    assert_eq!(as_name("ci", &within).answer_of("error")["code"], "held_above");
+    as_name("ops", &within).answer_of("busy");
 }

@@ -16,7 +16,7 @@ use crate::journal::HoldRecord;
 use crate::proto::v1::{Foreign, State};
 #[cfg(feature = "tls")]
 use crate::proto::v2::error;
-use crate::proto::v2::{Answer, ClientInfo, ErrorCode, LeaseTerms};
+use crate::proto::v2::{Answer, ClientInfo, ErrorCode, LeaseTerms, LockRequest};
 use crate::proto::{LockId, Secret};
 use crate::table::{ClientId, Timestamp};
 #[cfg(feature = "tls")]
@@ -92,6 +92,17 @@ impl Server {
     /// Returns how long a client may rely on the lock that it holds, if that has a limit.
     pub(super) fn lease_terms(&self, client: ClientId) -> Option<LeaseTerms> {
         leases::both(self.lookup().lease_terms(), self.peers.terms(client))
+    }
+
+    /// Makes a request that of the client's name, if it has one: no other name resumes it, and it runs under no lock of another name.
+    pub(super) fn bind_to_name(&self, client: ClientId, asked: &mut LockRequest) {
+        let Some(name) = self.connections[client].name() else { return };
+        asked.who.user = name.into();
+        asked.nonce = asked.nonce.map(|nonce| nonce.of(name));
+        asked.within = asked.within.filter(|&token| {
+            let holder = self.table.holder_of(token);
+            holder.is_some_and(|holder| self.connections[holder].name() == Some(name))
+        });
     }
 
     /// Notes that a client on a Unix socket is not the process at the other end of the connection: then that is a forwarder, such as

@@ -264,13 +264,10 @@ impl Server {
     }
 
     fn lock(&mut self, client: ClientId, mut asked: Box<LockRequest>) {
-        if let Some(identity) = self.identity(client) {
-            if let Err(message) = self.gate.may_lock(identity, &asked.key) {
-                return self.refuse(client, ErrorCode::NotPermitted, message);
-            }
-            if let Some(name) = identity.name() {
-                asked.who.user = name.into();
-            }
+        if let Some(identity) = self.identity(client)
+            && let Err(message) = self.gate.may_lock(identity, &asked.key)
+        {
+            return self.refuse(client, ErrorCode::NotPermitted, message);
         }
         self.note_forwarder(client, &asked.who);
         let connection = &mut self.connections[client];
@@ -284,10 +281,8 @@ impl Server {
         connection.inherits = asked.inherits;
         connection.share = asked.share;
         connection.set_guard(asked.nonce.filter(|_| asked.inherits || asked.exec));
-        if let Some(name) = connection.name() {
-            asked.nonce = asked.nonce.map(|nonce| nonce.of(name));
-        }
         let uid = connection.uid();
+        self.bind_to_name(client, &mut asked);
         if self.cluster.is_some() && (asked.shared || asked.slots > 1) {
             let message = "lock: shared locks and slots work on one host only, and this daemon uses etcd";
             return self.refuse(client, ErrorCode::PerHost, message);
