@@ -29,7 +29,8 @@ use crate::startup::bit;
 ///   or to each process.
 /// - All other signals are meant for the command. A sender from outside that signals the whole group looks like one that
 ///   signals kmutex alone, if no such script is there to tell. Then a command that handles the signal gets it twice, unless the
-///   first is still pending when the second comes. No signal is lost.
+///   first is still pending when the second comes. No signal is lost, unless a sender kills the script and kmutex at the same
+///   time, and spares the command.
 #[derive(Debug)]
 pub(super) struct Forwarding {
     command: Pid,

@@ -494,6 +494,24 @@ fn a_signal_from_outside_that_spares_the_script_comes_once() {
 }
 
 #[test]
+fn what_a_shell_sends_to_a_job_is_never_lost_and_comes_twice_at_most() {
+    let daemon = Daemon::start();
+    // With -m, a job has a process group of its own, which kmutex leads.
+    let script = r#"exec 3<&0; set -m; "$KMUTEX" run k perl -e "$COUNTER" -- TERM PWR <&3 &
+        until test -e pid; do sleep 0.01; done; kill -TERM %1; wait %1; exit $?"#;
+    let mut command = tool("bash");
+    command.args(["-c", script]).current_dir(daemon.folder());
+    command.env("KMUTEX", KMUTEX).env("COUNTER", COUNTER).env("KMUTEX_SOCK", daemon.sock());
+    let mut shell = Process::spawn(command.stdin(Stdio::piped()));
+    let counter = Counter::ready(&daemon);
+    counter.wait_for("TERM", 1);
+    counter.barrier();
+    assert!((1..=2).contains(&counter.count("TERM")), "{}", counter.count("TERM"));
+    drop(shell.child.stdin.take());
+    assert_eq!(shell.wait(), 5);
+}
+
+#[test]
 #[ignore = "needs zsh and dash"]
 fn the_command_gets_what_each_kind_of_sender_sends() {
     // A shell gives a background process no input, unless it is told to.
