@@ -4,20 +4,25 @@
 //! - Two runs of a fresh key that succeed never begin less than the duration apart.
 //! - A coalescing request is followed by a run that began after it, and at most one run is pending.
 //! - Of the newest requests at most one waits. The weights of the holders stay within the slots.
+//! - A result that is shared is told as fresh only while it is there, and an older one only while another client runs anew. A client
+//!   for which an older one will do does not wait.
 //! - A client that can run does not wait, and no client waits for ever.
 
 use super::super::rng::Rng;
 use super::super::{ClientId, Config, Effects, NotificationKind, Table, Timestamp};
-use crate::proto::v2::{LockRequest, Mode};
+use crate::proto::v2::{LockRequest, Mode, Share};
 use crate::proto::{Key, Outcome, Token};
 
 const CLIENTS: usize = 24;
 const SLOTS: u32 = 8;
 const FRESH_MS: u64 = 400;
+/// How old a result may be while another client runs anew.
+const STALE_MS: u64 = 4_000;
+const USER: u64 = 1;
 /// How long an offer stands.
 const OFFER_MS: u64 = 1_000;
 /// One key for each kind of request.
-const KINDS: usize = 4;
+const KINDS: usize = 5;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Stage {
@@ -63,6 +68,10 @@ struct World {
     runs: Vec<Vec<Run>>,
     grants: [u64; KINDS],
     ends_told: [u64; KINDS],
+    /// The run whose result is kept.
+    result: Option<Run>,
+    /// How often an older result was told.
+    stale_told: u64,
 }
 
 impl World {
@@ -85,14 +94,21 @@ impl World {
             runs: vec![Vec::new(); KINDS],
             grants: [0; KINDS],
             ends_told: [0; KINDS],
+            result: None,
+            stale_told: 0,
         }
     }
 
-    fn run(mut self, steps: u64) -> ([u64; KINDS], [u64; KINDS]) {
+    fn run(mut self, steps: u64) -> ([u64; KINDS], [u64; KINDS], u64) {
         for _ in 0..steps {
             // Time leaps now and then, so that offers end.
             self.now += self.rng.below(20) + if self.rng.percent(1) { OFFER_MS } else { 0 };
             self.apply(|table, now, effects| table.expire(now, effects));
+            if self.rng.below(500) == 0
+                && let Some(run) = self.result.take()
+            {
+                self.table.result_dropped(key(4).id(), run.token);
+            }
             let client = self.rng.below(CLIENTS as u64) as usize;
             match self.clients[client].stage {
                 Stage::Idle => self.ask(client),
@@ -116,12 +132,12 @@ impl World {
         }
         assert!(self.clients.iter().all(|client| client.stage == Stage::Idle), "a client waits for ever");
         assert!(self.table.is_empty());
-        (self.grants, self.ends_told)
+        (self.grants, self.ends_told, self.stale_told)
     }
 
     fn ask(&mut self, client: usize) {
         let kind = self.rng.below(KINDS as u64) as usize;
-        let key = Key::new(format!("kind {kind}")).unwrap();
+        let key = key(kind);
         let queues = self.rng.percent(50);
         let mode = if queues { Mode::Queue } else { Mode::Once };
         let weight = 1 + self.rng.below(SLOTS.into()) as u32;
@@ -132,6 +148,13 @@ impl World {
                 newest: true,
                 replace_after_ms: self.rng.percent(30).then(|| self.rng.below(100)),
                 ..LockRequest::new(key, Mode::Queue)
+            },
+            4 => LockRequest {
+                share: Some(Share::Whole),
+                sharer: USER,
+                fresh_ms: FRESH_MS,
+                stale_ms: STALE_MS,
+                ..LockRequest::new(key, Mode::Once)
             },
             _ => LockRequest {
                 slots: SLOTS,
@@ -154,6 +177,15 @@ impl World {
             return self.disconnect(client);
         }
         let outcome = Outcome::Exit(u8::from(self.rng.percent(30)));
+        if self.clients[client].kind == 4 && outcome == Outcome::Exit(0) && self.rng.percent(85) {
+            self.table.has_result(ClientId(client as u32));
+            let Client { stage, began, began_at, .. } = self.clients[client];
+            if let Stage::Holding(token) = stage
+                && self.now - began_at < STALE_MS
+            {
+                self.result = Some(Run { token, began, began_at, outcome });
+            }
+        }
         self.ended(client, outcome);
         self.apply(|table, now, effects| table.release(now, ClientId(client as u32), outcome, effects));
     }
@@ -218,6 +250,17 @@ impl World {
                 );
                 self.answered(client);
             }
+            NotificationKind::Fresh(token) if kind == 4 => {
+                let run = self.result.expect("the result is there");
+                assert_eq!(run.token, token, "the last result is told");
+                let age = self.now - run.began_at;
+                let others = self.clients.iter().enumerate().filter(|(other, _)| *other != client);
+                let runs_anew =
+                    others.map(|(_, other)| other).any(|other| other.kind == 4 && self.excludes(other.stage));
+                assert!(age < FRESH_MS || (age < STALE_MS && runs_anew), "a result of {age} ms is told");
+                self.stale_told += u64::from(age >= FRESH_MS);
+                self.answered(client);
+            }
             NotificationKind::Fresh(token) => {
                 let run = self.runs[kind].iter().find(|run| run.token == token).expect("it is over");
                 assert_eq!((kind, run.outcome), (0, Outcome::Exit(0)), "what failed is not fresh");
@@ -230,7 +273,10 @@ impl World {
                 self.answered(client);
             }
             NotificationKind::Stop => assert!(kind == 2 && self.clients[client].stage != Stage::Waiting),
-            NotificationKind::Waiting { .. } => {}
+            NotificationKind::Waiting { .. } => {
+                let result = self.result.filter(|run| kind == 4 && self.now - run.began_at < STALE_MS);
+                assert!(result.is_none(), "a client waits for which a result is there");
+            }
             other => panic!("{other:?}"),
         }
     }
@@ -238,6 +284,15 @@ impl World {
     fn answered(&mut self, client: usize) {
         self.ends_told[self.clients[client].kind] += 1;
         self.clients[client].stage = Stage::Idle;
+    }
+
+    /// Returns `true` if a client at this stage keeps others from the lock.
+    fn excludes(&self, stage: Stage) -> bool {
+        match stage {
+            Stage::Holding(_) => true,
+            Stage::Offered { until } => self.now < until,
+            Stage::Idle | Stage::Waiting => false,
+        }
     }
 
     fn granted(&mut self, client: usize) {
@@ -250,6 +305,10 @@ impl World {
                 .map(|run| run.began_at)
                 .max();
             assert!(last.is_none_or(|last| self.now - last >= FRESH_MS), "a fresh key runs again too early");
+        }
+        if kind == 4 {
+            let is_old = self.result.is_none_or(|run| self.now - run.began_at >= FRESH_MS);
+            assert!(is_old, "a client runs although a fresh result is there");
         }
         if kind == 1 {
             let Client { asked, offered, .. } = self.clients[client];
@@ -265,15 +324,10 @@ impl World {
     fn check(&self) {
         self.table.audit();
         for kind in 0..KINDS {
-            let now = self.now;
-            let excludes = |stage: Stage| match stage {
-                Stage::Holding(_) => true,
-                Stage::Offered { until } => now < until,
-                Stage::Idle | Stage::Waiting => false,
-            };
             let of_kind = self.clients.iter().filter(|client| client.kind == kind);
             let waiting = of_kind.clone().filter(|client| client.stage == Stage::Waiting);
-            let held: u32 = of_kind.filter(|client| excludes(client.stage)).map(|client| client.weight).sum();
+            let held: u32 =
+                of_kind.filter(|client| self.excludes(client.stage)).map(|client| client.weight).sum();
             assert!(held <= if kind == 3 { SLOTS } else { 1 }, "more is held than there is");
             if kind == 2 {
                 assert!(waiting.clone().count() <= 1, "two of the newest wait");
@@ -287,11 +341,15 @@ impl World {
     }
 }
 
+fn key(kind: usize) -> Key {
+    Key::new(format!("kind {kind}")).unwrap()
+}
+
 #[test]
 fn single_flight_keeps_its_promises() {
     for seed in 0..30 {
-        let (grants, told) = World::new(seed).run(3_000);
-        let least = grants.into_iter().chain(told[..3].iter().copied()).min();
+        let (grants, told, stale) = World::new(seed).run(4_000);
+        let least = grants.into_iter().chain(told[..3].iter().copied()).chain([told[4], stale]).min();
         assert!(least > Some(5), "some situation hardly came up with seed {seed}: {grants:?}, {told:?}");
     }
 }
