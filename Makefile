@@ -95,9 +95,11 @@ counts: build build-slim test-tools
 fuzz:
 	./tests/fuzz
 
-# Runs each chaos test for an hour, or for KMUTEX_CHAOS_SECS seconds.
+# Runs each chaos test for an hour, or for KMUTEX_CHAOS_SECS seconds, and then hostile users for as long.
 soak:
 	KMUTEX_CHAOS_SECS=$${KMUTEX_CHAOS_SECS:-3600} $(CARGO) test --locked --release --test chaos --test chaos_cluster -- \
+		--include-ignored --nocapture
+	KMUTEX_HOSTILE_SECS=$${KMUTEX_CHAOS_SECS:-3600} $(CARGO) test --locked --release --features failpoints --test hostile -- \
 		--include-ignored --nocapture
 
 # Installs what `make` has built. It builds nothing, so root needs no cargo.

@@ -80,10 +80,15 @@ impl Daemon {
 
     /// Kills the daemon, unless it is dead already, and starts another one in its place, with these options.
     pub fn restart(&mut self, options: &[&str]) {
+        self.restart_made(options, |command| command);
+    }
+
+    /// The same, with a last change to the command that starts it.
+    pub fn restart_made(&mut self, options: &[&str], change: impl FnOnce(&mut Command) -> &mut Command) {
         if self.process.is_running() {
             self.kill();
         }
-        self.process = Process::spawn(&mut Daemon::command(&self.folder, options));
+        self.process = Process::spawn(change(&mut Daemon::command(&self.folder, options)));
         self.wait_for_log("serving on");
     }
 
