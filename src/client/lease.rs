@@ -7,6 +7,10 @@ use crate::clock;
 use crate::proto::v2::LeaseTerms;
 use crate::timestamp::Timestamp;
 
+/// How often to look at the clock. While a machine sleeps, the clock that poll(2) waits by stands still, and that of a lease does
+/// not: the work must stop soon after the machine wakes.
+const LOOK_EVERY: Duration = Duration::from_secs(1);
+
 /// A lease, as the client knows it.
 #[derive(Debug)]
 pub(super) struct Lease {
@@ -44,9 +48,10 @@ impl Lease {
         self.good_until <= clock::now()
     }
 
-    /// Returns when to ask again, or to give up.
+    /// Returns when to ask again, to give up, or to look whether it is time for that.
     pub(super) fn due(&self) -> Instant {
-        self.ask_at.min(Instant::now() + self.good_until.since(clock::now()))
+        let left = self.good_until.since(clock::now());
+        self.ask_at.min(Instant::now() + left.min(LOOK_EVERY))
     }
 
     /// Returns the time between the end of the lease as the client counts it and the first moment at which another host can
