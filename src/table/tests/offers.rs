@@ -29,6 +29,8 @@ fn a_free_lock_is_granted_and_one_that_was_waited_for_is_offered() {
     fixture.ask(2, offers(queue()));
     assert_eq!(fixture.release(1, Outcome::Unknown), [offered(2)]);
     assert_eq!(fixture.ask(3, queue()), [waiting(3, 0)], "the offer is a place among the holders");
+    fixture.ask(4, LockRequest { nowait: true, ..queue() });
+    assert_eq!(fixture.settle(), [(4, NotificationKind::Busy)]);
     assert_eq!(fixture.take(2), [granted(2, 101)]);
     assert_eq!(fixture.expire(), [], "the offer was taken");
 }
