@@ -286,11 +286,16 @@ impl Job {
         let outcome = match exit.stopped {
             Some(child::StopReason::MaxHold) => Outcome::Exit(Exit::TimedOut.code()),
             // What is only this caller's concern ended it: for the others it has not done its work.
-            _ if end == Some(tee::End::CutOff) => Outcome::Vanished,
+            _ if end == Some(tee::End::CutOff) || (end.is_some() && exit.died_with_kmutex) => {
+                Outcome::Vanished
+            }
             Some(child::StopReason::Replaced) | None => exit.outcome,
         };
         if let ([hold], Some(end)) = (&mut *holds, end) {
             match end {
+                _ if exit.stopped.is_some() => {
+                    hold.withhold_output("the run was stopped before its end".into())
+                }
                 tee::End::Complete => hold.output_is_complete(),
                 tee::End::Withheld(why) => hold.withhold_output(why),
                 tee::End::CutOff => {}

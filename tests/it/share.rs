@@ -112,6 +112,41 @@ fn if_the_holder_is_killed_half_way_a_waiter_takes_over_and_nothing_is_torn() {
 }
 
 #[test]
+fn if_the_holder_is_interrupted_a_waiter_takes_over_and_nothing_is_torn() {
+    let daemon = Daemon::start();
+    for signal in [Signal::SIGTERM, Signal::SIGINT] {
+        let mut holding = holder(&daemon, &[], "exit 0");
+        let waiter = waiting(&daemon, &["--share"], || {
+            holding.signal(signal);
+            assert_eq!(holding.wait(), 128 + signal as i32);
+        });
+        assert_eq!((waiter.code, waiter.stdout.as_str(), waiter.stderr.as_str()), (9, "ran\n", ""));
+    }
+}
+
+#[test]
+fn half_an_output_of_a_run_that_was_stopped_is_not_given() {
+    let daemon = Daemon::start();
+    // It ends when a waiter waits, however long after it was told to stop.
+    let script = "trap 'touch stopped' TERM; echo first; until test -e go; do sleep 0.01; done";
+    let options = ["--share", "--max-hold", "0.1", "--kill-after", "1h", "k", "sh", "-c", script];
+    let mut holding = Process::spawn(daemon.run(&options).stdout(Stdio::piped()).stderr(Stdio::null()));
+    holding.wait_for_line("first");
+    let waiter = waiting(&daemon, &["--share"], || {
+        wait_until("it to be stopped", || daemon.folder().join("stopped").exists());
+        fs::write(daemon.folder().join("go"), "").unwrap();
+        assert_eq!(holding.wait(), 124);
+    });
+    waiter.assert_error(79, &["stopped before its end"]);
+    let mut holding = holder(&daemon, &[], "exit 0");
+    let waiter = waiting(&daemon, &["--share"], || {
+        finish(&mut daemon.run(&["--replace", "k", "true"])).assert_silent(0);
+        assert_eq!(holding.wait(), 128 + 15);
+    });
+    waiter.assert_error(79, &["stopped before its end"]);
+}
+
+#[test]
 fn a_stopped_waiter_holds_up_neither_the_holder_nor_the_others() {
     let daemon = Daemon::start();
     let mut holding = holder(&daemon, &[], "head -c 3000000 /dev/zero; exit 3");
