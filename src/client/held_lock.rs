@@ -179,13 +179,14 @@ impl HeldLock {
 
     /// Returns when [`HeldLock::poll`] has something to do even if nothing is readable.
     pub fn poll_at(&self) -> Option<Instant> {
+        let is_up = matches!(self.link, Link::Up(_));
         let due = match &self.link {
             Link::Down { retry_at, .. } => Some(*retry_at),
             Link::Up(session) | Link::Resuming(session) if session.has_unread() => Some(Instant::now()),
             Link::Up(_) | Link::Resuming(_) => self.name_child_at,
             Link::Connecting(_) => None,
         };
-        due.into_iter().chain(self.lease.as_ref().map(Lease::due)).min()
+        due.into_iter().chain(self.lease.as_ref().map(|lease| lease.due(is_up))).min()
     }
 
     /// Returns, for a lost lock, how much time is left to stop the work before another host can get the lock; `None` if

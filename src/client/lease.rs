@@ -48,10 +48,11 @@ impl Lease {
         self.good_until <= clock::now()
     }
 
-    /// Returns when to ask again, to give up, or to look whether it is time for that.
-    pub(super) fn due(&self) -> Instant {
+    /// Returns when to ask again (`asks`: the daemon can be asked), to give up, or to look whether it is time for that.
+    pub(super) fn due(&self, asks: bool) -> Instant {
         let left = self.good_until.since(clock::now());
-        self.ask_at.min(Instant::now() + left.min(LOOK_EVERY))
+        let look_at = Instant::now() + left.min(LOOK_EVERY);
+        if asks { look_at.min(self.ask_at) } else { look_at }
     }
 
     /// Returns the time between the end of the lease as the client counts it and the first moment at which another host can
@@ -65,7 +66,8 @@ impl Lease {
         if self.ask_at > Instant::now() {
             return Due::Nothing;
         }
-        self.ask_at = Instant::now() + self.margin;
+        // The answer should come at once. There is time yet for another connection.
+        self.ask_at = Instant::now() + self.margin / 2;
         if self.asked.is_some() {
             return Due::Reconnect;
         }
@@ -82,6 +84,36 @@ impl Lease {
     pub(super) fn answered(&mut self, terms: Option<LeaseTerms>) {
         if let (Some(sent), Some(terms)) = (self.asked.take(), terms) {
             self.good_until = self.good_until.max(sent.plus(Duration::from_millis(terms.good_ms)));
+            self.ask_at = Instant::now() + self.margin;
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_ping_that_is_not_answered_is_followed_by_another_connection_before_the_lease_is_over() {
+        let sent = clock::now();
+        let mut lease = Lease::new(sent, LeaseTerms { good_ms: 4000, margin_ms: 200 });
+        assert_eq!(lease.take_due(), Due::Nothing);
+        lease.ask_at = Instant::now();
+        assert_eq!(lease.take_due(), Due::Ping);
+        assert_eq!(lease.take_due(), Due::Nothing, "there is one ping at a time");
+        assert!(lease.ask_at <= Instant::now() + Duration::from_millis(100));
+        lease.ask_at = Instant::now();
+        assert_eq!(lease.take_due(), Due::Reconnect);
+        lease.answered(Some(LeaseTerms { good_ms: 4000, margin_ms: 200 }));
+        lease.ask_at = Instant::now();
+        assert_eq!(lease.take_due(), Due::Ping);
+    }
+
+    #[test]
+    fn a_lease_that_cannot_be_renewed_now_does_not_keep_its_holder_busy() {
+        let mut lease = Lease::new(clock::now(), LeaseTerms { good_ms: 60_000, margin_ms: 30_000 });
+        lease.ask_at = Instant::now();
+        assert!(lease.due(true) <= Instant::now());
+        assert!(lease.due(false) > Instant::now() + LOOK_EVERY / 2);
     }
 }
