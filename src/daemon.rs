@@ -31,6 +31,7 @@
 //! | `outputs.rs` | the outputs of runs whose results clients share |
 //! | `named.rs` | processes that clients name, by descriptor |
 //! | `processes.rs` | which processes those are, and whether they live |
+//! | `search.rs` | the thread that searches all processes for a command |
 //! | `cluster.rs` | clustering: sharing locks with other hosts, through etcd |
 //! | `cluster_disabled.rs` | an empty type in its place, in a build without etcd |
 //! | `remote.rs`, `listing.rs` | what the loop and the clustering say to each other about locks of other hosts |
@@ -67,6 +68,7 @@ mod processes;
 mod recorder;
 mod remote;
 mod reserve;
+mod search;
 mod server;
 mod socket_lock;
 mod source;

@@ -9,7 +9,7 @@ use std::os::fd::OwnedFd;
 use nix::sys::epoll::{Epoll, EpollEvent, EpollFlags};
 
 use super::named::Named;
-use super::processes::Liveness;
+use super::processes::{Liveness, must_search};
 use super::source::Source;
 use crate::journal::HoldRecord;
 use crate::proto::{Pid, Protocol, Token};
@@ -68,6 +68,8 @@ pub(super) enum Successor {
     None,
     /// Perhaps a command that cannot be found.
     Unknown,
+    /// Perhaps a command that was not named, and must be searched for.
+    Sought(HoldRecord),
 }
 
 impl Orphans {
@@ -211,15 +213,26 @@ impl Orphans {
         orphan.process = None;
         let next = match std::mem::replace(&mut orphan.is_command, true) {
             true => Liveness::Exited,
+            false if must_search(&orphan.record) => {
+                return Ok(Some(Successor::Sought(orphan.record.clone())));
+            }
             false => Liveness::of_command(&orphan.record)?,
         };
-        Ok(Some(match next {
+        self.found(token, next, epoll).map(Some)
+    }
+
+    /// Notes what has become of the command of a hold, whose client has ended.
+    ///
+    /// # Errors
+    /// If the command cannot be watched. The hold lasts until it is broken.
+    pub(super) fn found(&mut self, token: Token, next: Liveness, epoll: &Epoll) -> io::Result<Successor> {
+        Ok(match next {
             Liveness::Alive(process) => {
                 self.watch(token, process, epoll)?;
                 Successor::Command
             }
             Liveness::Exited => Successor::None,
             Liveness::Unknown => Successor::Unknown,
-        }))
+        })
     }
 }

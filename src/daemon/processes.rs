@@ -61,13 +61,18 @@ impl Liveness {
     /// # Errors
     /// As pidfd_open(2) gives them.
     pub(super) fn of_command(record: &HoldRecord) -> io::Result<Liveness> {
-        match (record.child, record.held.terms.inherits) {
-            (None, false) => Ok(Liveness::Exited),
-            (None, true) if namespace().is_none() => Ok(Liveness::Unknown),
-            (None, true) => find_command_by_token(record),
-            (Some(child), _) => Liveness::of_named(child),
+        match record.child {
+            Some(child) => Liveness::of_named(child),
+            None if must_search(record) => find_command_by_token(record),
+            None if record.held.terms.inherits => Ok(Liveness::Unknown),
+            None => Ok(Liveness::Exited),
         }
     }
+}
+
+/// Returns `true` if only a search of all processes can tell whether the command of this hold lives.
+pub(super) fn must_search(record: &HoldRecord) -> bool {
+    record.child.is_none() && record.held.terms.inherits && namespace().is_some()
 }
 
 /// Returns `true` if a process has this number in one of the pid namespaces that it is in (proc(5), /proc/PID/status, NSpid).
@@ -95,7 +100,10 @@ pub(super) fn namespace() -> Option<u64> {
 ///
 /// Only root and the command's own user may read an environment (proc(5), /proc/PID/environ), and a process whose
 /// environment cannot be read may be the command. So the answer is [`Liveness::Exited`] only if every environment was read.
-fn find_command_by_token(record: &HoldRecord) -> io::Result<Liveness> {
+///
+/// # Errors
+/// As pidfd_open(2) gives them.
+pub(super) fn find_command_by_token(record: &HoldRecord) -> io::Result<Liveness> {
     let mine = Uid::effective().as_raw();
     let mut all_seen = record.held.uid == Some(mine);
     let mut found = Vec::new();
@@ -115,7 +123,7 @@ fn find_command_by_token(record: &HoldRecord) -> io::Result<Liveness> {
                 found.push((start, pid));
             }
             Ok(_) => {}
-            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => all_seen = false,
+            Err(e) if e.kind() == io::ErrorKind::PermissionDenied => all_seen &= !may_be_command(pid, record),
             // It has ended.
             Err(_) => {}
         }
@@ -127,6 +135,26 @@ fn find_command_by_token(record: &HoldRecord) -> io::Result<Liveness> {
         None if all_seen => Ok(Liveness::Exited),
         None => Ok(Liveness::Unknown),
     }
+}
+
+/// Returns `true` if a process could be the command of a kmutex that was killed: its parent is then the first process of a pid namespace,
+/// or another one that adopts orphans (PR_SET_CHILD_SUBREAPER in prctl(2)), which is the holder's own. So the kernel's threads, and
+/// what a service of root has started, are no commands of other users, though they start all the time.
+fn may_be_command(pid: Pid, record: &HoldRecord) -> bool {
+    const PARENT: usize = 4;
+    let own = fs::read_to_string(format!("/proc/{}/status", pid.as_raw_nonzero())).unwrap_or_default();
+    let is_zombie = own.lines().any(|line| line.starts_with("State:\tZ"));
+    if is_zombie && own.lines().any(|line| matches!(line, "Threads:\t0" | "Threads:\t1")) {
+        // It has ended, and only its parent has not looked yet.
+        return false;
+    }
+    let parent = stat_field(pid, PARENT).and_then(|number| Pid::from_raw(i32::try_from(number).ok()?));
+    // The parent is outside of the namespace, or has just ended.
+    let Some(parent) = parent.map(|parent| format!("/proc/{}", parent.as_raw_nonzero())) else { return true };
+    let is_holders = fs::metadata(&parent).map_or(true, |meta| Some(meta.uid()) == record.held.uid);
+    let status = fs::read_to_string(format!("{parent}/status")).unwrap_or_default();
+    let numbers = status.lines().find_map(|line| line.strip_prefix("NSpid:"));
+    is_holders || numbers.is_none_or(|numbers| numbers.split_ascii_whitespace().next_back() == Some("1"))
 }
 
 /// Returns `true` if an environment names this token. (An environment is a list of `NAME=VALUE`, each ended by a zero

@@ -41,6 +41,7 @@ use super::processes::Liveness;
 use super::recorder::{Grant, Recorder};
 use super::remote::{RemoteReply, RemoteRequest};
 use super::reserve::Reservations;
+use super::search::Search;
 use super::source::Source;
 use super::users::Users;
 use super::{Config, failpoint, log};
@@ -85,6 +86,7 @@ pub(super) struct Server {
     gate: Gate,
     reservations: Reservations,
     users: Users,
+    search: Search,
     /// Locks are held, or were, that an earlier daemon recorded.
     has_restored: bool,
     peers: PeerLeases,
@@ -170,6 +172,7 @@ impl Server {
             gate,
             reservations: Reservations::new(config.reservations.clone(), cluster.is_some()),
             users: Users::default(),
+            search: Search::default(),
             has_restored: false,
             peers: PeerLeases::new(config.peer_timeout),
             predecessor: match config.peer_timeout {
@@ -355,6 +358,7 @@ impl Server {
             Source::Reload => self.reload(),
             Source::Verifier => self.gate.verifier_ready(),
             Source::Users => self.users_ready(),
+            Source::Search => self.search_ready(),
         }
         Ok(None)
     }
@@ -677,13 +681,45 @@ impl Server {
     /// The watched process of a holder has ended.
     fn orphan_ready(&mut self, token: Token) {
         match self.orphans.process_exited(token, &self.epoll) {
-            Ok(None | Some(Successor::Command)) => {}
-            Ok(Some(Successor::None)) => {
+            Ok(None) => {}
+            Ok(Some(successor)) => self.succeeded(token, successor),
+            Err(e) => self.unwatched(token, None, &e),
+        }
+    }
+
+    /// Carries on with a hold whose client has ended.
+    fn succeeded(&mut self, token: Token, successor: Successor) {
+        match successor {
+            Successor::Command => {}
+            Successor::None => {
                 debug!("the process of token {token} has ended");
                 self.apply(|table, now, effects| table.orphan_ended(now, token, effects));
             }
-            Ok(Some(Successor::Unknown)) => self.table.limit_orphan(token, self.now.plus(self.grace)),
-            Err(e) => self.unwatched(token, None, &e),
+            Successor::Unknown => self.table.limit_orphan(token, self.now.plus(self.grace)),
+            Successor::Sought(record) => {
+                let begun = self.search.begin(record, &self.epoll);
+                self.searches_begun(begun);
+            }
+        }
+    }
+
+    /// A search for a command is over.
+    fn search_ready(&mut self) {
+        let Some((token, found)) = self.search.ready() else { return };
+        let begun = self.search.start_next();
+        self.searches_begun(begun);
+        // The hold may have been broken meanwhile.
+        if self.orphans.record(token).is_some() {
+            match found.and_then(|found| self.orphans.found(token, found, &self.epoll)) {
+                Ok(successor) => self.succeeded(token, successor),
+                Err(e) => self.unwatched(token, None, &e),
+            }
+        }
+    }
+
+    fn searches_begun(&mut self, begun: io::Result<()>) {
+        if let Err(e) = begun {
+            self.search.give_up().into_iter().for_each(|token| self.unwatched(token, None, &e));
         }
     }
 

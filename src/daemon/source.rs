@@ -23,6 +23,8 @@ pub(super) enum Source {
     Verifier,
     /// The threads that look up users.
     Users,
+    /// The thread that searches for commands.
+    Search,
 }
 
 impl Source {
@@ -32,6 +34,7 @@ impl Source {
     const RELOAD: u32 = u32::MAX - 2;
     const VERIFIER: u32 = u32::MAX - 3;
     const USERS: u32 = u32::MAX - 4;
+    const SEARCH: u32 = u32::MAX - 5;
 
     /// Generation 0 marks everything that is not a connection. Generations and tokens never reach the highest bit.
     pub(super) fn pack(self) -> u64 {
@@ -42,6 +45,7 @@ impl Source {
             Source::Reload => u64::from(Source::RELOAD),
             Source::Verifier => u64::from(Source::VERIFIER),
             Source::Users => u64::from(Source::USERS),
+            Source::Search => u64::from(Source::SEARCH),
             Source::Listener(index) => index as u64 + 1,
             Source::Connection(id) => u64::from(id.generation) << 32 | u64::from(id.client.0),
             Source::Orphan(token) => Source::ORPHAN | token.0,
@@ -58,6 +62,7 @@ impl Source {
             (0, Source::RELOAD) => Source::Reload,
             (0, Source::VERIFIER) => Source::Verifier,
             (0, Source::USERS) => Source::Users,
+            (0, Source::SEARCH) => Source::Search,
             (0, number) => Source::Listener(number as usize - 1),
             _ => Source::Connection(ConnectionId { client: ClientId(low), generation }),
         }
@@ -79,6 +84,7 @@ mod tests {
             Source::Reload,
             Source::Verifier,
             Source::Users,
+            Source::Search,
             Source::Listener(0),
             Source::Listener(7),
             connection(0, 1),

@@ -1,6 +1,7 @@
 //! The daemon is killed, and nothing is lost.
 
 use std::fs;
+use std::io::Write;
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use nix::unistd::Pid;
 use serde_json::json;
 
 use crate::harness::{Daemon, KillOnDrop, Process, Wire, wait_for, wait_until};
+use crate::world::{BOB, World};
 
 const KEY: &[u8; 16] = b"0123456789abcdef";
 
@@ -352,4 +354,49 @@ fn a_journal_that_cannot_be_trusted_is_named_and_the_daemon_serves() {
         assert!(line.contains("sock.journal") && line.contains(complaint), "{line}");
         daemon.wire().send(KEY).expect("O");
     }
+}
+
+/// Starts a holder that is stopped before it can name its command to the daemon, and restarts the daemon. The next daemon watches the
+/// holder, and must search for the command when the holder is killed. What it prints: the pids of both.
+const UNNAMED: &str =
+    "kmutex run --sock $S k -- sh -c 'kill -STOP $PPID; echo $PPID $$ > /tmp/pids; exec sleep 1000' &
+    until test -s /tmp/pids; do :; done; d=$(cat $S.lock); kill -KILL $d; while kill -0 $d 2> /dev/null; do :; done";
+
+#[test]
+#[ignore = "needs root, to act as several users"]
+fn a_command_that_was_not_named_is_searched_for_among_all_processes() {
+    let world = World::new();
+    // It was there before, and starts something later.
+    let mut service = world.start(0, "echo ready; read line; sleep 1000 & echo started; wait");
+    let sock = "S=/tmp/bobs; export S";
+    let first = world.serve(BOB, "--sock /tmp/bobs --grace 1000");
+    world.expect(BOB, &format!("{sock}; {UNNAMED}"), 0);
+    drop(first);
+    let _daemon = world.serve(BOB, "--sock /tmp/bobs --grace 1000");
+    writeln!(service.child.stdin.as_mut().unwrap(), "go").unwrap();
+    service.wait_for_line("started");
+    // Its kmutex is killed: it keeps the lock. Then it is killed too.
+    let next = "read kmutex command < /tmp/pids; kill -KILL $kmutex
+        for i in 1 2 3 4 5; do kmutex run --sock $S -n k -- true; test $? = 75 || exit 9; done; kill -KILL $command
+        exec kmutex run --sock $S --queue -w 50 k -- true";
+    world.expect(BOB, &format!("{sock}; {next}"), 0);
+}
+
+/// The same if the command ends first. No process has the lock's token then, and that root has started another one meanwhile, which
+/// Bob's daemon cannot look into, keeps no lock.
+#[test]
+#[ignore = "needs root, to act as several users"]
+fn a_process_of_root_is_not_taken_for_the_command_of_another_user() {
+    let world = World::new();
+    let mut service = world.start(0, "echo ready; read line; sleep 1000 & echo started; wait");
+    let sock = "S=/tmp/bobs; export S";
+    let first = world.serve(BOB, "--sock /tmp/bobs --grace 1000");
+    world.expect(BOB, &format!("{sock}; {UNNAMED}"), 0);
+    drop(first);
+    let _daemon = world.serve(BOB, "--sock /tmp/bobs --grace 1000");
+    writeln!(service.child.stdin.as_mut().unwrap(), "go").unwrap();
+    service.wait_for_line("started");
+    let next = "read kmutex command < /tmp/pids; kill -KILL $command; kill -KILL $kmutex
+        exec kmutex run --sock $S --queue -w 50 k -- true";
+    world.expect(BOB, &format!("{sock}; {next}"), 0);
 }
