@@ -109,6 +109,14 @@ impl OutputFile {
         Ok(File::open(format!("/proc/self/fd/{}", self.0.as_raw_fd()))?.into())
     }
 
+    /// Returns the output for this process itself.
+    ///
+    /// # Errors
+    /// As dup(2).
+    pub fn output(&self) -> io::Result<Output> {
+        Ok(Output::from_descriptor(self.0.try_clone()?.into()))
+    }
+
     /// Returns how long the file is.
     ///
     /// # Errors

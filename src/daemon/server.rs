@@ -75,6 +75,8 @@ const REQUESTS_AT_ONCE_MIN: usize = 8;
 const ACCEPTS_MAX: usize = 64;
 /// How much is read from one connection before the other connections get their turn.
 const READ_BYTES_MAX: usize = 16 * 1024;
+/// How often a connection is read that cannot be sent anything any more. A client sends little before it closes.
+const READS_OF_REST_MAX: usize = 16;
 /// Why a connection is closed whose requests the daemon cannot keep.
 const INPUT_FULL: &str = "input buffers full";
 
@@ -566,6 +568,18 @@ impl Server {
         }
     }
 
+    /// Reads what a client on this host sent before it closed its connection: perhaps the release of its lock.
+    fn read_rest(&mut self, client: ClientId) {
+        let mut buffer = [0; 4096];
+        for _ in 0..READS_OF_REST_MAX {
+            let connection = &self.connections[client];
+            if connection.is_remote() || connection.postponed || connection.closing {
+                return;
+            }
+            self.read(client, &mut buffer);
+        }
+    }
+
     fn received(&mut self, client: ClientId, bytes: &[u8]) {
         let connection = &mut self.connections[client];
         if connection.continues_line(bytes) {
@@ -965,6 +979,7 @@ impl Server {
             // Clients that turn out to be gone release what they had. The journal must say so before any client hears of
             // it, so they are not closed on the way.
             for (client, why) in gone {
+                self.read_rest(client);
                 self.disconnected(client, why);
             }
             if !self.connections.has_work() {

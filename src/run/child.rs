@@ -78,10 +78,13 @@ pub(super) fn run(
     }
     // Before the child is there, so that no signal is lost between the two.
     let mut signals = Signals::block().map_err(|e| Error::Os("catch signals", e))?;
+    if let Some(tee) = &mut tee {
+        tee.start().map_err(|e| Error::Os("read the command's output", e))?;
+    }
     let output = tee.as_ref().and_then(|tee| tee.writes());
     let pid = command.spawn(signals.inherited_mask(), output).map_err(Error::Spawn)?;
     if let Some(tee) = &mut tee {
-        tee.start().map_err(|e| Error::Os("read the command's output", e))?;
+        tee.command_is_started();
     }
     if options.inherits {
         for hold in &mut *holds {

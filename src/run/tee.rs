@@ -17,7 +17,7 @@ use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, Signal};
 
 use crate::client::HeldLock;
-use crate::output::{Output, OutputFile, Reader, Stream};
+use crate::output::{OutputFile, Reader, Stream};
 use crate::startup;
 use crate::streams;
 
@@ -136,14 +136,14 @@ impl Tee {
         self.writes.as_ref().map(|writes| [writes[0].as_fd(), writes[1].as_fd()])
     }
 
-    /// Begins to read. Called when the command has been started, and all signals are blocked.
+    /// Begins to read. Called before the command is started, so that it does not run if this fails, and when all signals are
+    /// blocked.
     ///
     /// # Errors
     /// As pthread_create(3).
     pub(super) fn start(&mut self) -> io::Result<()> {
-        self.writes = None;
         let (Some(file), Some(reads)) = (self.file.take(), self.reads.take()) else { return Ok(()) };
-        let own = Output::from_descriptor(file.for_readers()?).reader();
+        let own = file.output()?.reader();
         let shared = Arc::clone(&self.shared);
         let writer = move || write_own(&shared, own);
         self.writer = Some(std::thread::Builder::new().name("write".into()).spawn(writer)?);
@@ -155,6 +155,11 @@ impl Tee {
         };
         self.reader = Some(std::thread::Builder::new().name("read".into()).spawn(move || reading.run())?);
         Ok(())
+    }
+
+    /// The command has been started: only it writes to the pipes from now on.
+    pub(super) fn command_is_started(&mut self) {
+        self.writes = None;
     }
 
     /// Returns the descriptor that becomes readable when [`Tee::tell`] has something to do.
