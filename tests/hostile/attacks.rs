@@ -12,7 +12,7 @@ use kmutex::proto::Key;
 use nix::unistd::Pid;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 
-use crate::harness::{PREAMBLE, open_process};
+use crate::harness::{PREAMBLE, TIMEOUT, open_process};
 use crate::kmutex;
 
 /// Keys of other users, which they hold or wait for all the time.
@@ -136,6 +136,8 @@ fn name_foreign_processes(sock: &Path, key: &str) {
 /// Protocol 1 knows only identities, which every client can compute.
 fn by_protocol_1(sock: &Path, key: &str) {
     let Some(mut stream) = connect(sock) else { return };
+    // Behind the floods it may take a while until the daemon comes to this connection.
+    stream.set_read_timeout(Some(TIMEOUT)).unwrap();
     let _ = stream.write_all(&Key::new(key).unwrap().id().0);
     let mut answer = [0];
     match stream.read(&mut answer) {
