@@ -843,6 +843,9 @@ impl Server {
     /// Tells clients what the table has decided. If that takes too long, the rest is left to the next turns, which handle no event of
     /// a client before ([`Server::is_behind`]).
     fn notify_clients(&mut self) {
+        if !self.is_behind() {
+            return;
+        }
         let mut notifications = std::mem::take(&mut self.effects.notifications);
         let mut told = 0;
         while let Some(&notification) = notifications.get(told) {
@@ -857,9 +860,14 @@ impl Server {
                 self.notify(notification);
             }
         }
-        notifications.drain(..told);
+        match notifications.len() {
+            all if all == told => notifications.clear(),
+            _ => drop(notifications.drain(..told)),
+        }
         // To tell one client may have had effects on others.
-        notifications.append(&mut self.effects.notifications);
+        if self.is_behind() {
+            notifications.append(&mut self.effects.notifications);
+        }
         self.effects.notifications = notifications;
     }
 
