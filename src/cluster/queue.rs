@@ -49,6 +49,7 @@ pub(super) struct LockQueue {
 struct Told {
     token: Token,
     is_kmutex: bool,
+    is_of_earlier_store: bool,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -113,6 +114,9 @@ impl LockQueue {
     pub(super) fn forget_store(&mut self) {
         self.forget_entries(Revision(0));
         self.entries.clear();
+        if let Some(told) = &mut self.told {
+            told.is_of_earlier_store = true;
+        }
         (self.last, self.asked, self.mark) = (None, None, None);
     }
 
@@ -248,7 +252,7 @@ impl LockQueue {
         }
         let first = self.first().map(|first| (Token(first.revision.0 as u64), first.owner.is_some()));
         if let Some(told) = self.told
-            && first.is_none_or(|(token, _)| token != told.token)
+            && (told.is_of_earlier_store || first.is_none_or(|(token, _)| token != told.token))
         {
             self.told = None;
             table.remote_hold_ended(now, lock, self.outcome_of(told), effects);
@@ -265,7 +269,7 @@ impl LockQueue {
                 self.leaving = Some(Leaving { token, record: None });
             }
         } else if table.find(lock).is_some() {
-            self.told = Some(Told { token, is_kmutex });
+            self.told = Some(Told { token, is_kmutex, is_of_earlier_store: false });
             table.remote_hold_seen(now, lock, token, self.mark.unwrap_or(ArrivalMark::NONE), effects);
         }
     }
@@ -273,6 +277,8 @@ impl LockQueue {
     /// Returns how a hold ended whose entry is gone.
     fn outcome_of(&self, told: Told) -> Outcome {
         match self.last {
+            // The records of this store say nothing of it.
+            _ if told.is_of_earlier_store => Outcome::Vanished,
             // Either the holder's own record, or that of a later holder, which serves the waiters as well.
             Some(last) if last.token >= told.token => last.outcome,
             _ if told.is_kmutex => Outcome::Vanished,
