@@ -30,6 +30,8 @@ const BOB: u32 = 65_521;
 const HOSTILE: [u32; 3] = [65_522, 65_523, 65_524];
 /// How soon a job has its lock, in all but one of a hundred cases.
 const GRANT_MAX: Duration = Duration::from_millis(100);
+/// The same in a short run, which is no measurement: the machine may have other work.
+const GRANT_MAX_SHORT: Duration = Duration::from_secs(2);
 /// How often the daemon is killed: so seldom that the jobs which wait for the next one are fewer than one in a hundred.
 const RESTART_EVERY: Duration = Duration::from_secs(5);
 const TURN_MAX: Duration = Duration::from_millis(20);
@@ -39,6 +41,8 @@ const MEMORY_MAX_KIB: u64 = 64 * 1024;
 const ROLE: &str = "KMUTEX_HOSTILE_ROLE";
 const SOCK: &str = "KMUTEX_HOSTILE_SOCK";
 const SEED: &str = "KMUTEX_HOSTILE_SEED";
+/// How long it goes on; a run with this is a measurement.
+const SECS: &str = "KMUTEX_HOSTILE_SECS";
 
 #[test]
 #[ignore = "needs root, to act as several users"]
@@ -48,7 +52,7 @@ fn hostile_users_keep_no_job_from_its_lock() {
         "this test acts as several users, which only root can: run it as root"
     );
     let (seed, span) =
-        (number(SEED).unwrap_or_else(|| std::process::id().into()), number("KMUTEX_HOSTILE_SECS"));
+        (number(SEED).unwrap_or_else(|| std::process::id().into()), number(SECS));
     let span = Duration::from_secs(span.unwrap_or(10));
     println!("{SEED}={seed} for {span:?}");
     let mut scene = Scene::start();
@@ -183,7 +187,8 @@ fn assert_quick(lines: &[String]) {
     assert!(waits.len() >= 100, "the jobs got their locks only {} times", waits.len());
     let (wait, pause) = (worst_of_most(&waits), worst_of_most(&pauses));
     println!("{} locks, 99% within {wait:.1} ms; 99% of the pauses within {pause:.1} ms", waits.len());
-    let limit = GRANT_MAX.as_secs_f64() * 1000.0 + 3.0 * pause;
+    let grant_max = if number(SECS).is_some() { GRANT_MAX } else { GRANT_MAX_SHORT };
+    let limit = grant_max.as_secs_f64() * 1000.0 + 3.0 * pause;
     assert!(wait < limit, "99% of the jobs waited for up to {wait:.1} ms");
 }
 
