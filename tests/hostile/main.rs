@@ -51,8 +51,7 @@ fn hostile_users_keep_no_job_from_its_lock() {
         Uid::effective().is_root(),
         "this test acts as several users, which only root can: run it as root"
     );
-    let (seed, span) =
-        (number(SEED).unwrap_or_else(|| std::process::id().into()), number(SECS));
+    let (seed, span) = (number(SEED).unwrap_or_else(|| std::process::id().into()), number(SECS));
     let span = Duration::from_secs(span.unwrap_or(10));
     println!("{SEED}={seed} for {span:?}");
     let mut scene = Scene::start();
