@@ -21,6 +21,7 @@ mod queue;
 mod run_record;
 #[cfg(test)]
 mod simulation;
+mod turn;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;

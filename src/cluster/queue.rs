@@ -3,10 +3,12 @@
 
 use std::collections::BTreeMap;
 
+use super::turn::Turn;
 use super::{
     Asked, Entry, EntryKey, Failure, LeaseName, OutcomeRecord, Owner, QueueOp, QueueSnapshot, Revision,
     WatchEvent,
 };
+use crate::proto::v2::Mode;
 use crate::proto::{LockId, Outcome, Token};
 use crate::table::{ArrivalMark, Effects, Table, Timestamp};
 
@@ -43,6 +45,7 @@ pub(super) struct LockQueue {
     knows_runs: bool,
     /// Behind the clients that had come before the last request that was answered.
     mark: Option<ArrivalMark>,
+    turn: Turn,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -117,7 +120,7 @@ impl LockQueue {
         if let Some(told) = &mut self.told {
             told.is_of_earlier_store = true;
         }
-        (self.last, self.asked, self.mark) = (None, None, None);
+        (self.last, self.asked, self.mark, self.turn) = (None, None, None, Turn::default());
     }
 
     pub(super) fn watch_event(&mut self, revision: Revision, event: WatchEvent) {
@@ -137,6 +140,16 @@ impl LockQueue {
             // The table knows.
             WatchEvent::Ran(_) | WatchEvent::RunGone { .. } => {}
         }
+        self.note_turn(self.mark);
+    }
+
+    /// The queue has changed. `mark` is that of an answer from before the change.
+    fn note_turn(&mut self, mark: Option<ArrivalMark>) {
+        let first = self.first().map(|first| {
+            let is_batch = first.owner.as_ref().is_some_and(|owner| owner.mode == Mode::Coalesce);
+            (Token(first.revision.0 as u64), is_batch)
+        });
+        self.turn.changes_to(first, self.as_of.unwrap_or(self.missed), mark.unwrap_or(ArrivalMark::NONE));
     }
 
     fn insert(&mut self, entry: Entry) {
@@ -153,6 +166,7 @@ impl LockQueue {
             }
             QueueOp::Release { next, .. } => {
                 self.next = next.as_ref().map(|(entry_key, _)| entry_key.clone());
+                self.turn.leaves(mark);
             }
         }
     }
@@ -174,6 +188,7 @@ impl LockQueue {
             self.as_of = None;
             is_news = false;
         }
+        self.note_turn(self.mark);
         self.mark = Some(asked.mark);
         self.find_own(lease);
         is_news
@@ -185,7 +200,9 @@ impl LockQueue {
             && self.revision_of(&next).is_some()
         {
             self.own = Some(next);
-            self.leaving = None;
+            if let Some(left) = self.leaving.take() {
+                self.turn.has_left(left.token);
+            }
         } else if let Some(own) = &self.own {
             if self.revision_of(own).is_none() {
                 self.lose_entry();
@@ -257,6 +274,7 @@ impl LockQueue {
             self.told = None;
             table.remote_hold_ended(now, lock, self.outcome_of(told), effects);
         }
+        self.turn.settle(self.last);
         let Some((token, is_kmutex)) = first else { return };
         let entry_key = self.first().map(|first| &first.entry_key);
         if self.next.is_some() && entry_key == self.next.as_ref() {
@@ -264,13 +282,37 @@ impl LockQueue {
         } else if self.own.is_some() && entry_key == self.own.as_ref() {
             if self.leaving.is_none()
                 && standing.is_watching
-                && !table.cluster_granted(now, lock, token, effects)
+                && (self.steps_aside(table, lock, token) || !table.cluster_granted(now, lock, token, effects))
             {
                 self.leaving = Some(Leaving { token, record: None });
             }
         } else if table.find(lock).is_some() {
             self.told = Some(Told { token, is_kmutex, is_of_earlier_store: false });
-            table.remote_hold_seen(now, lock, token, self.mark.unwrap_or(ArrivalMark::NONE), effects);
+            let mark = self.mark.unwrap_or(ArrivalMark::NONE);
+            table.remote_hold_seen(now, lock, token, (mark, self.first_began(token)), effects);
+        }
+    }
+
+    /// Returns `true` if this host's batch is not the newest: another host, whose requests are newer, runs for both.
+    fn steps_aside(&self, table: &Table, lock: LockId, own: Token) -> bool {
+        table.is_batch_next(lock) && self.has_newer_batch(own)
+    }
+
+    /// Returns `true` if a batch that had come when the last hold ended is newer than the one with this token.
+    fn has_newer_batch(&self, token: Token) -> bool {
+        self.entries.values().any(|entry| {
+            let is_batch = entry.owner.as_ref().is_some_and(|owner| owner.mode == Mode::Coalesce);
+            is_batch && entry.revision.0 as u64 > token.0 && self.turn.had_come(entry.revision)
+        })
+    }
+
+    /// Returns the mark of the requests that came before the first place's hold began. Perhaps it is about to step aside: then no
+    /// request counts on it, or the newer batch might give up its place at the same time.
+    fn first_began(&self, token: Token) -> ArrivalMark {
+        if self.turn.is_batch() && self.has_newer_batch(token) {
+            ArrivalMark::NONE
+        } else {
+            self.turn.began()
         }
     }
 

@@ -60,6 +60,8 @@ fn run(seeds: std::ops::Range<u64>) {
         "emptied",
         "noticed",
         "fresh",
+        "batch",
+        "stepped aside",
         "forgotten",
         "election",
     ] {

@@ -48,12 +48,30 @@ impl Table {
             self.store[id].asked().is_some_and(|asked| asked.mode != Mode::Once && !asked.nowait)
         };
         ClusterNeeds {
-            queue_place: !(lock.queue.is_empty() && lock.coalescing.is_empty())
+            queue_place: !lock.queue.is_empty()
+                || self.has_next_batch(index)
                 || self.store.members(lock.undecided).any(is_queued),
             free_or_busy: !lock.undecided.is_empty(),
             fresh: !lock.undecided.is_empty() && (lock.fresh_ms > 0 || lock.fresh_failure_ms > 0),
             takeover: lock.remote_holder.is_none() && !lock.once_waiters.is_empty(),
         }
+    }
+
+    /// Returns `true` if a coalescing request waits for a run that has not begun.
+    fn has_next_batch(&self, index: LockIndex) -> bool {
+        let lock = &self.store[index];
+        let began = lock.remote_holder.map_or(ArrivalMark::NONE, |holder| self.store[holder].began);
+        lock.coalescing.tail().is_some_and(|newest| self.store[newest].place >= began.0)
+    }
+
+    /// Returns `true` if a grant to this host would be the run of a batch, and any other host's batch would do as well.
+    pub fn is_batch_next(&self, lock: LockId) -> bool {
+        let Some(index) = self.store.find(lock) else { return false };
+        let lock = &self.store[index];
+        let is_coalescing = |id: RequestId| self.store[id].wait_list == WaitList::Coalesce;
+        lock.queue.is_empty()
+            && lock.undecided.is_empty()
+            && self.oldest_request(index).is_some_and(is_coalescing)
     }
 
     /// Returns the token under which this host holds a lock, or offers it to a waiter.
@@ -105,20 +123,23 @@ impl Table {
         true
     }
 
-    /// Another host holds a lock, under this token, as of an answer that was requested at `mark`. Nothing happens if no
-    /// request of this host is for the lock.
+    /// Another host holds a lock, under this token, as of an answer that was requested at `mark`. The requests that came before
+    /// `began` came before that hold began. Nothing happens if no request of this host is for the lock.
     pub fn remote_hold_seen(
         &mut self,
         now: Timestamp,
         lock: LockId,
         token: Token,
-        mark: ArrivalMark,
+        (mark, began): (ArrivalMark, ArrivalMark),
         effects: &mut Effects,
     ) {
         let Some(index) = self.store.find(lock) else { return };
         let known = self.store[index].remote_holder;
         debug_assert_eq!(self.store[index].holders.head(), known, "two hosts do not hold a lock");
-        if known.is_none() {
+        if let Some(id) = known {
+            // An answer may show that more requests came before it began.
+            self.store[id].began = self.store[id].began.max(began);
+        } else {
             let id = self.store.insert(Request {
                 client: None,
                 lock: index,
@@ -128,8 +149,7 @@ impl Table {
                 terms: Terms { protocol: Protocol::V2, ..Terms::V1 },
                 place: 0,
                 since: now,
-                // It may have begun before any request of this host.
-                began: ArrivalMark::NONE,
+                began,
                 deadline: Timestamp::NEVER,
                 details: None,
             });

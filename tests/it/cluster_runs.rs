@@ -150,6 +150,30 @@ impl Chance {
     }
 }
 
+#[test]
+#[ignore = "needs etcd"]
+fn the_batches_of_all_hosts_are_one_run_and_the_newest_makes_it() {
+    let etcd = Etcd::single();
+    let [a, b, c] = hosts(&etcd);
+    let runs = Runs::of(&a);
+    let coalesce =
+        |daemon: &Daemon, then: &str| Process::spawn(&mut runs.command(daemon, &["--coalesce"], "k", then));
+    let mut first = coalesce(&a, "until test -e go; do sleep 0.01; done");
+    a.wait_for_counts("k", 1, 0);
+    let wait_for_places = |count| wait_until("places", || crate::cluster::standing(&etcd, "k") == count);
+    let mut older = coalesce(&b, "exit 3");
+    wait_for_places(2);
+    let mut newer = coalesce(&c, "exit 5");
+    wait_for_places(3);
+    // Their daemons know of all places.
+    b.wait_for_log("wait: ");
+    c.wait_for_log("wait: ");
+    fs::write(a.folder().join("go"), "").unwrap();
+    assert_eq!((first.wait(), older.wait(), newer.wait()), (0, FINISHED, 5));
+    assert_eq!(runs.count("k"), 2);
+    wait_for_places(0);
+}
+
 fn steady_options(etcd: &Etcd) -> Vec<String> {
     let endpoint = etcd.endpoints()[0].to_string();
     ["--etcd", &endpoint, "--etcd-ttl", "10"].map(String::from).into()

@@ -10,6 +10,8 @@ mod certificates;
 #[cfg(feature = "etcd")]
 mod cluster;
 #[cfg(feature = "etcd")]
+mod cluster_batches;
+#[cfg(feature = "etcd")]
 mod cluster_runs;
 #[cfg(feature = "etcd")]
 mod cluster_trouble;

@@ -31,6 +31,7 @@ enum Client {
         key: usize,
         since: u64,
         nowait: bool,
+        coalesces: bool,
         fresh_ms: u64,
         /// When it was offered the lock.
         offered: Option<u64>,
@@ -92,8 +93,8 @@ pub(super) struct World {
     tokens: Vec<Token>,
     ended: Vec<u64>,
     occupied: Vec<u64>,
-    /// When the run with each token began.
-    began: BTreeMap<(LockId, Token), u64>,
+    /// When the run with each token began: the time, and the step.
+    began: BTreeMap<(LockId, Token), (u64, u64)>,
     calm: bool,
     seen: Seen,
 }
@@ -265,6 +266,11 @@ impl World {
     }
 
     fn send(&mut self, host: usize, ask: ClusterRequest) {
+        if let QueueOp::Release { record: None, next: Some((_, owner)), .. } = &ask.op
+            && owner.mode == Mode::Coalesce
+        {
+            self.note("stepped aside", 1);
+        }
         let lease = LeaseName(self.hosts[host].lease.clone().expect("nothing is asked without a lease"));
         let seen = self.hosts[host].seen;
         let soon = self.now + 1 + self.rng.below(20);
@@ -412,19 +418,26 @@ impl World {
                 if let Client::Asking { fresh_ms, .. } = before {
                     self.check_not_fresh(host, lock, fresh_ms);
                 }
-                self.began.insert((lock, token), self.now);
+                self.began.insert((lock, token), (self.now, self.step));
                 Client::Holding { key }
             }
             NotificationKind::Offered => {
                 self.note("offered", 1);
-                let Client::Asking { fresh_ms, .. } = before else { panic!("a holder is offered a lock") };
-                Client::Asking { key, since, nowait: false, fresh_ms, offered: Some(self.now) }
+                let Client::Asking { fresh_ms, coalesces, .. } = before else {
+                    panic!("a holder is offered a lock")
+                };
+                Client::Asking { key, since, nowait: false, coalesces, fresh_ms, offered: Some(self.now) }
             }
             NotificationKind::Waiting { .. } => {
                 self.note("waiting", 1);
                 before
             }
-            NotificationKind::Finished(outcome, _) => {
+            NotificationKind::Finished(outcome, token) => {
+                if let Client::Asking { coalesces: true, .. } = before
+                    && outcome != Outcome::Unknown
+                {
+                    self.check_batch(lock, token, since);
+                }
                 if outcome != Outcome::Vanished {
                     assert!(self.ended[key] >= since, "told of an end that came before it asked");
                     self.note("finished", 1);
@@ -433,7 +446,7 @@ impl World {
             }
             NotificationKind::Fresh(token) => {
                 let Client::Asking { fresh_ms, .. } = before else { panic!("a holder is told of a run") };
-                let age = self.now - self.began[&(lock, token)];
+                let age = self.now - self.began[&(lock, token)].0;
                 // The watch of a host that is cut off or frozen is late.
                 assert!(
                     age <= fresh_ms + 2_000 + 4 * TTL,
@@ -471,10 +484,17 @@ impl World {
         self.hosts[host].clients[client] = after;
     }
 
+    /// Checks that a run has begun since a coalescing request came.
+    fn check_batch(&mut self, lock: LockId, token: Token, since: u64) {
+        self.note("batch", 1);
+        let mut runs = self.began.range((lock, token)..=(lock, Token(u64::MAX)));
+        assert!(runs.any(|(_, &(_, step))| step >= since), "no run began since step {since}, when it asked");
+    }
+
     /// Checks that no run is repeated that counts for a request.
     fn check_not_fresh(&self, host: usize, lock: LockId, fresh_ms: u64) {
         let Some((token, counts_for)) = self.store.last_success(lock) else { return };
-        let (age, counts_for) = (self.now - self.began[&(lock, token)], counts_for.min(fresh_ms));
+        let (age, counts_for) = (self.now - self.began[&(lock, token)].0, counts_for.min(fresh_ms));
         // A host that has not noticed yet that the store went back knows what was true before.
         if self.hosts[host].watch_era == Some(self.store.era) {
             assert!(age >= counts_for, "a run that began {age} ms ago is repeated");
@@ -559,13 +579,28 @@ impl World {
         let lock = self.keys[key].clone();
         let nowait = self.rng.percent(20);
         let kind = self.rng.below(10);
-        let fresh_ms = if kind % 2 == 1 && self.rng.percent(60) { 1_000 + self.rng.below(4_000) } else { 0 };
-        self.hosts[host].clients[client] =
-            Client::Asking { key, since: self.step, nowait: nowait && kind != 0, fresh_ms, offered: None };
+        let coalesces = kind > 7;
+        let fresh_ms = if kind % 2 == 1 && !coalesces && self.rng.percent(60) {
+            1_000 + self.rng.below(4_000)
+        } else {
+            0
+        };
+        self.hosts[host].clients[client] = Client::Asking {
+            key,
+            since: self.step,
+            nowait: nowait && kind != 0,
+            coalesces,
+            fresh_ms,
+            offered: None,
+        };
         if kind == 0 {
             return self.feed(host, |table, _, effects| table.lock_v1(now, id, lock.id(), effects));
         }
-        let mode = if kind < 6 { Mode::Once } else { Mode::Queue };
+        let mode = match kind {
+            ..6 => Mode::Once,
+            6..8 => Mode::Queue,
+            _ => Mode::Coalesce,
+        };
         let offers = self.rng.percent(70);
         let asked = Box::new(LockRequest { nowait, offers, fresh_ms, ..LockRequest::new(lock, mode) });
         self.feed(host, |table, _, effects| {
