@@ -72,6 +72,31 @@ fn a_run_counts_for_all_hosts_until_it_is_forgotten_on_one() {
 
 #[test]
 #[ignore = "needs etcd"]
+fn what_one_host_forgets_all_hosts_have_forgotten() {
+    let etcd = Etcd::single();
+    let daemons: [Daemon; 3] = hosts(&etcd);
+    let runs = Runs::of(&daemons[0]);
+    let last_success = |daemon: &Daemon| {
+        let status = finish(&mut daemon.kmutex(&["status", "k"]));
+        assert_eq!(status.code, 0, "{}", status.stderr);
+        status.stdout.contains("last success: done")
+    };
+    for (round, forgets) in daemons.iter().enumerate() {
+        let runner = &daemons[(round + 1) % 3];
+        finish(&mut runs.command(runner, &["--fresh", "1h"], "k", "true")).assert_silent(0);
+        for daemon in &daemons {
+            wait_until("every host tells of the run", || last_success(daemon));
+        }
+        finish(&mut forgets.kmutex(&["forget", "k"])).assert_silent(0);
+        for daemon in &daemons {
+            wait_until("no host tells of the run", || !last_success(daemon));
+        }
+    }
+    assert_eq!(runs.count("k"), 3);
+}
+
+#[test]
+#[ignore = "needs etcd"]
 fn queued_starts_of_all_hosts_are_content_with_the_run_they_waited_for() {
     let etcd = Etcd::single();
     let [a, b, c] = hosts(&etcd);
