@@ -128,7 +128,11 @@ fn check_tokens(sections: &[&Section<'_>]) -> Result<(), String> {
     Ok(())
 }
 
-fn sections(log: &str) -> Result<Vec<Section<'_>>, String> {
+/// Reads the sections in a log.
+///
+/// # Errors
+/// What is no log of sections.
+pub fn sections(log: &str) -> Result<Vec<Section<'_>>, String> {
     let mut sections: BTreeMap<&str, Section<'_>> = BTreeMap::new();
     for line in log.lines().filter(|line| !line.starts_with('#')) {
         let words: Vec<&str> = line.split(' ').collect();

@@ -1,12 +1,19 @@
-//! What goes wrong, and when: two series of faults, each shuffled by the seed, so that of each series one is under way at a
+//! What goes wrong, and when: three series of faults, each shuffled by the seed, so that of each series one is under way at a
 //! time. Everything is whole again when they end.
 
+use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
 use crate::Arena;
+use crate::etcd_harness::copy_folder;
+use crate::harness::wait_until;
 use crate::host::{Host, HostFault};
 use crate::net::Cut;
+use crate::proxy::Manner;
+use crate::record::now;
 use crate::rng::Rng;
+use crate::setbacks::Setback;
 use crate::{HOSTS, TTL_SECS};
 
 /// A fault of a daemon.
@@ -32,7 +39,16 @@ pub enum EtcdFault {
     LeaderStopped,
     /// A host is cut off for longer than its lease.
     LinkCut(Cut),
+    /// The alarm NOSPACE is raised: what takes space is refused.
+    NoSpace,
+    /// All members start again with nothing.
+    Emptied,
+    /// All members start again with the data of some seconds before, as virtual machines that are rolled back.
+    RolledBack,
 }
+
+/// A fault of what is between a host and etcd.
+pub type ProxyFault = Manner;
 
 impl DaemonFault {
     pub const ALL: [DaemonFault; 4] =
@@ -48,7 +64,11 @@ impl DaemonFault {
 }
 
 impl EtcdFault {
-    pub const ALL: [EtcdFault; 5] = [
+    /// Those come first that no other test has beside other faults.
+    pub const ALL: [EtcdFault; 8] = [
+        EtcdFault::NoSpace,
+        EtcdFault::Emptied,
+        EtcdFault::RolledBack,
         EtcdFault::LeaderKilled,
         EtcdFault::FollowerStopped,
         EtcdFault::LeaderStopped,
@@ -63,6 +83,23 @@ impl EtcdFault {
             EtcdFault::LeaderStopped => "fault: etcd's leader is stopped",
             EtcdFault::LinkCut(Cut::Port) => "fault: a host's port is down",
             EtcdFault::LinkCut(Cut::Interface) => "fault: a host's interface is down",
+            EtcdFault::NoSpace => "fault: etcd has no space",
+            EtcdFault::Emptied => "fault: etcd has lost everything",
+            EtcdFault::RolledBack => "fault: etcd is rolled back",
+        }
+    }
+}
+
+impl ProxyFault {
+    pub const ALL: [ProxyFault; 4] = [Manner::Slow, Manner::WebPage, Manner::Cuts, Manner::Forbids];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Manner::Honest => unreachable!("that is no fault"),
+            Manner::Slow => "fault: a proxy is slow",
+            Manner::WebPage => "fault: a proxy answers with a web page",
+            Manner::Cuts => "fault: a proxy cuts answers",
+            Manner::Forbids => "fault: a user has no permission any more",
         }
     }
 }
@@ -78,6 +115,10 @@ fn shuffled<T: Copy, const N: usize>(mut all: [T; N], rng: &mut Rng) -> [T; N] {
 /// As long as a lease lasts, and up to a second more.
 fn past_a_lease(rng: &mut Rng) -> Duration {
     Duration::from_millis(TTL_SECS * 1000 + 200 + rng.below(1000))
+}
+
+fn remove_folder(data: &Path) {
+    fs::remove_dir_all(data).unwrap();
 }
 
 /// The schedule is the one place where there is nothing to wait for but time.
@@ -147,8 +188,10 @@ impl Arena {
     /// Until it is over, one after the other.
     pub fn inject_etcd_faults(&self) {
         let mut rng = Rng(self.seed ^ 2);
+        // In a short test some of them have no turn: the first round is as they are listed.
+        let mut round = EtcdFault::ALL;
         loop {
-            for fault in shuffled(EtcdFault::ALL, &mut rng) {
+            for fault in round {
                 // Each election gives all leases their whole time again, also the leases of dead daemons. With an election
                 // every few seconds, the locks of dead daemons would never be free.
                 pass(Duration::from_millis(1500 + rng.below(3000)));
@@ -161,8 +204,12 @@ impl Arena {
                     EtcdFault::FollowerStopped | EtcdFault::LeaderStopped => {
                         self.stop_member(fault, &mut rng);
                     }
+                    EtcdFault::NoSpace => self.fill(fault, &mut rng),
+                    EtcdFault::Emptied => self.set_back(fault, remove_folder),
+                    EtcdFault::RolledBack => self.roll_back(fault),
                 }
             }
+            round = shuffled(EtcdFault::ALL, &mut rng);
         }
     }
 
@@ -176,6 +223,61 @@ impl Arena {
         self.net.restore(host.number, how);
         host.end(HostFault::Cut);
         self.end(fault.name(), &whose);
+    }
+
+    /// Until it is over, one after the other.
+    pub fn inject_proxy_faults(&self) {
+        let mut rng = Rng(self.seed ^ 3);
+        loop {
+            for fault in shuffled(ProxyFault::ALL, &mut rng) {
+                pass(Duration::from_millis(1000 + rng.below(4000)));
+                if self.record.is_over() {
+                    return;
+                }
+                self.begin(fault.name(), "of the host with proxies");
+                self.proxies.set(fault);
+                pass(Duration::from_millis(rng.below(TTL_SECS * 1000 + 2000)));
+                self.proxies.set(Manner::Honest);
+                self.end(fault.name(), "of the host with proxies");
+            }
+        }
+    }
+
+    fn fill(&self, fault: EtcdFault, rng: &mut Rng) {
+        let etcd = self.etcd.lock().unwrap();
+        self.begin(fault.name(), "");
+        let body = r#"{"action":"ACTIVATE","alarm":"NOSPACE"}"#;
+        let url = format!("{}/v3/maintenance/alarm", etcd.endpoints()[0]);
+        let output = self.hosts[0].tool("curl").args(["-sS", "--fail", "-d", body, &url]).output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        pass(Duration::from_millis(1000 + rng.below(3000)));
+        // An election may be under way.
+        wait_until("the alarm to be over", || {
+            etcd.etcdctl(&["alarm", "disarm"]).output().unwrap().status.success()
+        });
+        self.end(fault.name(), "");
+    }
+
+    fn roll_back(&self, fault: EtcdFault) {
+        let copy = |data: &Path| data.with_extension("before");
+        self.etcd.lock().unwrap().replace_all_data(|data| copy_folder(data, &copy(data)), || ());
+        pass(Duration::from_secs(TTL_SECS / 2));
+        self.set_back(fault, |data| {
+            remove_folder(data);
+            fs::rename(copy(data), data).unwrap();
+        });
+    }
+
+    fn set_back(&self, fault: EtcdFault, change: impl FnMut(&Path)) {
+        let mut etcd = self.etcd.lock().unwrap();
+        self.begin(fault.name(), "");
+        let killed = now();
+        etcd.replace_all_data(change, || {
+            // What was granted before has reached its clients.
+            pass(Duration::from_secs(1));
+            self.setbacks.lock().unwrap().push(Setback { killed, reborn: now() });
+        });
+        self.end(fault.name(), "");
     }
 
     fn kill_leader(&self, fault: EtcdFault, rng: &mut Rng) {

@@ -19,8 +19,10 @@ pub struct Host {
     pub number: usize,
     pub place: Place,
     folder: PathBuf,
+    /// Where the daemon finds etcd.
+    endpoints: String,
     /// The members of etcd, beginning with that of this host.
-    pub endpoints: String,
+    members: String,
     daemon: Mutex<Option<Process>>,
     /// When the daemon said that what it held is lost.
     losses: Arc<Mutex<Vec<f64>>>,
@@ -48,13 +50,14 @@ pub enum HostFault {
 
 impl Host {
     /// With a daemon that serves.
-    pub fn start(number: usize, place: Place, folder: PathBuf, endpoints: String) -> Host {
+    pub fn start(number: usize, place: Place, folder: PathBuf, endpoints: String, members: String) -> Host {
         fs::create_dir(&folder).unwrap();
         let host = Host {
             number,
             place,
             folder,
             endpoints,
+            members,
             daemon: Mutex::default(),
             losses: Arc::default(),
             outages: Mutex::default(),
@@ -81,7 +84,7 @@ impl Host {
     /// etcdctl on this host.
     pub fn etcdctl(&self) -> Command {
         let mut command = self.tool("etcdctl");
-        command.env("ETCDCTL_API", "3").env("ETCDCTL_ENDPOINTS", &self.endpoints);
+        command.env("ETCDCTL_API", "3").env("ETCDCTL_ENDPOINTS", &self.members);
         command
     }
 

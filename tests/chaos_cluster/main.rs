@@ -3,8 +3,9 @@
 //!
 //! For a while (`KMUTEX_CHAOS_SECS`, 60), clients of all kinds and both protocols, and etcdctl, lock a few keys on all
 //! hosts, and note in a log when they are inside. Each host has a network of its own, with its member of etcd. Daemons,
-//! members of etcd and links fail as `faults.rs` says; commands and their kmutex are killed too. Then the checker of
-//! `tests/chaos` reads the log; `permitted_overlaps.rs` says who may be overtaken. `KMUTEX_CHAOS_SEED` plays a seed again, as far as
+//! members of etcd and links fail as `faults.rs` says, etcd goes back or is full, and proxies lie to the last host; commands
+//! and their kmutex are killed too. Then the checker of
+//! `tests/chaos` reads the log; `permitted_overlaps.rs` and `setbacks.rs` say who may be overtaken. `KMUTEX_CHAOS_SEED` plays a seed again, as far as
 //! the machine's own chance lets it.
 #![cfg(feature = "etcd")]
 #![allow(unreachable_pub)]
@@ -22,11 +23,13 @@ mod harness;
 mod host;
 mod net;
 mod permitted_overlaps;
+mod proxy;
 #[path = "../chaos/record.rs"]
 mod record;
 #[path = "../../src/table/rng.rs"]
 #[allow(dead_code)]
 mod rng;
+mod setbacks;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -41,13 +44,15 @@ use nix::unistd::Pid;
 use tempfile::TempDir;
 
 use etcd_harness::Etcd;
-use faults::{DaemonFault, EtcdFault};
+use faults::{DaemonFault, EtcdFault, ProxyFault};
 use harness::{KMUTEX, Process, TIMEOUT, wait_for, wait_until};
 use host::{Host, HostFault};
 use net::Net;
 use permitted_overlaps::{Life, Speaker};
+use proxy::Proxies;
 use record::{CLIENT, Record, command_line, now, settings};
 use rng::Rng;
+use setbacks::{Party, Setback};
 
 const HOSTS: usize = 3;
 /// How many clients there are at a time on each host.
@@ -98,7 +103,11 @@ struct Arena {
     hosts: Vec<Host>,
     etcd: Mutex<Etcd>,
     net: Net,
+    /// Those between the last host's daemon and etcd.
+    proxies: Proxies,
     seed: u64,
+    /// When the store went back.
+    setbacks: Mutex<Vec<Setback>>,
     record: Record,
     /// By name.
     clients: Mutex<BTreeMap<String, Client>>,
@@ -318,6 +327,39 @@ impl Arena {
         self.record.read()
     }
 
+    /// What was held when the store went back is lost, and not in silence: no command goes on under `kmutex run`.
+    fn check_that_commands_were_stopped(&self, log: &str) {
+        let clients = self.clients.lock().unwrap();
+        let has_kmutex = |name: &str| {
+            let client = clients[name];
+            client.speaker == Speaker::KmutexRun && !client.is_orphan
+        };
+        for setback in self.setbacks.lock().unwrap().iter() {
+            let end = setback.commands_are_dead_by();
+            for section in checker::sections(log).unwrap() {
+                let goes_on = section.entered < setback.killed && section.left > end;
+                assert!(
+                    !(goes_on && has_kmutex(section.name)),
+                    "{section:?} goes on after the store went back: {setback:?}"
+                );
+            }
+        }
+    }
+
+    fn a_setback_permits(
+        &self,
+        clients: &BTreeMap<String, Client>,
+        first: &checker::Section<'_>,
+        next: &checker::Section<'_>,
+    ) -> bool {
+        let party = |it: &checker::Section<'_>| {
+            let Client { speaker, is_orphan, host } = clients[it.name];
+            Party { speaker, is_orphan, outages: self.hosts[host].outages() }
+        };
+        let setbacks = self.setbacks.lock().unwrap();
+        setbacks.iter().any(|setback| setback.permits((first, party(first)), (next, party(next))))
+    }
+
     fn check(&self, log: &str) -> usize {
         let clients = self.clients.lock().unwrap();
         let may_overlap = |first: &checker::Section<'_>, next: &checker::Section<'_>| {
@@ -325,7 +367,10 @@ impl Arena {
             let host = &self.hosts[client.host];
             let (speaker, is_orphan) = (client.speaker, client.is_orphan);
             let life = Life { speaker, is_orphan, outages: host.outages(), losses: host.losses() };
-            let permitted = permitted_overlaps::permit(first, &life, next);
+            let permitted = permitted_overlaps::permit(first, &life, next).or_else(|| {
+                let permits = self.a_setback_permits(&clients, first, next);
+                permits.then_some("a host cannot know that the store went back")
+            });
             if let Some(reason) = permitted {
                 self.record.count(format!("permitted: {reason}"));
             }
@@ -392,7 +437,11 @@ impl Arena {
         for fault in DaemonFault::ALL {
             least(fault.name(), secs / 60);
         }
+        // A round of them takes longer than a minute.
         for fault in EtcdFault::ALL {
+            least(fault.name(), secs / 120);
+        }
+        for fault in ProxyFault::ALL {
             least(fault.name(), secs / 60);
         }
         for victim in [Victim::Kmutex, Victim::Command, Victim::Both] {
@@ -450,18 +499,22 @@ fn no_client_enters_beside_another_on_clustered_hosts_whatever_fails() {
     let places: Vec<_> = (0..HOSTS).map(|host| net.place(host)).collect();
     let etcd = Etcd::spread(&places);
     let mut endpoints: Vec<String> = etcd.endpoints().iter().map(ToString::to_string).collect();
+    let members: Vec<_> = endpoints.iter().map(|url| url.replace("http://", "")).collect();
+    let (proxies, urls_of_proxies) = Proxies::start(&places[HOSTS - 1], members);
     let mut hosts = Vec::new();
     for (number, place) in places.into_iter().enumerate() {
         hosts.push(Host::start(
             number,
             place,
             folder.0.path().join(format!("h{number}")),
+            if number == HOSTS - 1 { urls_of_proxies.join(",") } else { endpoints.join(",") },
             endpoints.join(","),
         ));
         endpoints.rotate_left(1);
     }
     let record = Record::new(folder.0.path().join("log"));
-    let arena = Arena { hosts, etcd: Mutex::new(etcd), net, seed, record, clients: Mutex::default() };
+    let (clients, setbacks) = (Mutex::default(), Mutex::default());
+    let arena = Arena { hosts, etcd: Mutex::new(etcd), net, proxies, seed, setbacks, record, clients };
     std::thread::scope(|scope| {
         for number in 0..HOSTS * CLIENTS {
             let arena = &arena;
@@ -469,6 +522,7 @@ fn no_client_enters_beside_another_on_clustered_hosts_whatever_fails() {
         }
         scope.spawn(|| arena.record.ends_if_this_fails(|| arena.inject_daemon_faults()));
         scope.spawn(|| arena.record.ends_if_this_fails(|| arena.inject_etcd_faults()));
+        scope.spawn(|| arena.record.ends_if_this_fails(|| arena.inject_proxy_faults()));
         arena.record.run_for(span);
     });
 
@@ -482,6 +536,8 @@ fn no_client_enters_beside_another_on_clustered_hosts_whatever_fails() {
     assert!(findings.is_empty(), "{findings:#?}");
     let log = arena.whole_log();
     arena.record.print_tally();
+    let log = setbacks::with_growing_tokens(&log, &arena.setbacks.lock().unwrap());
+    arena.check_that_commands_were_stopped(&log);
     let sections = arena.check(&log);
     println!("{sections} sections");
     arena.check_that_all_is_free();

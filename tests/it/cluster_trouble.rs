@@ -1,5 +1,6 @@
 //! Clustered locks when etcd goes back, refuses, hangs up, or is no etcd: what the daemon does, and what it logs.
 
+use std::fs::File;
 use std::io::{Read, Write};
 use std::net::{Shutdown, TcpListener, TcpStream};
 use std::path::Path;
@@ -435,6 +436,12 @@ fn listings_do_not_hold_up_locks() {
     }
 }
 
+/// The number of a daemon's lease.
+fn lease_of(daemon: &Daemon) -> String {
+    let log = daemon.log();
+    log.split("under lease ").nth(1).unwrap().split(',').next().unwrap().to_string()
+}
+
 #[test]
 #[ignore = "needs etcd"]
 fn a_daemon_with_a_copied_journal_takes_a_lease_of_its_own() {
@@ -445,16 +452,52 @@ fn a_daemon_with_a_copied_journal_takes_a_lease_of_its_own() {
     let copy = folder.path().join("journal");
     std::fs::copy(a.folder().join("sock.journal"), &copy).unwrap();
     let url = etcd.endpoints()[0].to_string();
-    let copied = ["--etcd", &url, "--etcd-ttl", "2", "--state", copy.to_str().unwrap()];
-    let b = Daemon::with(&copied);
+    let b = Daemon::with(&["--etcd", &url, "--etcd-ttl", "2", "--state", copy.to_str().unwrap()]);
     b.wait_for_log("clustering locks under lease");
-    let lease = |daemon: &Daemon| {
-        let log = daemon.log();
-        log.split("under lease ").nth(1).unwrap().split(',').next().unwrap().to_string()
-    };
-    assert_ne!(lease(&a), lease(&b));
+    assert_ne!(lease_of(&a), lease_of(&b));
     assert_eq!(b.log().matches("another path").count(), 1, "{}", b.log());
     assert_eq!(b.status().len(), 0, "what is held is the other daemon's");
     finish(&mut b.run(&["-n", "k", "true"])).assert_silent(75);
     assert_eq!(holder.finish(0), 0);
+}
+
+/// A clone of a machine: a daemon that finds the journal of another one in its place, and sees the file `mine` in the place of
+/// `theirs`. (Two of them on one machine would exclude each other, so the earlier one is dead; etcd knows its lease yet.)
+fn check_clone(theirs: &str, mine: &str, why: &str) {
+    let etcd = Etcd::single();
+    let file = tempfile::NamedTempFile::new().unwrap();
+    std::fs::write(file.path(), mine).unwrap();
+    let url = etcd.endpoints()[0].to_string();
+    let options = ["--etcd", &url, "--etcd-ttl", "60"];
+    let mut daemon = Daemon::with(&options);
+    daemon.wait_for_log("clustering locks under lease");
+    let (_holder, lease) = (daemon.hold("k"), lease_of(&daemon));
+    let mount = format!("mount --bind {} {theirs} && exec \"$0\" \"$@\"", file.path().display());
+    daemon.restart_made(&options, |command| {
+        let mut clone = tool("unshare");
+        let home = command.get_current_dir().unwrap();
+        clone.args(["--mount", "sh", "-c", &mount]).arg(command.get_program()).args(command.get_args());
+        clone.current_dir(home).env_remove("KMUTEX_SOCK").env_remove("RUST_LOG");
+        clone.stdin(Stdio::null()).stderr(File::create(home.join("log")).unwrap());
+        *command = clone;
+        command
+    });
+    daemon.wait_for_log("clustering locks under lease");
+    assert_ne!(lease_of(&daemon), lease);
+    assert_eq!(daemon.log().matches(why).count(), 1, "{}", daemon.log());
+    finish(&mut daemon.run(&["-n", "k", "true"])).assert_silent(75);
+    assert!(etcd.ctl(&["lease", "list"]).contains(lease.trim_start_matches('0')), "it is the other daemon's");
+}
+
+#[test]
+#[ignore = "needs root and etcd"]
+fn a_clone_with_another_machine_id_takes_a_lease_of_its_own() {
+    check_clone("/etc/machine-id", "0123456789abcdef0123456789abcdef\n", "another machine");
+}
+
+#[test]
+#[ignore = "needs root and etcd"]
+fn a_clone_with_the_same_machine_id_that_has_booted_takes_a_lease_of_its_own() {
+    let boot = "01234567-89ab-cdef-0123-456789abcdef\n";
+    check_clone("/proc/sys/kernel/random/boot_id", boot, "another boot");
 }

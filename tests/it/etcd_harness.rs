@@ -205,6 +205,19 @@ impl Etcd {
         self.restart(0);
     }
 
+    /// Kills all members and starts them again with other data: what `change` makes of each data directory. `between` is called
+    /// while none of them runs.
+    pub fn replace_all_data(&mut self, mut change: impl FnMut(&Path), between: impl FnOnce()) {
+        let members = 0..self.members.len();
+        members.clone().for_each(|index| self.kill(index));
+        members.clone().for_each(|index| change(&self.file(&self.members[index].name)));
+        between();
+        members.for_each(|index| self.spawn(index));
+        wait_until("etcd to be back", || {
+            self.endpoints().iter().all(|endpoint| self.is_healthy(std::slice::from_ref(endpoint)))
+        });
+    }
+
     /// Copies the data directory of the only member, which is killed for that and started again.
     pub fn copy_data(&mut self, name: &str) -> PathBuf {
         let copy = self.file(name);
