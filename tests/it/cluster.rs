@@ -40,6 +40,16 @@ pub fn hosts<const N: usize>(etcd: &Etcd) -> [Daemon; N] {
     std::array::from_fn(|_| host(etcd))
 }
 
+/// A lease of two seconds is lost on a busy machine. These hosts are for tests in which no lock may be lost.
+pub fn steady_hosts<const N: usize>(etcd: &Etcd) -> [Daemon; N] {
+    let endpoint = etcd.endpoints()[0].to_string();
+    std::array::from_fn(|_| {
+        let daemon = Daemon::with(&["--etcd", &endpoint, "--etcd-ttl", "10"]);
+        daemon.wait_for_log("clustering locks under lease");
+        daemon
+    })
+}
+
 /// What `etcdctl lock` calls a key.
 pub fn name(key: &str) -> String {
     format!("kmutex/{}", Key::new(key).unwrap().id())

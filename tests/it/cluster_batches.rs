@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
 
-use crate::cluster::{hosts, standing};
+use crate::cluster::{standing, steady_hosts};
 use crate::etcd_harness::Etcd;
 use crate::harness::*;
 
@@ -60,7 +60,7 @@ fn until_exists(file: &Path) -> String {
 #[ignore = "needs etcd"]
 fn one_run_does_for_the_requests_that_all_hosts_had_during_a_run() {
     let etcd = Etcd::single();
-    let daemons: [Daemon; 3] = hosts(&etcd);
+    let daemons: [Daemon; 3] = steady_hosts(&etcd);
     let work = Work::of(&daemons[0]);
     for round in 1..=5 {
         let go = work.folder.join(format!("go-{round}"));
@@ -95,7 +95,7 @@ fn one_run_does_for_the_requests_that_all_hosts_had_during_a_run() {
 #[ignore = "needs etcd"]
 fn the_run_of_another_host_that_follows_does_for_the_requests_of_this_one() {
     let etcd = Etcd::single();
-    let [a, b]: [Daemon; 2] = hosts(&etcd);
+    let [a, b]: [Daemon; 2] = steady_hosts(&etcd);
     let work = Work::of(&a);
     let go = |name: &str| work.folder.join(name);
     work.change();
@@ -141,7 +141,7 @@ fn changes_and_requests(daemons: &[Daemon], work: &Work, count: u32, over: Durat
 #[ignore = "needs etcd, and some seconds"]
 fn no_request_of_any_host_returns_before_a_run_that_began_after_it() {
     let etcd = Etcd::single();
-    let daemons: [Daemon; 3] = hosts(&etcd);
+    let daemons: [Daemon; 3] = steady_hosts(&etcd);
     let work = Work::of(&daemons[0]);
     let count = std::env::var("KMUTEX_CHANGES").map_or(60, |count| count.parse().expect("a number"));
     changes_and_requests(&daemons, &work, count, Duration::from_secs(3));

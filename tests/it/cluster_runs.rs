@@ -74,7 +74,7 @@ fn a_run_counts_for_all_hosts_until_it_is_forgotten_on_one() {
 #[ignore = "needs etcd"]
 fn what_one_host_forgets_all_hosts_have_forgotten() {
     let etcd = Etcd::single();
-    let daemons: [Daemon; 3] = hosts(&etcd);
+    let daemons: [Daemon; 3] = crate::cluster::steady_hosts(&etcd);
     let runs = Runs::of(&daemons[0]);
     let last_success = |daemon: &Daemon| {
         let status = finish(&mut daemon.kmutex(&["status", "k"]));
@@ -179,7 +179,7 @@ impl Chance {
 #[ignore = "needs etcd"]
 fn the_batches_of_all_hosts_are_one_run_and_the_newest_makes_it() {
     let etcd = Etcd::single();
-    let [a, b, c] = hosts(&etcd);
+    let [a, b, c] = crate::cluster::steady_hosts(&etcd);
     let runs = Runs::of(&a);
     let coalesce =
         |daemon: &Daemon, then: &str| Process::spawn(&mut runs.command(daemon, &["--coalesce"], "k", then));
