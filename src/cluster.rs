@@ -1,4 +1,5 @@
-//! This host among the hosts that cluster their locks: each lock has a queue in etcd, and its first entry holds the lock.
+//! This host among the hosts that cluster their locks: each lock has a queue in etcd, and its first entry holds the lock. If
+//! it is shared, or has slots, so do the entries behind it that it admits ([`Sharing::verdict`]).
 //!
 //! A state machine without input or output, like the table. It is told what the table needs ([`ClusterNotice`]), what etcd
 //! answered ([`Cluster::answered`]), and what the watch saw ([`Cluster::watch_event`]). It tells the table what other hosts
@@ -6,8 +7,10 @@
 //! connections, threads or encodings, so that `cluster/simulation.rs` can drive three hosts through every kind of failure.
 //!
 //! The rules (`docs/cluster.md` has them for users):
-//! - A host has at most one entry in the queue of a lock, and at most one request about it under way. Its own clients wait
-//!   in its own table.
+//! - A host has at most one entry in the queue of a lock that waits, and one for each of its holders; and at most one request
+//!   about them under way. Its own clients wait in its own table.
+//! - An entry holds if the entries before it, in the order in which they were made, admit it. As entries are made behind all
+//!   others, that cannot change before it goes, so a queue that is not the newest will do to decide it.
 //! - Each request ends with reading the queue, so its answer is the whole truth as of some revision; later events of the
 //!   watch are applied to that. What a request did is read, never assumed.
 //! - An entry is released in the transaction that records how the hold ended. An entry that goes without a record belonged
@@ -31,7 +34,10 @@ use serde::{Deserialize, Serialize};
 
 use crate::proto::v2::{ClientInfo, Mode, ShortText};
 use crate::proto::{LockId, Outcome, Protocol, Token};
-use crate::table::{ArrivalMark, ClusterNotice, Effects, RequestView, Run, Table, Timestamp};
+use crate::table::{
+    ArrivalMark, ClusterNotice, Effects, NotificationKind, RequestView, Run, Sharing, Table, Timestamp,
+    Verdict,
+};
 use queue::{LockQueue, Standing};
 pub use run_record::RunRecord;
 
@@ -87,6 +93,15 @@ pub struct Owner {
     /// What the client waits for, if it has to wait.
     #[serde(default)]
     pub mode: Mode,
+    /// It may hold beside other shared ones.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub shared: bool,
+    /// How many may hold at a time, if they all say the same number. 0: one.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub slots: u32,
+    /// How many of the slots it takes. 0: one.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub weight: u32,
     /// What the client says about itself.
     #[serde(default)]
     pub who: ClientInfo,
@@ -109,7 +124,7 @@ pub struct OutcomeRecord {
 pub struct Entry {
     /// The last part of its key in etcd.
     pub entry_key: EntryKey,
-    /// When it was made. The first entry of a queue holds the lock, and this is its token.
+    /// When it was made. It is the token of the hold.
     pub revision: Revision,
     /// Who it belongs to. `None`: to another program than kmutex.
     pub owner: Option<Owner>,
@@ -220,6 +235,8 @@ pub struct Cluster {
     /// [`PATIENCE`] has run out since then.
     is_overdue: bool,
     queues: BTreeMap<LockId, LockQueue>,
+    /// Entries by which requests were refused, of queues that the last poll forgot.
+    refused_by: BTreeMap<LockId, Entry>,
     /// The last revision at which the watch saw a change of the runs of any lock.
     last_run_event: Revision,
     /// The locks to look at.
@@ -244,6 +261,7 @@ impl Cluster {
             unusable_since: Some(now),
             is_overdue: false,
             queues: BTreeMap::new(),
+            refused_by: BTreeMap::new(),
             last_run_event: Revision(0),
             dirty_locks: BTreeSet::new(),
             pending: BTreeSet::new(),
@@ -272,14 +290,14 @@ impl Cluster {
         let mut held = Vec::new();
         let mut cursor = 0;
         while let Some((lock, next)) = table.next_lock(cursor) {
-            held.extend(table.held_here(lock.id()).map(|_| lock.id()));
+            held.extend(table.held_here(lock.id()).map(|token| (lock.id(), token)));
             cursor = next;
         }
-        for lock in held {
-            table.revoke(now, lock, effects);
+        for (lock, token) in held {
+            table.revoke(now, lock, token, effects);
         }
         for (lock, queue) in &mut self.queues {
-            queue.lose_entry();
+            queue.lose_entries();
             queue.forget_entries(Revision(0));
             self.dirty_locks.insert(*lock);
         }
@@ -296,9 +314,10 @@ impl Cluster {
 
     /// Returns how the holds ended that other hosts have not been told about.
     pub fn untold(&self) -> impl Iterator<Item = (String, OutcomeRecord)> {
-        self.queues.iter().filter_map(|(lock, queue)| {
-            let (name, record) = queue.untold()?;
-            Some((name.map_or_else(|| lock.to_string(), |name| format!("{name:?}")), record))
+        self.queues.iter().flat_map(|(lock, queue)| {
+            let name_of =
+                |name: Option<&str>| name.map_or_else(|| lock.to_string(), |name| format!("{name:?}"));
+            queue.untold().map(move |(name, record)| (name_of(name), record))
         })
     }
 
@@ -348,7 +367,7 @@ impl Cluster {
     fn extend(&mut self, table: &Table) {
         if self.kept_until > self.good_until {
             let is_confirmed = |(lock, queue): (&LockId, &LockQueue)| {
-                table.held_here(*lock).is_none() || (self.is_watching && queue.is_current())
+                !table.is_held_here(*lock) || (self.is_watching && queue.is_current())
             };
             if self.queues.iter().all(is_confirmed) {
                 self.good_until = self.kept_until;
@@ -490,6 +509,7 @@ impl Cluster {
         if may_probe || self.is_overdue {
             self.dirty_locks.append(&mut self.pending);
         }
+        self.refused_by.clear();
         for lock in std::mem::take(&mut self.dirty_locks) {
             let standing = Standing { lease: self.lease.as_ref(), is_watching: self.is_watching };
             self.queues.entry(lock).or_default().update_table(table, now, lock, standing, effects);
@@ -504,13 +524,25 @@ impl Cluster {
                 }
             }
             if self.queues[&lock].is_over(table, lock, self.lease.as_ref()) {
-                self.queues.remove(&lock);
+                self.forget(lock, effects);
             }
         }
         if self.is_away() && !self.requests.is_empty() {
             self.retry_at = Some(now.plus(PAUSE));
         }
         self.extend(table);
+    }
+
+    /// Forgets a queue, but not yet the entry that a client is to be told of.
+    fn forget(&mut self, lock: LockId, effects: &Effects) {
+        let Some(queue) = self.queues.remove(&lock) else { return };
+        let slots = effects.notifications.iter().rev().find_map(|told| match told.kind {
+            NotificationKind::SlotsDiffer { slots, .. } if told.lock == lock => Some(slots),
+            _ => None,
+        });
+        if let Some(entry) = slots.and_then(|slots| queue.entry_with(slots)) {
+            self.refused_by.insert(lock, entry.clone());
+        }
     }
 
     /// Returns the requests that are due.
@@ -523,9 +555,21 @@ impl Cluster {
         !self.dirty_locks.is_empty() || self.next_deadline().is_some_and(|at| at <= now)
     }
 
-    /// Returns the first entry of a lock, as far as it is known.
+    /// Returns a holder of a lock, if possible on another host, as far as it is known.
     pub fn holder(&self, lock: LockId) -> Option<&Entry> {
         self.queues.get(&lock)?.first()
+    }
+
+    /// Returns `true` if another host, or another program, holds a lock, as far as it is known.
+    pub fn is_held_elsewhere(&self, lock: LockId) -> bool {
+        self.queues.get(&lock).is_some_and(LockQueue::is_held_elsewhere)
+    }
+
+    /// Returns the first entry of a lock that says this number of slots. After a poll that had a request refused for it, the
+    /// entry is there until the next poll.
+    pub fn entry_with(&self, lock: LockId, slots: u32) -> Option<&Entry> {
+        let known = self.queues.get(&lock).and_then(|queue| queue.entry_with(slots));
+        known.or_else(|| self.refused_by.get(&lock))
     }
 
     fn ask(&mut self, table: &Table, now: Timestamp, lock: LockId) {
@@ -555,7 +599,15 @@ impl Owner {
     /// The owner of an entry for a request. The caller fills in host and time.
     fn of(key: Option<&str>, request: &RequestView<'_>) -> Owner {
         let asked = request.asked;
+        let (shared, slots, weight) = match Sharing::from(&request.terms) {
+            Sharing::Exclusive => (false, 0, 0),
+            Sharing::Shared => (true, 0, 0),
+            Sharing::Slots { slots, weight } => (false, slots, if weight == 1 { 0 } else { weight }),
+        };
         Owner {
+            shared,
+            slots,
+            weight,
             key: key.map(Into::into),
             uid: request.uid,
             protocol: request.terms.protocol,
@@ -564,6 +616,43 @@ impl Owner {
             ..Owner::default()
         }
     }
+}
+
+/// Returns how many of the entries of a line hold, which are the first ones.
+pub fn holding(line: impl IntoIterator<Item = Sharing>) -> usize {
+    let mut holding = 0;
+    // All holders are of one kind.
+    let mut together = None;
+    for sharing in line {
+        if sharing.verdict(together) != Verdict::Admitted {
+            break;
+        }
+        holding += 1;
+        together = Some(match (sharing, together) {
+            (Sharing::Slots { slots, weight }, Some(Sharing::Slots { weight: taken, .. })) => {
+                Sharing::Slots { slots, weight: weight.saturating_add(taken) }
+            }
+            _ => sharing,
+        });
+    }
+    holding
+}
+
+impl Entry {
+    /// Returns with whom it shares the lock. An entry of another program is exclusive.
+    pub fn sharing(&self) -> Sharing {
+        match &self.owner {
+            Some(Owner { shared: true, .. }) => Sharing::Shared,
+            Some(Owner { slots, weight, .. }) if *slots > 1 => {
+                Sharing::Slots { slots: *slots, weight: (*weight).max(1) }
+            }
+            _ => Sharing::Exclusive,
+        }
+    }
+}
+
+fn is_zero(number: &u32) -> bool {
+    *number == 0
 }
 
 /// A request that is under way.

@@ -31,6 +31,7 @@
 //! | `runs.rs` | runs that are over and still count, for requests that name how fresh the work must be |
 //! | `holders.rs` | the holders of protocol 2 by their tokens |
 //! | `offers.rs` | offers to requests that had to wait, since their clients may be stopped by now |
+//! | `sharing.rs` | with whom a request shares a lock, for clustered locks |
 //! | `shared.rs` | runs whose results other clients can have |
 //! | `newest.rs` | requests of which the newest wins, and holders that are asked to stop |
 //! | `resume.rs` | holds that outlive their connection: restored, resumed, ended, broken |
@@ -57,6 +58,7 @@ mod resume;
 pub(crate) mod rng;
 mod runs;
 mod shared;
+mod sharing;
 #[cfg(test)]
 mod simulation;
 mod store;
@@ -77,7 +79,7 @@ use lock::Lock;
 use nested::Nested;
 pub use nested::Step;
 use offers::UNDRAWN;
-pub use remote::ClusterNeeds;
+pub use remote::{ClusterNeeds, SeenLine};
 pub use request::Terms;
 use request::{Details, Links, LockIndex, Request, RequestId, Stage, WaitList};
 pub use resume::{HoldState, NonceMismatch};
@@ -85,6 +87,7 @@ use runs::Runs;
 pub use runs::{RUN_BY_BYTES_MAX, Run};
 pub use shared::EVERY_USER;
 use shared::Results;
+pub use sharing::{Sharing, Verdict};
 use store::Store;
 pub use view::{LockView, RequestView};
 
@@ -379,11 +382,14 @@ impl Table {
     /// two would not mean the same thing. Returns `false` if this is no such request.
     fn refuse_if_slots_differ(&mut self, id: RequestId, effects: &mut Effects) -> bool {
         let request = &self.store[id];
-        let Terms { slots, weight: Some(_), .. } = request.terms else { return false };
+        let slots = request.terms.slots;
+        if !self.must_agree(id) {
+            return false;
+        }
         let lock = &self.store[request.lock];
         let lists = [lock.holders, lock.queue, lock.once_waiters, lock.undecided, lock.stalled];
         let mut requests = lists.into_iter().flat_map(|list| self.store.members(list));
-        let other = requests.find(|&other| other != id && self.store[other].terms.weight.is_some());
+        let other = requests.find(|&other| other != id && self.must_agree(other));
         let differs = other.is_some_and(|other| self.store[other].terms.slots != slots);
         if let Some(other) = other.filter(|_| differs) {
             let slots = self.store[other].terms.slots;
@@ -394,6 +400,12 @@ impl Table {
             );
         }
         differs
+    }
+
+    /// Returns `true` if a request must say the same number of slots as the others: where a weight counts, and among hosts.
+    fn must_agree(&self, id: RequestId) -> bool {
+        let terms = &self.store[id].terms;
+        terms.weight.is_some() || (self.is_clustered && terms.slots > 1 && !terms.shared)
     }
 
     /// Grants a lock under the next token.
@@ -432,7 +444,8 @@ impl Table {
     fn may_join_holders(&self, id: RequestId) -> bool {
         let request = &self.store[id];
         matches!(request.stage, Stage::Offered(_))
-            || (request.token().is_none() && self.holders_admit(&self.store[request.lock], request))
+            || (request.token().is_none()
+                && (self.is_clustered || self.holders_admit(&self.store[request.lock], request)))
     }
 
     fn wait(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {

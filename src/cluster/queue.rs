@@ -1,7 +1,7 @@
-//! The queue of one lock among the hosts: its entries as far as they are known, this host's own entry, and the next
+//! The queue of one lock among the hosts: its entries as far as they are known, which of them are this host's, and the next
 //! request.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::turn::Turn;
 use super::{
@@ -10,7 +10,7 @@ use super::{
 };
 use crate::proto::v2::Mode;
 use crate::proto::{LockId, Outcome, Token};
-use crate::table::{ArrivalMark, Effects, Table, Timestamp};
+use crate::table::{ArrivalMark, Effects, SeenLine, Sharing, Table, Timestamp, Verdict};
 
 /// What a host needs to be granted a lock, and to keep it.
 #[derive(Clone, Copy)]
@@ -33,19 +33,21 @@ pub(super) struct LockQueue {
     last: Option<OutcomeRecord>,
     /// The hold of another host that the table knows.
     told: Option<Told>,
-    /// This host's entry, and the one that may have replaced it.
-    own: Option<EntryKey>,
-    next: Option<EntryKey>,
-    /// The lock's key, if the client of this host's entry said it.
+    /// This host's entries, and the one that a request under way may make. At most one of them waits; the others hold.
+    own: BTreeSet<EntryKey>,
+    /// The lock's key, if the client of one of this host's entries said it.
     name: Option<String>,
-    /// This host's entry is to be released.
-    leaving: Option<Leaving>,
+    /// The entries of this host that are to be released, by their tokens, and what is to be recorded. No record means that
+    /// the holder vanished.
+    leaving: BTreeMap<Token, Option<OutcomeRecord>>,
     asked: Option<Asked>,
     /// Whether the runs that count are known, since the first answer.
     knows_runs: bool,
     /// Behind the clients that had come before the last request that was answered.
     mark: Option<ArrivalMark>,
     turn: Turn,
+    /// The place that a request under way gives up for a new one, and the key of that.
+    next: Option<(Token, EntryKey)>,
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -53,12 +55,10 @@ struct Told {
     token: Token,
     is_kmutex: bool,
     is_of_earlier_store: bool,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Leaving {
-    token: Token,
-    record: Option<OutcomeRecord>,
+    /// It holds alone, so that a later hold can only end after it.
+    is_alone: bool,
+    /// How it ended, if the watch has shown it.
+    outcome: Option<Outcome>,
 }
 
 impl LockQueue {
@@ -67,8 +67,23 @@ impl LockQueue {
         LockQueue { must_read: true, ..LockQueue::default() }
     }
 
+    /// Returns the first entry that the table takes for the hold of another host, or else the first of all.
     pub(super) fn first(&self) -> Option<&Entry> {
-        self.entries.first_key_value().map(|(_, entry)| entry)
+        let told = |told: Told| self.entries.values().find(|entry| token(entry) == told.token);
+        self.told.and_then(told).or_else(|| self.entries.values().next())
+    }
+
+    /// Returns `true` if an entry that is not this host's holds.
+    pub(super) fn is_held_elsewhere(&self) -> bool {
+        let holders = super::holding(self.entries.values().map(Entry::sharing));
+        self.entries.values().take(holders).any(|entry| !self.own.contains(&entry.entry_key))
+    }
+
+    /// Returns the first entry that says this number of slots.
+    pub(super) fn entry_with(&self, slots: u32) -> Option<&Entry> {
+        let says =
+            |entry: &&Entry| matches!(entry.sharing(), Sharing::Slots { slots: its, .. } if its == slots);
+        self.entries.values().find(says)
     }
 
     /// Returns `true` if the entries are known.
@@ -81,29 +96,28 @@ impl LockQueue {
         self.as_of.unwrap_or(self.missed) <= revision
     }
 
-    /// Returns how a hold of this host ended, if etcd has not confirmed that it knows.
-    pub(super) fn untold(&self) -> Option<(Option<&str>, OutcomeRecord)> {
-        Some((self.name.as_deref(), self.leaving?.record?))
+    /// Returns how holds of this host ended of which etcd has not confirmed that it knows.
+    pub(super) fn untold(&self) -> impl Iterator<Item = (Option<&str>, OutcomeRecord)> {
+        self.leaving.values().flatten().map(|record| (self.name.as_deref(), *record))
     }
 
     /// Returns the tokens of the holds whose ends etcd may not know yet.
     pub(super) fn untold_tokens(&self) -> Vec<Token> {
-        let standing = self.entries.values().map(|entry| Token(entry.revision.0 as u64));
-        standing.chain(self.leaving.map(|leaving| leaving.token)).collect()
+        self.entries.values().map(token).chain(self.leaving.keys().copied()).collect()
     }
 
     /// A hold of this host has ended.
     pub(super) fn ended(&mut self, token: Token, outcome: Outcome) {
         // After a restart, the key of the entry may not be known yet, nor whether the entry exists.
-        if self.own.is_some() || self.as_of.is_none() {
-            // No record means that the holder vanished.
+        if !self.own.is_empty() || self.as_of.is_none() {
             let record = (outcome != Outcome::Vanished).then_some(OutcomeRecord { token, outcome });
-            self.leaving = Some(Leaving { token, record });
+            self.leaving.insert(token, record);
         }
     }
 
-    pub(super) fn lose_entry(&mut self) {
-        (self.own, self.next, self.leaving) = (None, None, None);
+    pub(super) fn lose_entries(&mut self) {
+        self.own.clear();
+        self.leaving.clear();
     }
 
     /// What happened up to this revision is not known.
@@ -136,7 +150,13 @@ impl LockQueue {
         match event {
             WatchEvent::Added(entry) => self.insert(entry),
             WatchEvent::Removed(entry_key) => self.entries.retain(|_, entry| entry.entry_key != entry_key),
-            WatchEvent::Outcome(record) => self.last = Some(record),
+            WatchEvent::Outcome(record) => {
+                self.last = Some(record);
+                let is_its = |told: &&mut Told| told.token == record.token && !told.is_of_earlier_store;
+                if let Some(told) = self.told.as_mut().filter(is_its) {
+                    told.outcome = Some(record.outcome);
+                }
+            }
             // The table knows.
             WatchEvent::Ran(_) | WatchEvent::RunGone { .. } => {}
         }
@@ -145,9 +165,9 @@ impl LockQueue {
 
     /// The queue has changed. `mark` is that of an answer from before the change.
     fn note_turn(&mut self, mark: Option<ArrivalMark>) {
-        let first = self.first().map(|first| {
+        let first = self.entries.values().next().map(|first| {
             let is_batch = first.owner.as_ref().is_some_and(|owner| owner.mode == Mode::Coalesce);
-            (Token(first.revision.0 as u64), is_batch)
+            (token(first), is_batch)
         });
         self.turn.changes_to(first, self.as_of.unwrap_or(self.missed), mark.unwrap_or(ArrivalMark::NONE));
     }
@@ -158,16 +178,20 @@ impl LockQueue {
 
     pub(super) fn asked(&mut self, id: u64, mark: ArrivalMark, op: &QueueOp) {
         self.asked = Some(Asked { id, mark });
-        match op {
-            QueueOp::Read => {}
+        let made = match op {
+            QueueOp::Read => None,
             QueueOp::TryAcquire { entry_key, owner, .. } | QueueOp::Enqueue { entry_key, owner } => {
-                self.own = Some(entry_key.clone());
-                self.name.clone_from(&owner.key);
+                Some((entry_key, owner))
             }
-            QueueOp::Release { next, .. } => {
-                self.next = next.as_ref().map(|(entry_key, _)| entry_key.clone());
+            QueueOp::Release { next, revision, .. } => {
+                self.next = next.as_ref().map(|(next, _)| (Token(revision.0 as u64), next.clone()));
                 self.turn.leaves(mark);
+                next.as_ref().map(|(entry_key, owner)| (entry_key, owner))
             }
+        };
+        if let Some((entry_key, owner)) = made {
+            self.own.insert(entry_key.clone());
+            self.name.clone_from(&owner.key);
         }
     }
 
@@ -194,29 +218,20 @@ impl LockQueue {
         is_news
     }
 
-    /// Finds out which entry is this host's by now.
+    /// Finds out which of this host's entries there are by now.
     fn find_own(&mut self, lease: Option<&LeaseName>) {
-        if let Some(next) = self.next.take()
-            && self.revision_of(&next).is_some()
+        let leaving = self.leaving.keys().filter_map(|token| self.own_entry_of(*token, lease));
+        let (left, keys): (Vec<Token>, Vec<EntryKey>) =
+            leaving.map(|entry| (token(entry), entry.entry_key.clone())).unzip();
+        self.leaving.retain(|token, _| left.contains(token));
+        self.own.extend(keys);
+        let entries = &self.entries;
+        self.own.retain(|own| entries.values().any(|entry| entry.entry_key == *own));
+        if let Some((left, next)) = self.next.take()
+            && self.own.contains(&next)
         {
-            self.own = Some(next);
-            if let Some(left) = self.leaving.take() {
-                self.turn.has_left(left.token);
-            }
-        } else if let Some(own) = &self.own {
-            if self.revision_of(own).is_none() {
-                self.lose_entry();
-            }
-        } else if let Some(Leaving { token, .. }) = self.leaving {
-            match self.own_entry_of(token, lease) {
-                Some(entry) => self.own = Some(entry.entry_key.clone()),
-                None => self.lose_entry(),
-            }
+            self.turn.has_left(left);
         }
-    }
-
-    fn revision_of(&self, entry_key: &EntryKey) -> Option<Revision> {
-        self.entries.values().find(|entry| entry.entry_key == *entry_key).map(|entry| entry.revision)
     }
 
     /// Returns the entry with this token, if a daemon with this lease made it.
@@ -255,42 +270,70 @@ impl LockQueue {
         if !self.is_current() {
             return;
         }
-        if let Some(held) = table.held_here(lock) {
-            match self.own_entry_of(held, standing.lease).map(|entry| entry.entry_key.clone()) {
-                Some(entry_key) if self.own.is_none() => self.own = Some(entry_key),
-                Some(_) => {}
-                // A user removed it, or the store went back.
-                None => {
-                    self.lose_entry();
-                    table.revoke(now, lock, effects);
-                }
-            }
-            return;
+        if self.asked.is_none() {
+            self.find_own(standing.lease);
         }
-        let first = self.first().map(|first| (Token(first.revision.0 as u64), first.owner.is_some()));
+        self.revoke_missing(table, now, lock, standing, effects);
         if let Some(told) = self.told
-            && (told.is_of_earlier_store || first.is_none_or(|(token, _)| token != told.token))
+            && (told.is_of_earlier_store || !self.entries.values().any(|entry| token(entry) == told.token))
         {
             self.told = None;
             table.remote_hold_ended(now, lock, self.outcome_of(told), effects);
         }
         self.turn.settle(self.last);
-        let Some((token, is_kmutex)) = first else { return };
-        let entry_key = self.first().map(|first| &first.entry_key);
-        if self.next.is_some() && entry_key == self.next.as_ref() {
-            // The watch was faster than the answer, which will say that this entry is this host's.
-        } else if self.own.is_some() && entry_key == self.own.as_ref() {
-            if self.leaving.is_none()
-                && standing.is_watching
-                && (self.steps_aside(table, lock, token) || !table.cluster_granted(now, lock, token, effects))
-            {
-                self.leaving = Some(Leaving { token, record: None });
-            }
-        } else if table.find(lock).is_some() {
-            self.told = Some(Told { token, is_kmutex, is_of_earlier_store: false });
-            let mark = self.mark.unwrap_or(ArrivalMark::NONE);
-            table.remote_hold_seen(now, lock, token, (mark, self.first_began(token)), effects);
+        // After the table has been told of the end: the newcomers lose to this grant, and not to that hold.
+        let is_undecided = self.grant_admitted(table, now, lock, standing, effects);
+        if !is_undecided && (!table.cluster_needs(lock).is_nothing() || self.told.is_some()) {
+            self.tell_line(table, now, lock, effects);
         }
+    }
+
+    /// What is held here without an entry was removed by a user, or the store went back.
+    fn revoke_missing(
+        &mut self,
+        table: &mut Table,
+        now: Timestamp,
+        lock: LockId,
+        standing: Standing<'_>,
+        effects: &mut Effects,
+    ) {
+        let held: Vec<Token> = table.held_here(lock).collect();
+        for token in held {
+            match self.own_entry_of(token, standing.lease).map(|entry| entry.entry_key.clone()) {
+                Some(entry_key) => drop(self.own.insert(entry_key)),
+                None => table.revoke(now, lock, token, effects),
+            }
+        }
+    }
+
+    /// Grants a place of this host that the entries before it admit. Returns `true` if there is one that cannot be granted
+    /// at the moment.
+    fn grant_admitted(
+        &mut self,
+        table: &mut Table,
+        now: Timestamp,
+        lock: LockId,
+        standing: Standing<'_>,
+        effects: &mut Effects,
+    ) -> bool {
+        let Some(entry) = self.idle_entry(table, lock) else { return false };
+        let (token, sharing) = (token(entry), entry.sharing());
+        match sharing.verdict(self.before(entry)) {
+            Verdict::Admitted if !standing.is_watching => return true,
+            Verdict::Admitted => {
+                if self.steps_aside(table, lock, token)
+                    || !table.cluster_granted(now, lock, (token, sharing), effects)
+                {
+                    self.leaving.insert(token, None);
+                }
+            }
+            Verdict::Differs(slots) => {
+                table.refuse_slots(lock, sharing, slots, effects);
+                self.leaving.insert(token, None);
+            }
+            Verdict::Excluded => {}
+        }
+        false
     }
 
     /// Returns `true` if this host's batch is not the newest: another host, whose requests are newer, runs for both.
@@ -307,22 +350,73 @@ impl LockQueue {
     }
 
     /// Returns the mark of the requests that came before the first place's hold began. Perhaps it is about to step aside: then no
-    /// request counts on it, or the newer batch might give up its place at the same time.
-    fn first_began(&self, token: Token) -> ArrivalMark {
-        if self.turn.is_batch() && self.has_newer_batch(token) {
+    /// request counts on it, or the newer batch might give up its place at the same time. A shared place may have been held
+    /// before it was the first.
+    fn first_began(&self, first: &Entry) -> ArrivalMark {
+        let is_alone = first.sharing() == Sharing::Exclusive;
+        if !is_alone || (self.turn.is_batch() && self.has_newer_batch(token(first))) {
             ArrivalMark::NONE
         } else {
             self.turn.began()
         }
     }
 
+    /// Tells the table who holds the lock, and what that means for its requests.
+    fn tell_line(&mut self, table: &mut Table, now: Timestamp, lock: LockId, effects: &mut Effects) {
+        let is_other = |entry: &&Entry| !self.own.contains(&entry.entry_key);
+        let other = self.entries.values().next().filter(is_other);
+        if self.told.is_none() && table.find(lock).is_some() {
+            self.told = other.map(|entry| Told {
+                token: token(entry),
+                is_kmutex: entry.owner.is_some(),
+                is_of_earlier_store: false,
+                is_alone: entry.sharing() == Sharing::Exclusive,
+                outcome: None,
+            });
+        }
+        // A place of this host that is being given up is in the way of none of its clients.
+        let staying = || self.entries.values().filter(|entry| !self.leaving.contains_key(&token(entry)));
+        let line = SeenLine {
+            other: other.map(|entry| (token(entry), entry.sharing(), self.first_began(entry))),
+            mark: self.mark.unwrap_or(ArrivalMark::NONE),
+            verdict: &|sharing| sharing.verdict(staying().map(Entry::sharing)),
+        };
+        table.line_seen(now, lock, &line, effects);
+        if self.entries.is_empty() {
+            table.free_seen(lock, effects);
+        }
+    }
+
+    /// Returns what the entries before this one share.
+    fn before(&self, entry: &Entry) -> impl Iterator<Item = Sharing> + '_ {
+        let to = (entry.revision, entry.entry_key.clone());
+        self.entries.range(..to).map(|(_, entry)| entry.sharing())
+    }
+
+    /// Returns the entry of this host that waits, or holds without a holder. A request that is under way may have made
+    /// it already.
+    fn idle_entry(&self, table: &Table, lock: LockId) -> Option<&Entry> {
+        let is_idle = |entry: &&Entry| {
+            let token = token(entry);
+            self.own.contains(&entry.entry_key)
+                && !self.leaving.contains_key(&token)
+                && !table.held_here(lock).any(|held| held == token)
+        };
+        self.entries.values().find(is_idle)
+    }
+
     /// Returns how a hold ended whose entry is gone.
     fn outcome_of(&self, told: Told) -> Outcome {
+        if let Some(outcome) = told.outcome {
+            return outcome;
+        }
         match self.last {
             // The records of this store say nothing of it.
             _ if told.is_of_earlier_store => Outcome::Vanished,
             // Either the holder's own record, or that of a later holder, which serves the waiters as well.
-            Some(last) if last.token >= told.token => last.outcome,
+            Some(last) if last.token == told.token || (told.is_alone && last.token > told.token) => {
+                last.outcome
+            }
             _ if told.is_kmutex => Outcome::Vanished,
             _ => Outcome::Unknown,
         }
@@ -341,13 +435,14 @@ impl LockQueue {
             return None;
         }
         let needs = table.cluster_needs(lock);
-        let is_held = table.held_here(lock).is_some();
+        let is_held = table.is_held_here(lock);
         if self.must_read || (self.as_of.is_none() && is_held) {
             return Some(QueueOp::Read);
         }
+        let request = table.first_in_line(lock);
+        let sharing = request.as_ref().map_or(Sharing::Exclusive, |one| Sharing::from(&one.terms));
         let owner = || {
             let key = table.find(lock).and_then(|lock| lock.key().map(String::from));
-            let request = table.first_in_line(lock);
             Box::new(request.map(|one| Owner::of(key.as_deref(), &one)).unwrap_or_default())
         };
         if let Some(orphan) = self.orphan_entry(lease) {
@@ -358,45 +453,55 @@ impl LockQueue {
             let record = run.as_ref().map(|run| OutcomeRecord { token, outcome: run.outcome });
             return Some(QueueOp::Release { entry_key, revision, record, run, next: None });
         }
-        let Some((own, revision)) = self.own_entry() else {
-            return match needs {
-                // A place that is given up at once, because the work is done, would be in the way of others.
-                _ if needs.free_or_busy && needs.fresh && !self.knows_runs => {
-                    Some(QueueOp::TryAcquire { entry_key, owner: owner(), unless_run: true })
-                }
-                _ if needs.queue_place => Some(QueueOp::Enqueue { entry_key, owner: owner() }),
-                _ if needs.free_or_busy || needs.takeover => {
-                    Some(QueueOp::TryAcquire { entry_key, owner: owner(), unless_run: false })
-                }
-                _ => None,
-            };
-        };
-        if self.leaving.is_none() && !is_held && !needs.queue_place {
+        let idle = self.idle_entry(table, lock).map(|entry| (token(entry), entry.sharing()));
+        if let Some((token, sharing)) = idle
+            && !(needs.queue_place && table.awaits_turn(lock, sharing))
+        {
             // No client waits for its turn any more. From here on there is no way back: a request to release an entry may
             // arrive late, when it was long given up for lost.
-            self.leaving = Some(Leaving { token: Token(revision.0 as u64), record: None });
+            self.leaving.insert(token, None);
         }
-        match self.leaving {
-            Some(Leaving { record, .. }) => {
-                let next = needs.queue_place.then(|| (entry_key, owner()));
-                let run =
-                    record.and_then(|record| table.run_under(now, lock, record.token).cloned()).map(Box::new);
-                Some(QueueOp::Release { entry_key: own, revision, record, run, next })
+        let left = |(token, record): (&Token, &Option<OutcomeRecord>)| {
+            Some((*token, *record, self.own_entry_of(*token, Some(lease))?))
+        };
+        if let Some((token, record, entry)) = self.leaving.iter().find_map(left) {
+            let is_waiting = idle.is_some_and(|(idle, _)| idle != token);
+            let next = (needs.queue_place && !is_waiting).then(|| (entry_key, owner()));
+            let run =
+                record.and_then(|record| table.run_under(now, lock, record.token).cloned()).map(Box::new);
+            let (entry_key, revision) = (entry.entry_key.clone(), entry.revision);
+            return Some(QueueOp::Release { entry_key, revision, record, run, next });
+        }
+        if idle.is_some() {
+            return needs.free_or_busy.then_some(QueueOp::Read);
+        }
+        let joins = self.as_of.is_some()
+            && !self.entries.is_empty()
+            && sharing.verdict(self.entries.values().map(Entry::sharing)) == Verdict::Admitted;
+        match needs {
+            // A place that is given up at once, because the work is done, would be in the way of others.
+            _ if needs.free_or_busy && needs.fresh && !self.knows_runs => {
+                Some(QueueOp::TryAcquire { entry_key, owner: owner(), unless_run: true })
             }
-            None if needs.free_or_busy && !is_held => Some(QueueOp::Read),
-            None => None,
+            _ if needs.queue_place || (needs.free_or_busy && joins) => {
+                Some(QueueOp::Enqueue { entry_key, owner: owner() })
+            }
+            _ if needs.free_or_busy || needs.takeover => {
+                Some(QueueOp::TryAcquire { entry_key, owner: owner(), unless_run: false })
+            }
+            _ if needs.holder && self.as_of.is_none() => Some(QueueOp::Read),
+            _ => None,
         }
     }
 
     /// Returns `true` if there is something to ask, or will be.
     pub(super) fn needs(&self, table: &Table, lock: LockId, lease: Option<&LeaseName>) -> bool {
-        let is_held = table.held_here(lock).is_some();
         self.asked.is_none()
             && (self.must_read
-                || self.leaving.is_some()
+                || !self.leaving.is_empty()
                 || !table.cluster_needs(lock).is_nothing()
-                || (self.as_of.is_none() && is_held)
-                || (self.own.is_some() && !is_held)
+                || (self.as_of.is_none() && table.is_held_here(lock))
+                || self.idle_entry(table, lock).is_some()
                 || self.has_orphan_entry(lease))
     }
 
@@ -404,24 +509,23 @@ impl LockQueue {
     pub(super) fn is_over(&self, table: &Table, lock: LockId, lease: Option<&LeaseName>) -> bool {
         self.asked.is_none()
             && !self.must_read
-            && self.own.is_none()
+            && self.own.is_empty()
             && table.find(lock).is_none()
             && !self.has_orphan_entry(lease)
-    }
-
-    fn own_entry(&self) -> Option<(EntryKey, Revision)> {
-        let own = self.own.clone()?;
-        let revision = self.revision_of(&own)?;
-        Some((own, revision))
     }
 
     fn has_orphan_entry(&self, lease: Option<&LeaseName>) -> bool {
         lease.is_some_and(|lease| self.orphan_entry(lease).is_some())
     }
 
-    /// Returns an entry of this host that is not the one that it knows.
+    /// Returns an entry of this host that is not known to it.
     fn orphan_entry(&self, lease: &LeaseName) -> Option<&Entry> {
-        let is_own = |entry: &&Entry| Some(&entry.entry_key) == self.own.as_ref();
-        self.entries.values().filter(|entry| lease.owns(&entry.entry_key)).find(|entry| !is_own(entry))
+        let is_known = |entry: &&Entry| self.own.contains(&entry.entry_key);
+        self.entries.values().filter(|entry| lease.owns(&entry.entry_key)).find(|entry| !is_known(entry))
     }
+}
+
+/// Returns the token of the hold that an entry is, or will be.
+fn token(entry: &Entry) -> Token {
+    Token(entry.revision.0 as u64)
 }

@@ -12,7 +12,7 @@ mod world;
 use world::{Seen, World};
 
 const SEEDS: std::ops::Range<u64> = 0..150;
-const FIRST_SEEDS: std::ops::Range<u64> = 0..10;
+const FIRST_SEEDS: std::ops::Range<u64> = 0..20;
 const STEPS: u64 = 6_000;
 
 #[test]
@@ -40,6 +40,11 @@ fn run(seeds: std::ops::Range<u64>) {
     // What never came up was not tested.
     for what in [
         "granted",
+        "granted shared",
+        "granted beside shared",
+        "granted a slot",
+        "granted a slot beside others",
+        "slots differ",
         "offered",
         "taken",
         "taken late",

@@ -31,7 +31,7 @@ use crate::etcd::{self, Client, Kind, LeaseId};
 use crate::journal::ClusterLease;
 use crate::proto::v2::{Answer, ErrorCode, LeaseTerms, LockUser, ShortText, error};
 use crate::proto::{LockId, Token};
-use crate::table::{ClusterNotice, Effects, Table, Timestamp};
+use crate::table::{ClusterNotice, Effects, Sharing, Table, Timestamp};
 use events::{Command, Event, Reading};
 use layout::{Layout, Leases};
 use lease_keeper::LeaseCommand;
@@ -275,6 +275,20 @@ impl Clustering {
         self.cluster.holder(lock).map(party)
     }
 
+    /// Returns `true` if another host holds a lock, as far as it is known.
+    pub(super) fn is_held_elsewhere(&self, lock: LockId) -> bool {
+        self.cluster.is_held_elsewhere(lock)
+    }
+
+    /// Names the client, of any host, that says this number of slots, and the lock's key as it says it.
+    pub(super) fn who_says(&self, lock: LockId, slots: u32) -> Option<(String, Option<String>)> {
+        let entry = self.cluster.entry_with(lock, slots)?;
+        let LockUser { who, .. } = party(entry);
+        let pid = who.pid.map_or_else(String::new, |pid| format!(" (pid {pid})"));
+        let (user, host) = (who.user.as_str().escape_debug(), who.host.as_str().escape_debug());
+        Some((format!("{user}@{host}{pid}"), entry.owner.as_ref()?.key.clone()))
+    }
+
     /// Says why etcd cannot be asked.
     pub(super) fn unavailable(&self) -> String {
         let urls = self.urls.join(",");
@@ -308,7 +322,7 @@ impl Clustering {
         }
         let mut cursor = 0;
         while let Some((lock, next)) = table.next_lock(cursor) {
-            if table.held_here(lock.id()).is_some() {
+            if table.is_held_here(lock.id()) {
                 return false;
             }
             cursor = next;
@@ -620,6 +634,7 @@ impl Clustering {
 
 /// A holder or waiter on another host.
 fn party(entry: &Entry) -> LockUser {
+    let shared = entry.sharing() == Sharing::Shared;
     let owner = entry.owner.clone().unwrap_or_default();
     let mut who = owner.who;
     if !owner.host.is_empty() {
@@ -639,7 +654,7 @@ fn party(entry: &Entry) -> LockUser {
         for_ms: if owner.since_ms == 0 { 0 } else { unix_ms().saturating_sub(owner.since_ms) },
         token: Some(Token(entry.revision.0 as u64)),
         mode: None,
-        shared: false,
+        shared,
         orphan: false,
     }
 }

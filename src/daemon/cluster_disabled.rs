@@ -43,6 +43,14 @@ impl Clustering {
         match *self {}
     }
 
+    pub(super) fn is_held_elsewhere(&self, _lock: LockId) -> bool {
+        match *self {}
+    }
+
+    pub(super) fn who_says(&self, _lock: LockId, _slots: u32) -> Option<(String, Option<String>)> {
+        match *self {}
+    }
+
     pub(super) fn forget(&mut self, _client: ConnectionId) {
         match *self {}
     }

@@ -41,7 +41,7 @@ pub enum NotificationKind {
     SlotsDiffer {
         /// What the other client says.
         slots: u32,
-        /// That client, if it is connected.
+        /// That client, if it is connected. `None` for a clustered lock: another host's, perhaps.
         other: Option<ClientId>,
     },
     /// The lock is held and it did not want to wait. The client is idle again.

@@ -10,8 +10,8 @@
 
 use super::request::Links;
 use super::{
-    ArrivalMark, ClusterNotice, Effects, JournalEntry, LockIndex, Loss, NotificationKind, Request, RequestId,
-    RequestView, Stage, Table, Terms, Timestamp, WaitList,
+    ArrivalMark, ClusterNotice, Effects, JournalEntry, Lock, LockIndex, Loss, NotificationKind, Request,
+    RequestId, RequestView, Sharing, Stage, Table, Terms, Timestamp, UNDRAWN, Verdict, WaitList,
 };
 use crate::proto::v2::Mode;
 use crate::proto::{LockId, Outcome, Protocol, Token};
@@ -27,6 +27,9 @@ pub struct ClusterNeeds {
     pub fresh: bool,
     /// A once waiter would take the place of a holder that has vanished.
     pub takeover: bool,
+    /// A protocol 1 waiter waits for the end of a hold, and the table knows of none: its host has given up the place that
+    /// was in its way.
+    pub holder: bool,
 }
 
 impl ClusterNeeds {
@@ -36,24 +39,34 @@ impl ClusterNeeds {
     }
 }
 
+/// The line of a lock among the hosts, as the table is told of it.
+pub struct SeenLine<'a> {
+    /// The first hold, if it is not this host's, and the mark of the requests that came before it began.
+    pub other: Option<(Token, Sharing, ArrivalMark)>,
+    /// What was read since then: the requests that came before it can be decided.
+    pub mark: ArrivalMark,
+    /// What the line means for a request that joins it now.
+    pub verdict: &'a dyn Fn(Sharing) -> Verdict,
+}
+
 impl Table {
     /// Returns what the requests for a lock need of etcd.
     pub fn cluster_needs(&self, lock: LockId) -> ClusterNeeds {
         let Some(index) = self.store.find(lock) else { return ClusterNeeds::default() };
         let lock = &self.store[index];
-        if lock.holders.head() != lock.remote_holder {
+        let own = self.own_holder(lock);
+        if own.is_some_and(|own| Sharing::from(&self.store[own].terms) == Sharing::Exclusive) {
             return ClusterNeeds::default();
         }
-        let is_queued = |id: RequestId| {
-            self.store[id].asked().is_some_and(|asked| asked.mode != Mode::Once && !asked.nowait)
-        };
+        let is_queued = |id: RequestId| self.is_queued(id);
         ClusterNeeds {
             queue_place: !lock.queue.is_empty()
                 || self.has_next_batch(index)
                 || self.store.members(lock.undecided).any(is_queued),
             free_or_busy: !lock.undecided.is_empty(),
             fresh: !lock.undecided.is_empty() && (lock.fresh_ms > 0 || lock.fresh_failure_ms > 0),
-            takeover: lock.remote_holder.is_none() && !lock.once_waiters.is_empty(),
+            takeover: lock.holders.is_empty() && !lock.once_waiters.is_empty(),
+            holder: lock.holders.is_empty() && !lock.waiters(WaitList::V1).is_empty(),
         }
     }
 
@@ -71,24 +84,50 @@ impl Table {
         let is_coalescing = |id: RequestId| self.store[id].wait_list == WaitList::Coalesce;
         lock.queue.is_empty()
             && lock.undecided.is_empty()
-            && self.oldest_request(index).is_some_and(is_coalescing)
+            && self.oldest_request(index, Sharing::Exclusive).is_some_and(is_coalescing)
     }
 
-    /// Returns the token under which this host holds a lock, or offers it to a waiter.
-    pub fn held_here(&self, lock: LockId) -> Option<Token> {
-        let lock = &self.store[self.store.find(lock)?];
-        let holder = lock.holders.head().filter(|&holder| lock.remote_holder != Some(holder))?;
-        match self.store[holder].stage {
+    /// Returns `true` if an undecided request will wait for its turn.
+    fn is_queued(&self, id: RequestId) -> bool {
+        self.store[id].asked().is_some_and(|asked| asked.mode != Mode::Once && !asked.nowait)
+    }
+
+    /// Returns the first holder, or request that the lock is offered to, of this host.
+    fn own_holder(&self, lock: &Lock) -> Option<RequestId> {
+        self.store.members(lock.holders).find(|&id| lock.remote_holder != Some(id))
+    }
+
+    /// Returns the tokens under which this host holds a lock, or offers it to waiters.
+    pub fn held_here(&self, lock: LockId) -> impl Iterator<Item = Token> + '_ {
+        let lock = self.store.find(lock).map(|index| &self.store[index]);
+        let (list, remote) = lock.map(|lock| (lock.holders, lock.remote_holder)).unwrap_or_default();
+        let holders = self.store.members(list).filter(move |id| remote != Some(*id));
+        holders.filter_map(|holder| match self.store[holder].stage {
             Stage::Holding(token) => Some(token),
             Stage::Offered(token) => Some(token).filter(|_| self.is_clustered),
             _ => None,
-        }
+        })
     }
 
-    /// Returns the request that would get the lock if etcd granted it to this host now: the oldest.
+    /// Returns `true` if this host holds a lock, or offers it to a waiter.
+    pub fn is_held_here(&self, lock: LockId) -> bool {
+        self.held_here(lock).next().is_some()
+    }
+
+    /// Returns the request that needs a place in the line of hosts first.
     pub fn first_in_line(&self, lock: LockId) -> Option<RequestView<'_>> {
         let index = self.store.find(lock)?;
-        Some(self.view(index).request(self.oldest_request(index)?))
+        let lock = &self.store[index];
+        let queued = self.store.members(lock.undecided).find(|&id| self.is_queued(id));
+        let queued = [lock.queue.head(), lock.coalescing.tail(), queued].into_iter().flatten();
+        let by_place = |id: &RequestId| self.store[*id].place;
+        let first = queued.min_by_key(by_place).or(lock.undecided.head()).or(lock.once_waiters.head())?;
+        Some(self.view(index).request(first))
+    }
+
+    /// Returns `true` if a request for a lock waits that shares it so.
+    pub fn awaits_turn(&self, lock: LockId, sharing: Sharing) -> bool {
+        self.store.find(lock).is_some_and(|index| self.oldest_request(index, sharing).is_some())
     }
 
     /// Returns a mark behind all requests that have come.
@@ -96,57 +135,71 @@ impl Table {
         ArrivalMark(self.next_arrival)
     }
 
-    /// Etcd has granted a free lock to this host: the oldest request gets it, under this token. Returns `false` if no
-    /// request is left.
+    /// Etcd has granted a place among the holders to this host: the oldest request that shares the lock so gets it, under
+    /// this token. Returns `false` if no request is left.
     pub fn cluster_granted(
         &mut self,
         now: Timestamp,
         lock: LockId,
-        token: Token,
+        (token, sharing): (Token, Sharing),
         effects: &mut Effects,
     ) -> bool {
         let Some(index) = self.store.find(lock) else { return false };
-        debug_assert!(self.store[index].holders.is_empty(), "etcd grants a lock that is free");
-        let mut oldest = self.oldest_request(index);
+        let mut oldest = self.oldest_request(index, sharing);
         while let Some(id) = oldest
             && self.finish_if_fresh(now, id, effects)
         {
-            oldest = self.oldest_request(index);
+            oldest = self.oldest_request(index, sharing);
         }
         let Some(oldest) = oldest else {
             self.store.remove_if_unused(index);
             return false;
         };
         self.grant_or_offer(now, oldest, token, effects);
-        // The remaining requests lose to this grant, regardless of arrival order.
-        self.decide(now, index, ArrivalMark(u64::MAX), effects);
+        if sharing == Sharing::Exclusive {
+            // The remaining requests lose to this grant, regardless of arrival order.
+            self.decide(now, index, ArrivalMark(u64::MAX), &|_| Verdict::Excluded, effects);
+        }
+        effects.notices.push(ClusterNotice::Needs(lock));
         true
     }
 
-    /// Another host holds a lock, under this token, as of an answer that was requested at `mark`. The requests that came before
-    /// `began` came before that hold began. Nothing happens if no request of this host is for the lock.
-    pub fn remote_hold_seen(
-        &mut self,
-        now: Timestamp,
-        lock: LockId,
-        token: Token,
-        (mark, began): (ArrivalMark, ArrivalMark),
-        effects: &mut Effects,
-    ) {
+    /// The place of this host that waits says another number of slots than one before it, which says `slots`: refuses the
+    /// requests that say the same.
+    pub fn refuse_slots(&mut self, lock: LockId, sharing: Sharing, slots: u32, effects: &mut Effects) {
         let Some(index) = self.store.find(lock) else { return };
-        let known = self.store[index].remote_holder;
-        debug_assert_eq!(self.store[index].holders.head(), known, "two hosts do not hold a lock");
-        if let Some(id) = known {
+        while let Some(id) = self.oldest_request(index, sharing) {
+            self.notify(id, NotificationKind::SlotsDiffer { slots, other: None }, effects);
+            self.remove_request(id);
+        }
+        self.request_left(index, effects);
+    }
+
+    /// No place in the line of a lock is taken: there is no hold whose end its protocol 1 waiters could wait for.
+    pub fn free_seen(&mut self, lock: LockId, effects: &mut Effects) {
+        if let Some(index) = self.store.find(lock)
+            && self.store[index].holders.is_empty()
+        {
+            // They ask again, and are not told a token.
+            self.finish_waiters(index, WaitList::V1, Outcome::Vanished, UNDRAWN, effects);
+            self.store.remove_if_unused(index);
+        }
+    }
+
+    /// The line of a lock is known. Nothing happens if no request of this host is for the lock.
+    pub fn line_seen(&mut self, now: Timestamp, lock: LockId, line: &SeenLine<'_>, effects: &mut Effects) {
+        let Some(index) = self.store.find(lock) else { return };
+        if let (Some((_, _, began)), Some(id)) = (line.other, self.store[index].remote_holder) {
             // An answer may show that more requests came before it began.
             self.store[id].began = self.store[id].began.max(began);
-        } else {
+        } else if let Some((token, sharing, began)) = line.other {
             let id = self.store.insert(Request {
                 client: None,
                 lock: index,
                 links: Links::default(),
                 stage: Stage::Holding(token),
                 wait_list: WaitList::Queue,
-                terms: Terms { protocol: Protocol::V2, ..Terms::V1 },
+                terms: terms_of(sharing),
                 place: 0,
                 since: now,
                 began,
@@ -155,7 +208,7 @@ impl Table {
             });
             self.store[index].remote_holder = Some(id);
         }
-        self.decide(now, index, mark, effects);
+        self.decide(now, index, line.mark, line.verdict, effects);
         self.remove_if_deserted(index);
     }
 
@@ -187,27 +240,27 @@ impl Table {
         self.remove_if_deserted(index);
     }
 
-    /// This host has lost a lock that is held here. Its place in etcd stays: the holder may need the time that is left of
-    /// the lease to stop.
-    pub fn revoke(&mut self, now: Timestamp, lock: LockId, effects: &mut Effects) {
-        if let Some(token) = self.held_here(lock)
-            && let Some(index) = self.store.find(lock)
-            && let Some(id) = self.store[index].holders.head()
-        {
-            if let Stage::Offered(_) = self.store[id].stage {
-                return self.withdraw_offer(now, id, effects);
-            }
-            self.notify(id, NotificationKind::Lost(Loss::LeaseLost), effects);
-            effects.record.push(JournalEntry::Ended(token));
-            effects.notices.push(ClusterNotice::Needs(lock));
-            self.end_hold_unrecorded(now, id, Outcome::Vanished, effects);
+    /// This host has lost a lock that is held here, under this token. Its place in etcd stays: the holder may need the time
+    /// that is left of the lease to stop.
+    pub fn revoke(&mut self, now: Timestamp, lock: LockId, token: Token, effects: &mut Effects) {
+        let Some(index) = self.store.find(lock) else { return };
+        let list = self.store[index].holders;
+        let has_token = |id: &RequestId| matches!(self.store[*id].stage, Stage::Holding(its) | Stage::Offered(its) if its == token);
+        let Some(id) = self.store.members(list).find(has_token) else { return };
+        if let Stage::Offered(_) = self.store[id].stage {
+            return self.withdraw_offer(now, id, effects);
         }
+        self.notify(id, NotificationKind::Lost(Loss::LeaseLost), effects);
+        effects.record.push(JournalEntry::Ended(token));
+        effects.notices.push(ClusterNotice::Needs(lock));
+        self.end_hold_unrecorded(now, id, Outcome::Vanished, effects);
     }
 
     /// Returns `true` if only etcd can decide a request.
     pub(super) fn needs_cluster(&self, id: RequestId) -> bool {
-        let lock = &self.store[self.store[id].lock];
-        self.is_clustered && lock.holders.head() == lock.remote_holder
+        let own = self.own_holder(&self.store[self.store[id].lock]);
+        let excludes = |own: RequestId| Sharing::from(&self.store[own].terms) == Sharing::Exclusive;
+        self.is_clustered && !own.is_some_and(excludes)
     }
 
     /// Keeps a request until etcd has answered.
@@ -242,11 +295,28 @@ impl Table {
         self.store.remove_if_unused(index);
     }
 
-    /// The lock is held: the undecided requests that came before `mark` wait for its end, or are refused.
-    fn decide(&mut self, now: Timestamp, index: LockIndex, mark: ArrivalMark, effects: &mut Effects) {
+    /// The undecided requests that came before `mark` and are not admitted wait for the end of a hold, or are refused. The
+    /// others need a place in the line.
+    fn decide(
+        &mut self,
+        now: Timestamp,
+        index: LockIndex,
+        mark: ArrivalMark,
+        verdict: &dyn Fn(Sharing) -> Verdict,
+        effects: &mut Effects,
+    ) {
         for id in self.undecided_before(index, mark) {
-            if !self.finish_if_fresh(now, id, effects) {
-                self.wait_or_refuse(now, id, effects);
+            match verdict(Sharing::from(&self.store[id].terms)) {
+                Verdict::Admitted => {}
+                Verdict::Differs(slots) => {
+                    self.notify(id, NotificationKind::SlotsDiffer { slots, other: None }, effects);
+                    self.remove_request(id);
+                }
+                Verdict::Excluded => {
+                    if !self.finish_if_fresh(now, id, effects) {
+                        self.wait_or_refuse(now, id, effects);
+                    }
+                }
             }
         }
     }
@@ -256,13 +326,24 @@ impl Table {
         undecided.filter(|&id| self.store[id].place < mark.0).collect()
     }
 
-    fn oldest_request(&self, index: LockIndex) -> Option<RequestId> {
+    /// Returns the oldest request that shares the lock so and does not hold it.
+    fn oldest_request(&self, index: LockIndex, sharing: Sharing) -> Option<RequestId> {
         let lock = &self.store[index];
+        let is_such = |id: &RequestId| Sharing::from(&self.store[*id].terms) == sharing;
         let lists = [lock.undecided, lock.queue, lock.once_waiters, lock.coalescing];
-        let heads = lists.iter().filter_map(|list| list.head());
-        let oldest = heads.min_by_key(|&id| self.store[id].place)?;
+        let firsts = lists.into_iter().filter_map(|list| self.store.members(list).find(is_such));
+        let oldest = firsts.min_by_key(|&id| self.store[id].place)?;
         let is_coalescing =
             self.store[oldest].wait_list == WaitList::Coalesce && self.store[oldest].stage == Stage::Waiting;
         if is_coalescing { lock.coalescing.tail() } else { Some(oldest) }
+    }
+}
+
+fn terms_of(sharing: Sharing) -> Terms {
+    let terms = Terms { protocol: Protocol::V2, ..Terms::V1 };
+    match sharing {
+        Sharing::Exclusive => terms,
+        Sharing::Shared => Terms { shared: true, ..terms },
+        Sharing::Slots { slots, .. } => Terms { slots, ..terms },
     }
 }

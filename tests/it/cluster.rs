@@ -458,18 +458,6 @@ fn of_three_members_one_may_die_or_hang() {
 
 #[test]
 #[ignore = "needs etcd"]
-fn what_is_only_for_one_host_is_refused_and_not_done_here_alone() {
-    let etcd = Etcd::single();
-    let a = host(&etcd);
-    for options in [&["--shared"][..], &["--slots", "2"]] {
-        let mut run = a.run(options);
-        finish(run.args(["k", "true"])).assert_error(64, &["one host"]);
-    }
-    finish(&mut a.run(&["k", "true"])).assert_silent(0);
-}
-
-#[test]
-#[ignore = "needs etcd"]
 fn a_status_of_the_cluster_lists_all_hosts() {
     let etcd = Etcd::single();
     let [a, b] = hosts(&etcd);

@@ -9,7 +9,7 @@ use super::store::Store;
 use crate::proto::v2::{LockRequest, Mode};
 use crate::proto::{Key, LockId, Outcome, Token};
 use crate::table::rng::Rng;
-use crate::table::{self, ClientId, Effects, NotificationKind, Table, Timestamp};
+use crate::table::{self, ClientId, Effects, NotificationKind, Sharing, Table, Terms, Timestamp, Verdict};
 
 const HOSTS: usize = 3;
 const CLIENTS: u32 = 6;
@@ -35,9 +35,11 @@ enum Client {
         fresh_ms: u64,
         /// When it was offered the lock.
         offered: Option<u64>,
+        sharing: Sharing,
     },
     Holding {
         key: usize,
+        sharing: Sharing,
     },
 }
 
@@ -409,24 +411,36 @@ impl World {
         let (key, since) = match before {
             Client::Idle => panic!("an idle client is told {kind:?}"),
             Client::Asking { key, since, .. } => (key, since),
-            Client::Holding { key } => (key, self.step),
+            Client::Holding { key, .. } => (key, self.step),
         };
         assert_eq!(self.keys[key].id(), lock);
         let after = match kind {
             NotificationKind::Granted(token) => {
-                self.check_grant(host, key, token);
-                if let Client::Asking { fresh_ms, .. } = before {
+                let Client::Asking { fresh_ms, sharing, .. } = before else {
+                    panic!("a holder is granted a lock")
+                };
+                self.check_grant(host, key, sharing, token);
+                // Beside others, one may end its run while the next one's offer stands.
+                if sharing == Sharing::Exclusive {
                     self.check_not_fresh(host, lock, fresh_ms);
                 }
                 self.began.insert((lock, token), (self.now, self.step));
-                Client::Holding { key }
+                Client::Holding { key, sharing }
             }
             NotificationKind::Offered => {
                 self.note("offered", 1);
-                let Client::Asking { fresh_ms, coalesces, .. } = before else {
+                let Client::Asking { fresh_ms, coalesces, sharing, .. } = before else {
                     panic!("a holder is offered a lock")
                 };
-                Client::Asking { key, since, nowait: false, coalesces, fresh_ms, offered: Some(self.now) }
+                Client::Asking {
+                    key,
+                    since,
+                    nowait: false,
+                    coalesces,
+                    fresh_ms,
+                    offered: Some(self.now),
+                    sharing,
+                }
             }
             NotificationKind::Waiting { .. } => {
                 self.note("waiting", 1);
@@ -459,7 +473,7 @@ impl World {
                 let this = &self.hosts[host];
                 // A host that has not noticed yet that the store went back knows what was true before.
                 let is_held = !self.store.line(lock).entries.is_empty()
-                    || this.table.held_here(lock).is_some()
+                    || this.table.is_held_here(lock)
                     || this.watch_era != Some(self.store.era);
                 assert!(
                     is_held || self.occupied[key] >= since,
@@ -477,6 +491,14 @@ impl World {
                 assert!(matches!(before, Client::Holding { .. }), "one that holds nothing loses it");
                 self.note("lost", 1);
                 self.ended[key] = self.step;
+                Client::Idle
+            }
+            NotificationKind::SlotsDiffer { slots, .. } => {
+                let Client::Asking { sharing: Sharing::Slots { slots: its, .. }, .. } = before else {
+                    panic!("refused for its slots, of which it said none: {before:?}");
+                };
+                assert_ne!(slots, its, "refused though it agrees");
+                self.note("slots differ", 1);
                 Client::Idle
             }
             other => panic!("no client is told {other:?} here"),
@@ -501,17 +523,30 @@ impl World {
         }
     }
 
-    /// Checks that no other client can believe, with reason, that it holds the lock.
-    fn check_grant(&mut self, host: usize, key: usize, token: Token) {
+    /// Checks that the other clients that can believe, with reason, that they hold the lock admit this one.
+    fn check_grant(&mut self, host: usize, key: usize, sharing: Sharing, token: Token) {
+        let mut beside = Vec::new();
         for (number, other) in self.hosts.iter().enumerate() {
             let is_good = other.cluster.good_until().is_some_and(|until| until.0 > self.now)
-                && self.hosts[host].unaware_until <= self.now;
-            let holds = other.clients.iter().any(|c| matches!(c, Client::Holding { key: of } if *of == key));
-            assert!(
-                !(is_good && holds),
-                "host {host} gives key {key} to one beside a holder on host {number}"
-            );
+                && (number == host || self.hosts[host].unaware_until <= self.now);
+            let holds = other.clients.iter().filter_map(|client| match client {
+                Client::Holding { key: of, sharing } if *of == key => Some(*sharing),
+                _ => None,
+            });
+            beside.extend(holds.filter(|_| is_good));
         }
+        assert_eq!(
+            sharing.verdict(beside.iter().copied()),
+            Verdict::Admitted,
+            "host {host} gives key {key} to one beside {beside:?}"
+        );
+        let with = match sharing {
+            Sharing::Exclusive => "granted",
+            Sharing::Shared if beside.is_empty() => "granted shared",
+            Sharing::Shared => "granted beside shared",
+            Sharing::Slots { .. } if beside.is_empty() => "granted a slot",
+            Sharing::Slots { .. } => "granted a slot beside others",
+        };
         let line = self.store.line(self.keys[key].id());
         let before = line.entries.iter().find(|one| one.owner.is_none() && one.revision.0 < token.0 as i64);
         // A host that has not noticed yet that the store went back knows what was true before.
@@ -522,10 +557,12 @@ impl World {
         assert!(until.is_some_and(|until| until.0 > self.now), "given without a lease");
         // An offer may stand since before the store went back, which the host has not noticed yet.
         if token.0 as i64 <= line.revision.0 {
-            assert!(token > self.tokens[key], "tokens do not grow");
-            self.tokens[key] = token;
+            // An offer of a shared lock may be taken after a later place was granted.
+            let may_be_lower = sharing != Sharing::Exclusive;
+            assert!(may_be_lower || token > self.tokens[key], "tokens do not grow");
+            self.tokens[key] = token.max(self.tokens[key]);
         }
-        self.note("granted", 1);
+        self.note(with, 1);
     }
 
     /// One client of a host does something.
@@ -544,7 +581,7 @@ impl World {
                     self.feed(host, |table, _, effects| table.disconnected(now, id, effects));
                 }
             }
-            Client::Holding { key } => {
+            Client::Holding { key, .. } => {
                 if self.rng.percent(40) {
                     let vanishes = self.rng.percent(20);
                     self.ended[key] = self.step;
@@ -585,14 +622,18 @@ impl World {
         } else {
             0
         };
-        self.hosts[host].clients[client] = Client::Asking {
-            key,
-            since: self.step,
-            nowait: nowait && kind != 0,
-            coalesces,
-            fresh_ms,
-            offered: None,
+        // One key has more readers, and one more slots.
+        let (shared, slots) = match (key, self.rng.below(10)) {
+            _ if kind == 0 || coalesces => (false, 1),
+            (1, ..8) | (_, 0) => (true, 1),
+            (2, 1..8) | (_, 1) => (false, 2),
+            (_, 8) if self.rng.percent(30) => (false, 3),
+            _ => (false, 1),
         };
+        let sharing = Sharing::from(&Terms { shared, slots, ..Terms::V1 });
+        let nowait = nowait && kind != 0;
+        self.hosts[host].clients[client] =
+            Client::Asking { key, since: self.step, nowait, coalesces, fresh_ms, offered: None, sharing };
         if kind == 0 {
             return self.feed(host, |table, _, effects| table.lock_v1(now, id, lock.id(), effects));
         }
@@ -602,7 +643,8 @@ impl World {
             _ => Mode::Coalesce,
         };
         let offers = self.rng.percent(70);
-        let asked = Box::new(LockRequest { nowait, offers, fresh_ms, ..LockRequest::new(lock, mode) });
+        let asked =
+            Box::new(LockRequest { nowait, offers, fresh_ms, shared, slots, ..LockRequest::new(lock, mode) });
         self.feed(host, |table, _, effects| {
             table.lock(now, id, None, asked, effects).expect("it names no other's request");
         });
@@ -691,7 +733,7 @@ impl World {
                     if let Client::Asking { offered: Some(_), .. } = self.hosts[host].clients[client] {
                         self.take(host, client);
                     }
-                    if let Client::Holding { key } = self.hosts[host].clients[client] {
+                    if let Client::Holding { key, .. } = self.hosts[host].clients[client] {
                         self.ended[key] = self.step;
                         self.hosts[host].clients[client] = Client::Idle;
                         let id = ClientId(client as u32);

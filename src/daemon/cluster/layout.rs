@@ -2,7 +2,7 @@
 //! recipe, so that other programs take part (`etcdctl lock PREFIX/<identity>`).
 //!
 //! ```text
-//! PREFIX/<identity>/<lease>.<number>   an entry: the one with the lowest create revision holds
+//! PREFIX/<identity>/<lease>.<number>   an entry: the one with the lowest create revision holds, and the ones it admits
 //! PREFIX/<identity>.done               how the last hold ended that a host recorded
 //! PREFIX/<identity>.success            the last run that succeeded, as long as it counts for a request
 //! PREFIX/<identity>.failure            the last run that failed, likewise

@@ -1,9 +1,10 @@
 //! Listing what all hosts hold, for `kmutex status --cluster`: what is read from etcd, key by key, becomes whole locks.
 
-use crate::cluster::{Entry, RunRecord};
+use crate::cluster::{self, Entry, Revision, RunRecord};
 use crate::daemon::cluster::party;
-use crate::proto::v2::{LISTED_MAX, LockStatus, RunStatus};
+use crate::proto::v2::{LISTED_MAX, LockStatus, LockUser, RunStatus};
 use crate::proto::{LockId, Outcome};
+use crate::table::Sharing;
 
 /// Locks that were read in the order of their keys. The last one may be incomplete.
 #[derive(Default)]
@@ -16,7 +17,8 @@ struct Incomplete {
     lock: LockId,
     /// The first few in the order of the line.
     entries: Vec<Entry>,
-    count: u32,
+    /// What all of them share.
+    line: Vec<(Revision, Sharing)>,
 }
 
 impl Locks {
@@ -25,7 +27,8 @@ impl Locks {
             Some(last) if last.lock == lock => last.add(entry),
             _ => {
                 self.complete.extend(self.last.take().map(Incomplete::status));
-                self.last = Some(Incomplete { lock, entries: vec![entry], count: 1 });
+                let line = vec![(entry.revision, entry.sharing())];
+                self.last = Some(Incomplete { lock, entries: vec![entry], line });
             }
         }
     }
@@ -68,27 +71,27 @@ fn last_run(runs: &[RunRecord], is_success: bool) -> Option<Box<RunStatus>> {
 
 impl Incomplete {
     fn add(&mut self, entry: Entry) {
-        self.count += 1;
+        self.line.push((entry.revision, entry.sharing()));
         self.entries.push(entry);
         self.entries.sort_by_key(|entry| entry.revision);
-        self.entries.truncate(LISTED_MAX + 1);
+        self.entries.truncate(2 * LISTED_MAX);
     }
 
-    fn status(self) -> LockStatus {
+    fn status(mut self) -> LockStatus {
+        self.line.sort_by_key(|(revision, _)| *revision);
+        let holding = cluster::holding(self.line.iter().map(|(_, sharing)| *sharing));
+        let (held, waiting) = self.entries.split_at(holding.min(self.entries.len()));
         let key = self.entries.iter().find_map(|entry| entry.owner.as_ref()?.key.clone());
-        let mut parties = self.entries.iter().map(party);
-        let holders = parties.by_ref().take(1).collect();
-        let modes = self.entries[1..].iter().map(|entry| entry.owner.as_ref().map(|owner| owner.mode));
-        let waiters = parties.zip(modes).map(|(mut party, mode)| {
-            (party.token, party.mode) = (None, mode);
-            party
+        let waiters = waiting.iter().take(LISTED_MAX).map(|entry| {
+            let mode = entry.owner.as_ref().map(|owner| owner.mode);
+            LockUser { token: None, mode, ..party(entry) }
         });
         LockStatus {
             id: self.lock.to_string(),
-            holders,
-            holding: 1,
+            holders: held.iter().take(LISTED_MAX).map(party).collect(),
+            holding: holding as u32,
             waiters: waiters.collect(),
-            waiting: self.count - 1,
+            waiting: (self.line.len() - holding) as u32,
             key,
             last_success: None,
             last_failure: None,

@@ -11,7 +11,7 @@ use super::layout::{Layout, LeasedRun, Leases};
 use super::listing::Locks;
 use super::trouble::Source;
 use crate::clock;
-use crate::cluster::{ClusterRequest, Entry, Failure, QueueOp, QueueSnapshot, Revision, RunRecord};
+use crate::cluster::{self, ClusterRequest, Entry, Failure, QueueOp, QueueSnapshot, Revision, RunRecord};
 use crate::daemon::connection::ConnectionId;
 use crate::daemon::listing::Page;
 use crate::etcd::{self, Client, KeyValue, LeaseId, Op, Range, Txn};
@@ -197,13 +197,15 @@ impl EtcdWorker {
 
     fn break_lock(&self, lock: LockId) -> Result<bool, etcd::Error> {
         let none = Leases { entries: LeaseId(0), records: LeaseId(0) };
-        let snapshot = self.layout.snapshot(0, &self.client.range(&self.layout.queue(lock))?.kvs);
-        let order = |entry: &Entry| (entry.revision, entry.entry_key.clone());
-        let Some(Entry { entry_key, revision, .. }) = snapshot.entries.into_iter().min_by_key(order) else {
-            return Ok(false);
-        };
-        let op = QueueOp::Release { entry_key, revision, record: None, run: None, next: None };
-        Ok(self.client.txn(&self.layout.txn(lock, &op, none, None))?.succeeded)
+        let mut line = self.layout.snapshot(0, &self.client.range(&self.layout.queue(lock))?.kvs).entries;
+        line.sort_by(|a, b| (a.revision, &a.entry_key).cmp(&(b.revision, &b.entry_key)));
+        line.truncate(cluster::holding(line.iter().map(Entry::sharing)));
+        let mut is_broken = false;
+        for Entry { entry_key, revision, .. } in line {
+            let op = QueueOp::Release { entry_key, revision, record: None, run: None, next: None };
+            is_broken |= self.client.txn(&self.layout.txn(lock, &op, none, None))?.succeeded;
+        }
+        Ok(is_broken)
     }
 
     fn give_sign_of_life(&self, lease: LeaseId) {

@@ -283,10 +283,6 @@ impl Server {
         connection.set_guard(asked.nonce.filter(|_| asked.inherits || asked.exec));
         let uid = connection.uid();
         self.bind_to_name(client, &mut asked);
-        if self.cluster.is_some() && (asked.shared || asked.slots > 1) {
-            let message = "lock: shared locks and slots work on one host only, and this daemon uses etcd";
-            return self.refuse(client, ErrorCode::PerHost, message);
-        }
         if !self.take_child(client, &asked) {
             return;
         }
@@ -398,7 +394,10 @@ impl Server {
         let by = self.connections[client].uid();
         let is_admin = by.is_some_and(|uid| uid == 0 || uid == Uid::effective().as_raw())
             || self.identity(client).is_some_and(|identity| self.gate.is_admin(identity));
-        if is_admin && self.table.held_here(key.id()).is_none() && self.cluster.is_some() {
+        if is_admin
+            && let Some(cluster) = &self.cluster
+            && (!self.table.is_held_here(key.id()) || cluster.is_held_elsewhere(key.id()))
+        {
             let name = self.connections.describe(client);
             if self.limiter.allows(log::Event::Break, by, self.now) {
                 warn!("{name} breaks the lock {:?}, if another host holds it", key.as_str());
@@ -467,8 +466,11 @@ impl Server {
                 Answer::Stop { why: "a newer request replaces this one (--replace)".into() }
             }
             NotificationKind::SlotsDiffer { slots, other } => {
-                let other = other.map_or("a holder".into(), |other| lookup.client_name(other));
-                let name = lookup.lock_name(notification.lock);
+                let lock = notification.lock;
+                let remote = lookup.cluster.and_then(|cluster| cluster.who_says(lock, slots));
+                let (remote, key) = remote.unwrap_or_else(|| ("a holder".into(), None));
+                let other = other.map_or(remote, |other| lookup.client_name(other));
+                let name = key.map_or_else(|| lookup.lock_name(lock), |key| format!("{key:?}"));
                 let message =
                     format!("lock: {other} says that {name} has {slots} slots; all must agree about that");
                 error(ErrorCode::SlotsDiffer, message)
