@@ -13,6 +13,7 @@ mod cluster;
 mod cluster_batches;
 #[cfg(feature = "etcd")]
 mod cluster_runs;
+#[cfg(feature = "etcd")]
 mod cluster_sharing;
 #[cfg(feature = "etcd")]
 mod cluster_trouble;
