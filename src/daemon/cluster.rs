@@ -415,27 +415,9 @@ impl Clustering {
             Event::Leased { lease, .. } if self.abandoned == Some(lease) => None,
             Event::Leased { .. } if now < self.quarantined_until => None,
             Event::Leased { lease, sent, ttl_secs, revision, .. } => {
-                self.troubles.ended(trouble::Source::Lease);
-                if self.watch.is_open {
-                    self.troubles.ended(trouble::Source::Watch);
-                }
-                self.leased(table, lease, sent, ttl_secs, revision).then(|| {
-                    info!("etcd: clustering locks under lease {:016x}, of {ttl_secs} s", lease.0);
-                    // A resumed lease may have entries that this daemon does not know.
-                    self.threads.command(Command::ListEntries(lease));
-                    RemoteReply::RecordLease(ClusterLease::Id(lease.0 as u64))
-                })
+                self.lease_kept(table, lease, sent, ttl_secs, revision)
             }
-            Event::LeaseGone(lease) => {
-                let is_resumed = self.lease.is_none() && self.abandoned != Some(lease);
-                (self.lease == Some(lease) || is_resumed).then(|| {
-                    warn!("etcd: lease {:016x} is gone; what was held under it is lost", lease.0);
-                    self.lease = None;
-                    self.abandoned = Some(lease);
-                    self.threads.lease_command(LeaseCommand::Abandon(lease));
-                    self.lose_lease(table, now, effects)
-                })
-            }
+            Event::LeaseGone(lease) => self.lease_gone(table, now, lease, effects),
             Event::Answer { lock, id, lease, answer, source, trouble, .. } => {
                 match &trouble {
                     Some(etcd::Error::StoreChanged { .. }) => {}
@@ -451,6 +433,64 @@ impl Clustering {
                     self.lose_lease(table, now, effects)
                 })
             }
+            Event::Page { .. } | Event::Runs { .. } | Event::Forgotten { .. } | Event::Broken { .. } => {
+                self.reply(event, table, now, effects)
+            }
+            other => {
+                self.observe(other, table, now, effects);
+                None
+            }
+        }
+    }
+
+    /// etcd has renewed the lease, or given it.
+    fn lease_kept(
+        &mut self,
+        table: &Table,
+        lease: LeaseId,
+        sent: Timestamp,
+        ttl_secs: u64,
+        revision: i64,
+    ) -> Option<RemoteReply> {
+        self.troubles.ended(trouble::Source::Lease);
+        if self.watch.is_open {
+            self.troubles.ended(trouble::Source::Watch);
+        }
+        self.leased(table, lease, sent, ttl_secs, revision).then(|| {
+            info!("etcd: clustering locks under lease {:016x}, of {ttl_secs} s", lease.0);
+            // A resumed lease may have entries that this daemon does not know.
+            self.threads.command(Command::ListEntries(lease));
+            RemoteReply::RecordLease(ClusterLease::Id(lease.0 as u64))
+        })
+    }
+
+    /// etcd has this lease no more.
+    fn lease_gone(
+        &mut self,
+        table: &mut Table,
+        now: Timestamp,
+        lease: LeaseId,
+        effects: &mut Effects,
+    ) -> Option<RemoteReply> {
+        let is_resumed = self.lease.is_none() && self.abandoned != Some(lease);
+        (self.lease == Some(lease) || is_resumed).then(|| {
+            warn!("etcd: lease {:016x} is gone; what was held under it is lost", lease.0);
+            self.lease = None;
+            self.abandoned = Some(lease);
+            self.threads.lease_command(LeaseCommand::Abandon(lease));
+            self.lose_lease(table, now, effects)
+        })
+    }
+
+    /// Returns what to tell the client that asked for this.
+    fn reply(
+        &mut self,
+        event: Event,
+        table: &mut Table,
+        now: Timestamp,
+        effects: &mut Effects,
+    ) -> Option<RemoteReply> {
+        match event {
             Event::Page { to, page } => {
                 self.readings.pop_front();
                 self.read_next();
@@ -483,10 +523,7 @@ impl Clustering {
                 };
                 Some(RemoteReply::Answer { to, answer })
             }
-            other => {
-                self.observe(other, table, now, effects);
-                None
-            }
+            _ => None,
         }
     }
 
