@@ -167,7 +167,7 @@ impl Server {
         let descriptors = acceptor.admission.outputs_max();
         let outputs =
             Outputs::new(config.share_total, descriptors, config.share_across_users, cluster.is_some());
-        let mut server = Server {
+        let server = Server {
             epoll,
             signals,
             reload,
@@ -217,17 +217,22 @@ impl Server {
             idle_since: Some(now),
             files: Files::new(),
         };
-        if let Some(descriptor) = server.files.watch.descriptor() {
+        server.begin()
+    }
+
+    /// Watches the daemon's files, takes over what was held before, and begins to accept clients.
+    fn begin(mut self) -> io::Result<Server> {
+        if let Some(descriptor) = self.files.watch.descriptor() {
             let event = EpollEvent::new(EpollFlags::EPOLLIN, Source::Files.pack());
-            server.epoll.add(descriptor, event)?;
+            self.epoll.add(descriptor, event)?;
         }
-        server.files.watch.watch(&server.file_paths());
+        self.files.watch.watch(&self.file_paths());
         // What was removed before the watch began.
-        server.look_at_files();
-        server.restore_holds()?;
-        server.join_cluster();
-        server.acceptor.resume(&server.epoll)?;
-        Ok(server)
+        self.look_at_files();
+        self.restore_holds()?;
+        self.join_cluster();
+        self.acceptor.resume(&self.epoll)?;
+        Ok(self)
     }
 
     /// Gives the table what the previous daemon recorded, except for holds that have ended since.

@@ -76,27 +76,7 @@ pub(super) fn run(
     if options.tree || options.max_hold.is_some() {
         adopt_orphans().map_err(|e| Error::Os("keep track of the command's descendants", e))?;
     }
-    // Before the child is there, so that no signal is lost between the two.
-    let mut signals = Signals::block().map_err(|e| Error::Os("catch signals", e))?;
-    if let Some(tee) = &mut tee {
-        tee.start().map_err(|e| Error::Os("read the command's output", e))?;
-    }
-    let output = tee.as_ref().and_then(|tee| tee.writes());
-    let pid = command.spawn(signals.inherited_mask(), output).map_err(Error::Spawn)?;
-    if let Some(tee) = &mut tee {
-        tee.command_is_started();
-    }
-    if options.inherits {
-        for hold in &mut *holds {
-            hold.set_child(proto::Pid::new(pid.as_raw() as u32).expect("a child has a process id"));
-        }
-    }
-    let mut child = Child {
-        forwarding: Forwarding::new(pid, options.tree),
-        outcome: None,
-        is_over: false,
-        stopped_by: None,
-    };
+    let (mut child, mut signals) = start(command, holds, &mut tee, options)?;
     let mut lock = LockState::Held;
     let mut limits = Limits::new(granted, options);
     loop {
@@ -154,6 +134,37 @@ pub(super) fn run(
             lock = LockState::Lost;
         }
     }
+}
+
+/// Blocks the signals, starts the command, and notes for the daemon that it inherits the locks, if it does.
+fn start(
+    command: &Command<'_>,
+    holds: &mut [HeldLock],
+    tee: &mut Option<&mut Tee>,
+    options: Options,
+) -> Result<(Child, Signals), Error> {
+    // Before the child is there, so that no signal is lost between the two.
+    let signals = Signals::block().map_err(|e| Error::Os("catch signals", e))?;
+    if let Some(tee) = tee {
+        tee.start().map_err(|e| Error::Os("read the command's output", e))?;
+    }
+    let output = tee.as_ref().and_then(|tee| tee.writes());
+    let pid = command.spawn(signals.inherited_mask(), output).map_err(Error::Spawn)?;
+    if let Some(tee) = tee {
+        tee.command_is_started();
+    }
+    if options.inherits {
+        for hold in holds {
+            hold.set_child(proto::Pid::new(pid.as_raw() as u32).expect("a child has a process id"));
+        }
+    }
+    let child = Child {
+        forwarding: Forwarding::new(pid, options.tree),
+        outcome: None,
+        is_over: false,
+        stopped_by: None,
+    };
+    Ok((child, signals))
 }
 
 /// What has become of the lock.
