@@ -22,13 +22,26 @@ pub(super) struct Predecessor {
 }
 
 impl Predecessor {
+    /// `is_unknown`: nothing tells which locks it gave to clients that have leases of `timeout`, if they have leases.
+    pub(super) fn new(
+        is_unknown: bool,
+        timeout: Option<Duration>,
+        now: Timestamp,
+        first_token: Token,
+    ) -> Predecessor {
+        match timeout {
+            Some(timeout) if is_unknown => Predecessor::unknown(now, timeout, first_token),
+            _ => Predecessor::known(),
+        }
+    }
+
     /// A daemon of which everything is known.
-    pub(super) fn known() -> Predecessor {
+    fn known() -> Predecessor {
         Predecessor { until: Timestamp(0), first_token: 0, presumed: 0 }
     }
 
     /// A daemon of which nothing is known but that its clients have leases of `timeout`, which end from now on.
-    pub(super) fn unknown(now: Timestamp, timeout: Duration, first_token: Token) -> Predecessor {
+    fn unknown(now: Timestamp, timeout: Duration, first_token: Token) -> Predecessor {
         let seconds = timeout.as_secs();
         info!("clients of an earlier daemon may hold locks: granting none for {seconds} s (--peer-timeout)");
         Predecessor { until: now.plus(timeout), first_token: first_token.0, presumed: 0 }

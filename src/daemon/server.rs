@@ -163,6 +163,7 @@ impl Server {
         let now = clock::now();
         let first_token = Token(micros.max(last + 1));
         let is_exposed = config.remote || listeners.iter().any(Listener::is_exposed);
+        let is_unknown = is_exposed && cluster.is_none() && !recorder.knows_past();
         let acceptor = Acceptor::new(config, listeners)?;
         let descriptors = acceptor.admission.outputs_max();
         let outputs =
@@ -177,12 +178,7 @@ impl Server {
             search: Search::default(),
             has_restored: false,
             peers: PeerLeases::new(config.peer_timeout),
-            predecessor: match config.peer_timeout {
-                Some(timeout) if is_exposed && cluster.is_none() && !recorder.knows_past() => {
-                    Predecessor::unknown(now, timeout, first_token)
-                }
-                _ => Predecessor::known(),
-            },
+            predecessor: Predecessor::new(is_unknown, config.peer_timeout, now, first_token),
             is_exposed,
             #[cfg(feature = "tls")]
             plaintext: Vec::new(),
