@@ -137,7 +137,8 @@ fn daemon_calls(program: &Path, protocol: Protocol, rounds: u64) -> Result<u64> 
     Ok(fs::read_to_string(output.path())?.lines().count() as u64)
 }
 
-/// The system calls of a whole `kmutex run`; not those of its command.
+/// The system calls of a whole `kmutex run`, not those of its command: the fewest of several runs. On a busy machine a command takes
+/// longer than kmutex waits until it names the command to the daemon.
 fn run_calls(program: &Path) -> Result<f64> {
     let folder = tempfile::tempdir()?;
     let sock = folder.path().join("sock");
@@ -146,16 +147,19 @@ fn run_calls(program: &Path) -> Result<f64> {
     let mut daemon = daemon.spawn()?;
     daemon.stdout.take().ok_or("it is piped")?.read_exact(&mut [0])?;
     let output = folder.path().join("calls");
-    let mut command = strace(&output);
-    command.arg(program).args(["run", "--sock"]).arg(&sock).args(["key", "true"]);
-    let status = command.status();
+    let count = || -> Result<usize> {
+        let mut command = strace(&output);
+        command.arg(program).args(["run", "--sock"]).arg(&sock).args(["key", "true"]);
+        if !command.status()?.success() {
+            return fail("kmutex run failed under strace");
+        }
+        let calls = fs::read_to_string(&output)?;
+        Ok(calls.lines().filter(|line| !line.starts_with("---") && !line.starts_with("+++")).count())
+    };
+    let fewest = (0..9).map(|_| count()).try_fold(usize::MAX, |fewest, calls| Ok(fewest.min(calls?)));
     daemon.kill()?;
     daemon.wait()?;
-    if !status?.success() {
-        return fail("kmutex run failed under strace");
-    }
-    let calls = fs::read_to_string(output)?;
-    Ok(calls.lines().filter(|line| !line.starts_with("---") && !line.starts_with("+++")).count() as f64)
+    fewest.map(|calls| calls as f64)
 }
 
 /// The minor page faults of a `kmutex run` that is refused, which runs no command: the fewest of several runs. The program lies
