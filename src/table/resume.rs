@@ -70,7 +70,9 @@ impl Table {
             self.nonces.insert(nonce, id);
         }
         self.orphans.insert(held.token, id);
-        self.holders.insert(held.token, id);
+        if held.terms.protocol == Protocol::V2 {
+            self.holders.insert(held.token, id);
+        }
         true
     }
 
