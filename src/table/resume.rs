@@ -63,7 +63,7 @@ impl Table {
             deadline: held.until.unwrap_or(Timestamp::NEVER),
             details,
         });
-        if let Some(until) = held.until {
+        if let Some(until) = held.until.filter(|&until| until != Timestamp::NEVER) {
             self.deadlines.insert((until, id));
         }
         if let Some(nonce) = held.nonce {
