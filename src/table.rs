@@ -375,7 +375,7 @@ impl Table {
             return holder.shared && request.terms.shared;
         }
         holder.slots > 1
-            && lock.weight_held.saturating_add(request.terms.weight_or_one()) <= request.terms.slots
+            && lock.weight_held + u64::from(request.terms.weight_or_one()) <= u64::from(request.terms.slots)
     }
 
     /// Refuses a request with a weight if another request with a weight for the same lock says another number of slots: the

@@ -25,7 +25,7 @@ pub(super) struct Lock {
     pub(super) fresh_failure_ms: u64,
     pub(super) holding: u32,
     /// The sum of the weights of the holders and of the requests that the lock is offered to.
-    pub(super) weight_held: u32,
+    pub(super) weight_held: u64,
     pub(super) queued: u32,
     /// The number of requests for this lock, of every stage. The lock goes with the last of them.
     pub(super) requests: u32,

@@ -138,7 +138,7 @@ impl Store {
     /// Waiting requests stand in the order of arrival, holders in the order of their grants and offers.
     fn link(&mut self, id: RequestId) {
         let Request { lock, stage, wait_list, terms, .. } = self.requests[id.index()];
-        let weight = terms.weight_or_one();
+        let weight = u64::from(terms.weight_or_one());
         let lock = &mut self.locks[lock.get()];
         match stage {
             Stage::New => {}
@@ -151,7 +151,7 @@ impl Store {
             Stage::Stalled => lock.stalled.insert_by_place(&mut self.requests, id),
             Stage::Holding(_) | Stage::Offered(_) => {
                 lock.holding += u32::from(matches!(stage, Stage::Holding(_)));
-                lock.weight_held = lock.weight_held.saturating_add(weight);
+                lock.weight_held += weight;
                 lock.holders.push_back(&mut self.requests, id);
             }
         }
@@ -159,7 +159,7 @@ impl Store {
 
     fn unlink(&mut self, id: RequestId) {
         let Request { lock, stage, wait_list, terms, .. } = self.requests[id.index()];
-        let weight = terms.weight_or_one();
+        let weight = u64::from(terms.weight_or_one());
         let lock = &mut self.locks[lock.get()];
         lock.newest.take_if(|newest| *newest == id);
         let list = match stage {
@@ -173,7 +173,7 @@ impl Store {
             Stage::Stalled => &mut lock.stalled,
             Stage::Holding(_) | Stage::Offered(_) => {
                 lock.holding -= u32::from(matches!(stage, Stage::Holding(_)));
-                lock.weight_held = lock.weight_held.saturating_sub(weight);
+                lock.weight_held -= weight;
                 &mut lock.holders
             }
         };
@@ -255,8 +255,8 @@ impl Store {
         let mut listed = self.audit_list(lock.holders, is_holder);
         let holding = listed.iter().filter(|id| self[**id].token().is_some());
         assert_eq!(lock.holding as usize, holding.count(), "the count of holders is wrong");
-        let weights = listed.iter().map(|id| self[*id].terms.weight_or_one());
-        assert_eq!(lock.weight_held, weights.fold(0, u32::saturating_add), "the sum of weights is wrong");
+        let weights = listed.iter().map(|id| u64::from(self[*id].terms.weight_or_one()));
+        assert_eq!(lock.weight_held, weights.sum::<u64>(), "the sum of weights is wrong");
         for list in [WaitList::V1, WaitList::Once, WaitList::Queue, WaitList::Coalesce] {
             let is_its = |request: &Request| request.stage == Stage::Waiting && request.wait_list == list;
             let waiters = self.audit_list(lock.waiters(list), is_its);

@@ -1,5 +1,7 @@
 //! The rules of holds that outlive the daemon's knowledge of their holder.
 
+use std::num::NonZeroU32;
+
 use super::*;
 use crate::proto::Nonce;
 
@@ -185,4 +187,29 @@ fn a_lock_that_is_broken_is_the_next_ones() {
     assert_eq!(fixture.release(1, Outcome::Exit(0)), [], "it holds nothing");
     let unheard_of = Key::new("weekly").unwrap().id();
     assert_eq!(fixture.notified(|table, now, effects| table.break_lock(now, unheard_of, effects)), []);
+}
+
+/// A journal is not trusted: its checksum may be right, and its content absurd.
+#[test]
+fn a_restored_hold_leaves_nothing_behind_whatever_its_journal_says() {
+    let absurd = Terms { slots: u32::MAX, weight: NonZeroU32::new(u32::MAX), ..held(7).terms };
+    let limited = HoldState { until: Some(Timestamp::NEVER), ..held(7) };
+    let heavy = |token| HoldState { terms: absurd, nonce: None, ..held(token) };
+    let of_protocol_1 = HoldState { terms: Terms::V1, nonce: None, ..held(7) };
+    for holds in [vec![limited], vec![heavy(7), heavy(8)], vec![of_protocol_1]] {
+        let mut fixture = Fixture::new();
+        for &hold in &holds {
+            assert!(fixture.restore(hold), "{hold:?}");
+            fixture.table.audit();
+        }
+        assert_eq!(fixture.table.next_deadline(), None);
+        for hold in &holds {
+            fixture.orphan_ended(hold.token.0);
+            fixture.table.audit();
+        }
+        assert!(fixture.table.is_empty());
+        // A request under a lock that has ended is like any other.
+        let nested = LockRequest { within: Some(Token(7)), ..queue() };
+        assert_eq!(fixture.ask_as(1, UID, nested), Ok(vec![granted(1, 100)]));
+    }
 }
