@@ -456,7 +456,16 @@ impl Clustering {
         if self.watch.is_open {
             self.troubles.ended(trouble::Source::Watch);
         }
-        self.leased(table, lease, sent, ttl_secs, revision).then(|| {
+        let relied_on = Duration::from_secs(ttl_secs).saturating_sub(margin(self.ttl_secs));
+        let good_until = sent.plus(relied_on);
+        let is_new = self.lease.replace(lease) != Some(lease);
+        self.cluster.leased(table, name(lease), good_until);
+        let until = TimeSpec::from_duration(Duration::from_millis(good_until.0.max(1)));
+        if let Err(e) = self.alarm.set(Expiration::OneShot(until), TimerSetTimeFlags::TFD_TIMER_ABSTIME) {
+            warn!("cannot set a timer: {e}");
+        }
+        self.check_watch(lease, sent, revision);
+        is_new.then(|| {
             info!("etcd: clustering locks under lease {:016x}, of {ttl_secs} s", lease.0);
             // A resumed lease may have entries that this daemon does not know.
             self.threads.command(Command::ListEntries(lease));
@@ -624,28 +633,6 @@ impl Clustering {
         if !is_fresh && !std::mem::replace(&mut self.wants_records, true) {
             self.threads.command(Command::GrantRecordsLease);
         }
-    }
-
-    /// Returns `true` if the lease is new.
-    fn leased(
-        &mut self,
-        table: &Table,
-        lease: LeaseId,
-        sent: Timestamp,
-        ttl_secs: u64,
-        revision: i64,
-    ) -> bool {
-        let relied_on = Duration::from_secs(ttl_secs).saturating_sub(margin(self.ttl_secs));
-        let good_until = sent.plus(relied_on);
-        let is_new = self.lease != Some(lease);
-        self.lease = Some(lease);
-        self.cluster.leased(table, name(lease), good_until);
-        let until = TimeSpec::from_duration(Duration::from_millis(good_until.0.max(1)));
-        if let Err(e) = self.alarm.set(Expiration::OneShot(until), TimerSetTimeFlags::TFD_TIMER_ABSTIME) {
-            warn!("cannot set a timer: {e}");
-        }
-        self.check_watch(lease, sent, revision);
-        is_new
     }
 
     /// If the store has gone on while the watch said nothing, either other programs wrote, or the watch is one of a member

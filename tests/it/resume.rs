@@ -362,11 +362,10 @@ const UNNAMED: &str =
     "kmutex run --sock $S k -- sh -c 'kill -STOP $PPID; echo $PPID $$ > /tmp/pids; exec sleep 1000' &
     until test -s /tmp/pids; do :; done; d=$(cat $S.lock); kill -KILL $d; while kill -0 $d 2> /dev/null; do :; done";
 
-#[test]
-#[ignore = "needs root, to act as several users"]
-fn a_command_that_was_not_named_is_searched_for_among_all_processes() {
+/// Bob's daemon is another one than that which gave the lock of [`UNNAMED`], and `next` happens; it must end with 0. A service of root
+/// was there before, and has started something meanwhile.
+fn after_a_holder_that_named_no_command(next: &str) {
     let world = World::new();
-    // It was there before, and starts something later.
     let mut service = world.start(0, "echo ready; read line; sleep 1000 & echo started; wait");
     let sock = "S=/tmp/bobs; export S";
     let first = world.serve(BOB, "--sock /tmp/bobs --grace 1000");
@@ -375,11 +374,17 @@ fn a_command_that_was_not_named_is_searched_for_among_all_processes() {
     let _daemon = world.serve(BOB, "--sock /tmp/bobs --grace 1000");
     writeln!(service.child.stdin.as_mut().unwrap(), "go").unwrap();
     service.wait_for_line("started");
+    world.expect(BOB, &format!("{sock}; {next}"), 0);
+}
+
+#[test]
+#[ignore = "needs root, to act as several users"]
+fn a_command_that_was_not_named_is_searched_for_among_all_processes() {
     // Its kmutex is killed: it keeps the lock. Then it is killed too.
     let next = "read kmutex command < /tmp/pids; kill -KILL $kmutex
         for i in 1 2 3 4 5; do kmutex run --sock $S -n k -- true; test $? = 75 || exit 9; done; kill -KILL $command
         exec kmutex run --sock $S --queue -w 50 k -- true";
-    world.expect(BOB, &format!("{sock}; {next}"), 0);
+    after_a_holder_that_named_no_command(next);
 }
 
 /// The same if the command ends first. No process has the lock's token then, and that root has started another one meanwhile, which
@@ -387,16 +392,7 @@ fn a_command_that_was_not_named_is_searched_for_among_all_processes() {
 #[test]
 #[ignore = "needs root, to act as several users"]
 fn a_process_of_root_is_not_taken_for_the_command_of_another_user() {
-    let world = World::new();
-    let mut service = world.start(0, "echo ready; read line; sleep 1000 & echo started; wait");
-    let sock = "S=/tmp/bobs; export S";
-    let first = world.serve(BOB, "--sock /tmp/bobs --grace 1000");
-    world.expect(BOB, &format!("{sock}; {UNNAMED}"), 0);
-    drop(first);
-    let _daemon = world.serve(BOB, "--sock /tmp/bobs --grace 1000");
-    writeln!(service.child.stdin.as_mut().unwrap(), "go").unwrap();
-    service.wait_for_line("started");
     let next = "read kmutex command < /tmp/pids; kill -KILL $command; kill -KILL $kmutex
         exec kmutex run --sock $S --queue -w 50 k -- true";
-    world.expect(BOB, &format!("{sock}; {next}"), 0);
+    after_a_holder_that_named_no_command(next);
 }
