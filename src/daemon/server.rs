@@ -55,9 +55,9 @@ use crate::table::{
     Timestamp,
 };
 
-/// How long a turn may take events and requests before it goes on to record and to send.
 /// How often the log says that runs are forgotten.
 const WARN_EVERY: Duration = Duration::from_secs(60);
+/// How long a turn may take events and requests before it goes on to record and to send.
 const TURN_MAX: Duration = Duration::from_millis(5);
 /// How long it may take until it stops sending.
 const FLUSH_MAX: Duration = Duration::from_millis(10);
