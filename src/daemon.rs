@@ -4,7 +4,14 @@
 //! | file | what it owns |
 //! | --- | --- |
 //! | `server.rs` | the loop: the order in which things are read, recorded and sent. Only it knows all other parts |
+//! | `server/start.rs` | the loop's beginning, with what the daemon before it left, and its end |
+//! | `server/input.rs` | accepting and reading clients, and how many requests of each are handled in one turn |
+//! | `server/effects.rs` | what the table decided: noted for the journal, and told to clients |
+//! | `server/flush.rs` | the end of a turn: the journal, then the output, then connections that are closed |
+//! | `server/holders.rs` | holds whose client is gone, but whose command may live |
 //! | `server/v1.rs`, `server/v2.rs` | the protocols: bytes to the table, effects to bytes |
+//! | `server/status.rs` | statuses, as far as their clients read them |
+//! | `server/remote.rs` | what the loop and the clustering say to each other |
 //! | `server/share.rs` | results that clients share |
 //! | `server/tcp.rs` | clients over TCP: TLS, names, and other protocols |
 //! | `batch.rs` | the readiness events that the kernel gives at a time |
