@@ -21,10 +21,18 @@ pub use session::{HANDSHAKE_BYTES_MAX, ServerSession, Stream, is_hello};
 use std::sync::Arc;
 
 use rustls::crypto::CryptoProvider;
+use rustls::pki_types::CertificateDer;
 
 /// The TLS versions that are spoken.
 static VERSIONS: &[&rustls::SupportedProtocolVersion] = &[&rustls::version::TLS13];
 
-fn provider() -> Arc<CryptoProvider> {
+/// The cryptography of every TLS connection.
+pub(crate) fn provider() -> Arc<CryptoProvider> {
     Arc::new(rustls::crypto::ring::default_provider())
+}
+
+/// Returns the certificates of the authorities that the system trusts, as OpenSSL finds them; `SSL_CERT_FILE` and
+/// `SSL_CERT_DIR` name others. One that cannot be read is left out.
+pub(crate) fn system_certificates() -> Vec<CertificateDer<'static>> {
+    rustls_native_certs::load_native_certs().certs
 }

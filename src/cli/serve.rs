@@ -185,7 +185,7 @@ pub struct Etcd {
 
     /// Trust only members of etcd with a certificate signed by an authority in FILE (PEM)
     ///
-    /// The default is to trust the public authorities.
+    /// Without it, the authorities of the system are trusted.
     #[arg(long = "etcd-ca", value_name = "FILE", value_hint = ValueHint::FilePath, requires = "endpoints")]
     pub ca: Option<PathBuf>,
 

@@ -8,7 +8,6 @@ use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use rustls::RootCertStore;
-use rustls::crypto::ring;
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::sign::CertifiedKey;
@@ -17,6 +16,7 @@ use ureq::tls::{Certificate, ClientCert, PrivateKey, RootCerts, TlsConfig};
 use super::Endpoint;
 use super::error::lower;
 use crate::addr::Reason;
+use crate::tls;
 
 const CA: &str = "--etcd-ca";
 const CERT: &str = "--etcd-cert";
@@ -31,7 +31,7 @@ pub const TIMEOUT_DEFAULT: Duration = Duration::from_secs(1);
 pub struct Config {
     /// The members, any of which may answer.
     pub endpoints: Vec<Endpoint>,
-    /// A PEM file with the certificates of the authorities that may have signed the members'. `None`: the public authorities.
+    /// A PEM file with the certificates of the authorities that may have signed the members'. `None`: those of the system.
     pub ca: Option<PathBuf>,
     /// A PEM file with the client certificate, followed by the intermediate certificates.
     pub cert: Option<PathBuf>,
@@ -78,15 +78,17 @@ impl fmt::Debug for User {
 pub(super) fn tls(config: &Config) -> Result<TlsConfig, ConfigError> {
     let files = [(CA, &config.ca), (CERT, &config.cert), (KEY, &config.key)];
     let given = files.iter().find(|(_, path)| path.is_some());
-    if let Some((option, _)) = given
-        && !config.endpoints.iter().any(Endpoint::is_tls)
-    {
-        return Err(ConfigError::NothingEncrypted { option });
+    if !config.endpoints.iter().any(Endpoint::is_tls) {
+        return match given {
+            Some((option, _)) => Err(ConfigError::NothingEncrypted { option }),
+            None => Ok(TlsConfig::default()),
+        };
     }
-    let mut tls = TlsConfig::builder();
-    if let Some(path) = &config.ca {
-        tls = tls.root_certs(authorities(path)?);
-    }
+    let roots = match &config.ca {
+        Some(path) => authorities(path)?,
+        None => system_authorities()?,
+    };
+    let mut tls = TlsConfig::builder().root_certs(roots).unversioned_rustls_crypto_provider(tls::provider());
     match (&config.cert, &config.key) {
         (Some(cert), Some(key)) => tls = tls.client_cert(Some(client_cert(cert, key)?)),
         (Some(_), None) => return Err(ConfigError::Missing { option: CERT, missing: KEY }),
@@ -105,13 +107,22 @@ fn authorities(path: &Path) -> Result<RootCerts, ConfigError> {
     Ok(RootCerts::from(ders.iter().map(certificate)))
 }
 
+fn system_authorities() -> Result<RootCerts, ConfigError> {
+    let ders = tls::system_certificates();
+    if ders.is_empty() {
+        Err(ConfigError::NoAuthorities)
+    } else {
+        Ok(RootCerts::from(ders.iter().map(certificate)))
+    }
+}
+
 fn client_cert(cert: &Path, key: &Path) -> Result<ClientCert, ConfigError> {
     let ders = certificates(CERT, cert)?;
     let chain: Vec<Certificate<'static>> = ders.iter().map(certificate).collect();
     let pem = read(KEY, key)?;
     let der = PrivateKeyDer::from_pem_slice(&pem).map_err(|_| bad(KEY, key, "there is no key in it"))?;
     // ureq panics at the first connection if the key does not belong to the certificate.
-    CertifiedKey::from_der(ders, der, &ring::default_provider()).map_err(|e| bad(KEY, key, e))?;
+    CertifiedKey::from_der(ders, der, &tls::provider()).map_err(|e| bad(KEY, key, e))?;
     let key = PrivateKey::from_pem(&pem).map_err(|e| bad(KEY, key, e))?;
     Ok(ClientCert::new_with_certs(&chain, key))
 }
@@ -143,6 +154,8 @@ fn bad(option: &'static str, path: &Path, why: impl fmt::Display) -> ConfigError
 pub enum ConfigError {
     /// There is no endpoint.
     NoEndpoint,
+    /// The system has no authorities, and no file of them was named.
+    NoAuthorities,
     /// A file cannot be read.
     Unreadable {
         /// The option that names it.
@@ -179,6 +192,9 @@ impl fmt::Display for ConfigError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             ConfigError::NoEndpoint => f.write_str("there is no etcd endpoint"),
+            ConfigError::NoAuthorities => {
+                f.write_str("this system has no certificates of authorities: name some with --etcd-ca")
+            }
             ConfigError::Unreadable { option, path, error } => {
                 let why = lower(&Reason(error).to_string());
                 write!(f, "cannot read {option} {}: {why}", path.display())

@@ -54,11 +54,10 @@ impl ClientFiles {
     }
 }
 
-/// The authorities of the system, as OpenSSL finds them; `SSL_CERT_FILE` and `SSL_CERT_DIR` name others.
 fn system_authorities() -> Result<RootCertStore, Error> {
     let mut store = RootCertStore::empty();
-    // Of many certificates, one that cannot be read or used is left out.
-    store.add_parsable_certificates(rustls_native_certs::load_native_certs().certs);
+    // Of many certificates, one that cannot be used is left out.
+    store.add_parsable_certificates(super::system_certificates());
     if store.is_empty() { Err(Error::NoAuthorities) } else { Ok(store) }
 }
 

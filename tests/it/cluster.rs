@@ -617,12 +617,31 @@ fn with_certificates_and_users() {
 }
 
 #[test]
+#[ignore = "needs etcd"]
+fn without_etcd_ca_the_systems_authorities_are_trusted() {
+    let etcd = Etcd::tls();
+    let file = |name: &str| etcd.file(name).to_str().unwrap().to_string();
+    let (cert, key) = (file("client.pem"), file("client.key"));
+    let mut options = options(&etcd);
+    options.extend(["--etcd-cert", &cert, "--etcd-key", &key].map(String::from));
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
+    let trusting = |ca: &str| {
+        let ca = etcd.file(ca);
+        Daemon::made(&options, |serve| serve.env("SSL_CERT_FILE", ca).env_remove("SSL_CERT_DIR"))
+    };
+    trusting("ca.pem").wait_for_log("clustering locks under lease");
+    trusting("other.pem").wait_for_log("UnknownIssuer");
+}
+
+#[test]
 fn what_is_wrong_with_the_options_is_said_before_anything_is_served() {
     let folder = tempfile::tempdir().unwrap();
     std::fs::write(folder.path().join("empty"), "").unwrap();
     let refused = |options: &[&str], code: i32, words: &[&str]| {
         let mut command = std::process::Command::new(KMUTEX);
         command.args(["serve", "--sock", "sock"]).args(options).current_dir(folder.path());
+        // A system without authorities.
+        command.env("SSL_CERT_FILE", "empty").env("SSL_CERT_DIR", "empty");
         finish(&mut command).assert_error(code, words);
     };
     refused(&["--etcd", "ftp://h"], 64, &["--etcd", "ftp://h"]);
@@ -630,6 +649,7 @@ fn what_is_wrong_with_the_options_is_said_before_anything_is_served() {
     refused(&["--etcd", ""], 64, &["--etcd"]);
     refused(&["--etcd", "https://h", "--etcd-ca", "nothing"], 64, &["--etcd-ca", "nothing", "no such file"]);
     refused(&["--etcd", "https://h", "--etcd-ca", "empty"], 64, &["--etcd-ca", "empty"]);
+    refused(&["--etcd", "https://h"], 64, &["no certificates of authorities", "--etcd-ca"]);
     refused(&["--etcd", "http://h", "--etcd-ca", "empty"], 64, &["--etcd-ca", "https"]);
     refused(&["--etcd", "http://h", "--etcd-ttl", "1"], 64, &["--etcd-ttl", "1"]);
     refused(&["--etcd", "http://h", "--etcd-prefix", "/"], 64, &["--etcd-prefix"]);
