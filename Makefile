@@ -70,8 +70,8 @@ generate:
 check-generated:
 	$(CARGO) test --quiet --locked --test it generated::
 
-# Measures times: kmutex compared with flock(1), with the least that any daemon must do, and with etcdctl. Writes the table in
-# docs/performance.md.
+# Measures times: kmutex compared with flock(1), with the least that any daemon must do, and with etcdctl, redis and bkt. Writes the
+# table in docs/performance.md.
 bench: build build-slim
 	cd benches && $(CARGO) run --release --locked -- run
 

@@ -15,6 +15,7 @@ use crate::etcd::Etcd;
 use crate::load::connect;
 use crate::report::{Row, Target};
 use crate::servers::{Server, unpin_load};
+use crate::single_flight;
 use crate::{Result, fail, median, raise_descriptor_limit};
 
 /// How many turns each side has, and of how many locks and releases.
@@ -50,6 +51,7 @@ pub fn measure(program: &Path) -> Result<Vec<Row>> {
             }
         }
     }
+    rows.push(single_flight::measure_hosts(program)?);
     Ok(rows)
 }
 

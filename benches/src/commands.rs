@@ -36,6 +36,7 @@ impl Timed {
         };
         let mut actions = PosixSpawnFileActions::init()?;
         actions.add_open(0, "/dev/null", OFlag::O_RDONLY, Mode::empty())?;
+        actions.add_open(1, "/dev/null", OFlag::O_WRONLY, Mode::empty())?;
         let path = format!("PATH={}", std::env::var("PATH")?);
         let environment = match environment {
             Environment::Cron => strings(&[&path, "HOME=/", "SHELL=/bin/sh"])?,

@@ -4,6 +4,7 @@
 //! - `bench cluster`: of these times, those of locks that are shared through etcd; the others stay as they were.
 //! - `bench flight`: of these, how many runs there are for many requests; it prints them.
 //! - `bench network`: of these, locks over TCP and TLS, and redis; it prints them.
+//! - `bench share`: of these, the results of one run for many callers, and bkt; it prints them.
 //! - `bench plot`: the pictures of docs/performance.md, from results.json.
 //! - `bench count [--check]`: instructions, system calls and bytes, which are the same each time: writes counts.json, or
 //!   fails where one has grown by more than a tenth.
@@ -18,6 +19,7 @@ mod network;
 mod plot;
 mod report;
 mod servers;
+mod shared_results;
 mod single_flight;
 mod times;
 
@@ -40,7 +42,11 @@ fn main() -> Result<()> {
             report::Report { cluster, ..report::Report::load()? }.save()
         }
         ["network"] => network::measure(&kmutex()?).map(drop),
-        ["flight"] => single_flight::measure(&kmutex()?).map(drop),
+        ["share"] => shared_results::measure(&kmutex()?).map(drop),
+        ["flight"] => {
+            single_flight::measure(&kmutex()?)?;
+            single_flight::measure_hosts(&kmutex()?).map(drop)
+        }
         ["plot"] => plot::draw(&report::Report::load()?),
         ["count"] => counts::measure(&kmutex()?)?.save(),
         ["count", "--check"] => counts::measure(&kmutex()?)?.check(),
@@ -50,7 +56,7 @@ fn main() -> Result<()> {
             counts::table_rounds(rounds.parse()?);
             Ok(())
         }
-        _ => fail("usage: bench run | cluster | network | flight | plot | count [--check]"),
+        _ => fail("usage: bench run | cluster | network | share | flight | plot | count [--check]"),
     }
 }
 

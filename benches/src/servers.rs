@@ -76,8 +76,13 @@ impl Server {
         any(self.pid())
     }
 
+    /// Where its socket is, and what else it keeps.
+    pub fn folder(&self) -> &Path {
+        self.folder.path()
+    }
+
     pub fn sock(&self) -> PathBuf {
-        self.folder.path().join("sock")
+        self.folder().join("sock")
     }
 
     pub fn pid(&self) -> Pid {

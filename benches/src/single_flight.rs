@@ -1,12 +1,13 @@
 //! Many requests for the same work. What counts here is how many runs there were, and that no request missed its change.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
+use crate::etcd::Etcd;
 use crate::report::{Row, Target};
 use crate::servers::Server;
 use crate::{Result, fail};
@@ -15,21 +16,37 @@ use crate::{Result, fail};
 const REQUESTS: u64 = 1_000;
 const SPREAD: Duration = Duration::from_secs(10);
 const RUN: &str = "1";
+/// How many hosts there are, if they share their locks.
+const HOSTS: usize = 3;
 
-pub fn measure(program: &Path) -> Result<Vec<Row>> {
-    let runs = coalesced(program)?;
+/// On one host.
+pub fn measure(program: &Path) -> Result<Row> {
+    let daemon = Server::kmutex(program)?;
+    daemon.unpin()?;
+    Ok(row("one host", coalesced(program, &[daemon.sock()])?))
+}
+
+/// On hosts that share their locks through etcd, each with as many of the requests.
+pub fn measure_hosts(program: &Path) -> Result<Row> {
+    let etcd = Etcd::start(1)?;
+    let daemons: Vec<Server> =
+        (0..HOSTS).map(|_| Server::sharing(program, &etcd.urls())).collect::<Result<_>>()?;
+    let socks: Vec<PathBuf> = daemons.iter().map(Server::sock).collect();
+    Ok(row(&format!("{HOSTS} hosts"), coalesced(program, &socks)?))
+}
+
+fn row(place: &str, runs: u64) -> Row {
+    let spread = SPREAD.as_secs();
     let what =
-        format!("runs for {REQUESTS} requests with `--coalesce` in {} s, of {RUN} s each", SPREAD.as_secs());
-    Ok(vec![Row::new(&what, runs as f64, None, "", Target::AtMost(12.0))])
+        format!("runs for {REQUESTS} requests with `--coalesce` in {spread} s, of {RUN} s each, {place}");
+    Row::new(&what, runs as f64, None, "", Target::AtMost(12.0))
 }
 
 /// Each request first makes a change: it counts a file up. The job copies that file when it begins. A request that returns
 /// while the copy is older than its change has missed it, which is an error.
 ///
-/// Returns how many runs there were.
-fn coalesced(program: &Path) -> Result<u64> {
-    let daemon = Server::kmutex(program)?;
-    daemon.unpin()?;
+/// The requests go to the daemons with these sockets by turns. Returns how many runs there were.
+fn coalesced(program: &Path, socks: &[PathBuf]) -> Result<u64> {
     let folder = tempfile::tempdir()?;
     let (source, copy, runs) =
         (folder.path().join("source"), folder.path().join("copy"), folder.path().join("runs"));
@@ -51,7 +68,8 @@ fn coalesced(program: &Path) -> Result<u64> {
         fs::rename(&next, &source)?;
         last.store(number, Ordering::Release);
         let mut command = Command::new(program);
-        command.args(["run", "--coalesce", "--sock"]).arg(daemon.sock()).args(["build", "sh", "-c", &job]);
+        let sock = &socks[number as usize % socks.len()];
+        command.args(["run", "--coalesce", "--sock"]).arg(sock).args(["build", "sh", "-c", &job]);
         let status = command.status()?;
         if !matches!(status.code(), Some(0 | 79)) {
             return fail(format!("kmutex run --coalesce: {status}"));

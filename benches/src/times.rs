@@ -12,6 +12,7 @@ use crate::load::{self, Protocol};
 use crate::network;
 use crate::report::{Distribution, Report, Row, Target, Throughput};
 use crate::servers::{Server, pin_load, unpin_load};
+use crate::shared_results;
 use crate::single_flight;
 use crate::{Result, fail, median, raise_descriptor_limit, slim_bytes};
 
@@ -30,6 +31,7 @@ pub fn measure(program: &Path) -> Result<Report> {
         return fail(format!("{limit} open files are too few for {IDLE} connections: raise the hard limit"));
     }
     network::check()?;
+    shared_results::check()?;
     let mut report = Report { machine: machine()?, ..Report::default() };
     commands(program, &mut report)?;
     pin_load()?;
@@ -40,7 +42,8 @@ pub fn measure(program: &Path) -> Result<Report> {
     let (bytes, slim) = (fs::metadata(program)?.len() as f64, slim_bytes()? as f64);
     report.row("binary without the feature etcd", slim / 1e6, None, "MB", Target::AtMost(2.0));
     report.row("binary with / without it", bytes / 1e6, Some(slim / 1e6), "MB", Target::Open);
-    report.rows.extend(single_flight::measure(program)?);
+    report.rows.push(single_flight::measure(program)?);
+    report.rows.extend(shared_results::measure(program)?);
     report.rows.extend(network::measure(program)?);
     report.cluster = cluster::measure(program)?;
     Ok(report)
