@@ -7,8 +7,11 @@ use std::collections::BTreeMap;
 pub enum Kind {
     Exclusive,
     Shared,
-    /// At most this many clients at a time.
-    Slots(usize),
+    /// The weights of the clients that are inside at a time are at most `slots`.
+    Slots {
+        slots: u64,
+        weight: u64,
+    },
 }
 
 /// A client's stay in a critical section.
@@ -26,6 +29,16 @@ pub struct Section<'a> {
     pub left: f64,
     seen: f64,
     killed: bool,
+}
+
+impl Section<'_> {
+    /// How many slots it takes.
+    fn weight(&self) -> u64 {
+        match self.kind {
+            Kind::Slots { weight, .. } => weight,
+            _ => 0,
+        }
+    }
 }
 
 /// The end of a section whose client has not left.
@@ -88,14 +101,36 @@ fn check_exclusion(
                 ));
             }
         }
-        if let Kind::Slots(slots) = section.kind
-            && inside.len() >= slots
-        {
-            return Err(format!("{} enters {} beside {} others", section.name, section.key, inside.len()));
-        }
+        check_slots(section, &inside, may_overlap)?;
         inside.push(section);
     }
     Ok(())
+}
+
+/// Checks that there is room for a client beside the clients that are inside. A client that it may overlap takes no room, if
+/// its token is not the larger one.
+fn check_slots(
+    section: &Section<'_>,
+    inside: &[&Section<'_>],
+    may_overlap: &mut impl FnMut(&Section<'_>, &Section<'_>) -> bool,
+) -> Result<(), String> {
+    let Kind::Slots { slots, weight } = section.kind else { return Ok(()) };
+    let taken_by = |others: &[&Section<'_>]| others.iter().map(|other| other.weight()).sum::<u64>();
+    if taken_by(inside) + weight <= slots {
+        return Ok(());
+    }
+    let mut is_overtaken = |other: &Section<'_>| {
+        let is_older =
+            !matches!((other.token, section.token), (Some(first), Some(second)) if first >= second);
+        is_older && may_overlap(other, section)
+    };
+    let counted: Vec<_> = inside.iter().copied().filter(|other| !is_overtaken(other)).collect();
+    if taken_by(&counted) + weight <= slots {
+        return Ok(());
+    }
+    let names: Vec<_> = counted.iter().map(|other| other.name).collect();
+    let (name, key) = (section.name, section.key);
+    Err(format!("{name} enters {key} with weight {weight} of {slots} beside {}", names.join(" ")))
 }
 
 /// Checks that a client that enters after another has left has the larger token, if the two exclude each other. (If they do
@@ -126,6 +161,17 @@ fn check_tokens(sections: &[&Section<'_>]) -> Result<(), String> {
         }
     }
     Ok(())
+}
+
+/// Returns how many clients entered beside another one that is inside, with which they share the lock.
+pub fn entered_beside_others(sections: &[Section<'_>]) -> usize {
+    let has_company = |section: &&Section<'_>| {
+        sections.iter().any(|other| {
+            let is_inside = other.entered < section.entered && section.entered < other.left;
+            other.key == section.key && is_inside
+        })
+    };
+    sections.iter().filter(|section| section.kind != Kind::Exclusive).filter(has_company).count()
 }
 
 /// Reads the sections in a log.
@@ -198,13 +244,18 @@ pub fn excerpt(log: &str, broken: &str) -> String {
     lines.flat_map(|line| [line, "\n"]).collect()
 }
 
+/// Reads a kind: `exclusive`, `shared`, `slots4`, or `slots4x3` for a client that takes 3 of the 4.
 fn parse_kind(text: &str) -> Result<Kind, String> {
-    match (text, text.strip_prefix("slots")) {
-        ("exclusive", _) => Ok(Kind::Exclusive),
-        ("shared", _) => Ok(Kind::Shared),
-        (_, Some(number)) => number.parse().map(Kind::Slots).map_err(|_| format!("no kind: {text}")),
-        _ => Err(format!("no kind: {text}")),
-    }
+    let slots = |numbers: &str| {
+        let (slots, weight) = numbers.split_once('x').unwrap_or((numbers, "1"));
+        Some(Kind::Slots { slots: slots.parse().ok()?, weight: weight.parse().ok()? })
+    };
+    let kind = match text {
+        "exclusive" => Some(Kind::Exclusive),
+        "shared" => Some(Kind::Shared),
+        _ => text.strip_prefix("slots").and_then(slots),
+    };
+    kind.ok_or_else(|| format!("no kind: {text}"))
 }
 
 #[cfg(test)]
@@ -339,7 +390,44 @@ mod tests {
     fn one_too_many_for_the_slots_is_seen() {
         let enter = ["enter a k slots2 1 1.0", "enter b k slots2 2 1.1", "enter c k slots2 3 1.2"];
         let leave = ["leave a k slots2 1 2.0", "leave b k slots2 2 2.0", "leave c k slots2 3 2.0"];
-        broken(&[enter, leave].concat(), "c enters k beside 2 others");
+        broken(&[enter, leave].concat(), "c enters k with weight 1 of 2 beside a b");
+    }
+
+    /// Three clients that enter one after the other, and leave one after the other.
+    fn three(kinds: [&str; 3]) -> Vec<String> {
+        let line = |word: &str, name: usize, time: usize| {
+            format!("{word} {} k {} {} 1 {time}\n", ["a", "b", "c"][name], kinds[name], name + 1)
+        };
+        let at =
+            |word: &str, from: usize| (0..3).map(|name| line(word, name, from + name)).collect::<Vec<_>>();
+        [at("enter", 1), at("leave", 5)].concat()
+    }
+
+    #[test]
+    fn weights_of_the_slots_are_added_up() {
+        assert_eq!(check(&three(["slots6x1", "slots6x2", "slots6x3"]).concat()), Ok(3));
+        let error = check(&three(["slots6x1", "slots6x3", "slots6x3"]).concat()).unwrap_err();
+        assert_eq!(error, "c enters k with weight 3 of 6 beside a b");
+    }
+
+    #[test]
+    fn one_that_may_be_overtaken_takes_no_slot_of_a_client_with_a_larger_token() {
+        let log = three(["slots4x2", "slots4x2", "slots4x2"]);
+        let is_a = |first: &Section<'_>, _: &Section<'_>| first.name == "a";
+        assert_eq!(check_except(&log.concat(), is_a), Ok(3));
+        assert!(check_except(&log.concat(), |first, _| first.name == "d").is_err());
+        let later = log.concat().replace("a k slots4x2 1", "a k slots4x2 9");
+        assert_eq!(check_except(&later, is_a).unwrap_err(), "c enters k with weight 2 of 4 beside a b");
+        let more = three(["slots4x1", "slots4x2", "slots4x3"]);
+        assert_eq!(check_except(&more.concat(), is_a).unwrap_err(), "c enters k with weight 3 of 4 beside b");
+    }
+
+    #[test]
+    fn company_is_that_of_clients_which_share_the_lock() {
+        let company = |kinds| entered_beside_others(&sections(&three(kinds).concat()).unwrap());
+        assert_eq!(company(["shared"; 3]), 2);
+        assert_eq!(company(["slots3x1"; 3]), 2);
+        assert_eq!(company(["exclusive"; 3]), 0);
     }
 
     #[test]

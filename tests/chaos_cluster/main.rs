@@ -2,11 +2,11 @@
 //! are in a critical section together.
 //!
 //! For a while (`KMUTEX_CHAOS_SECS`, 60), clients of all kinds and both protocols, and etcdctl, lock a few keys on all
-//! hosts, and note in a log when they are inside. Each host has a network of its own, with its member of etcd. Daemons,
-//! members of etcd and links fail as `faults.rs` says, etcd goes back or is full, and proxies lie to the last host; commands
-//! and their kmutex are killed too. Then the checker of
-//! `tests/chaos` reads the log; `permitted_overlaps.rs` and `setbacks.rs` say who may be overtaken. `KMUTEX_CHAOS_SEED` plays a seed again, as far as
-//! the machine's own chance lets it.
+//! hosts, and note in a log when they are inside; readers share one of the keys, and clients of different weights the slots
+//! of another one. Each host has a network of its own, with its member of etcd. Daemons, members of etcd and links fail as
+//! `faults.rs` says, etcd goes back or is full, and proxies lie to the last host; commands and their kmutex are killed too.
+//! Then the checker of `tests/chaos` reads the log; `permitted_overlaps.rs` and `setbacks.rs` say which client may be
+//! overtaken. `KMUTEX_CHAOS_SEED` plays a seed again, as far as the machine's own chance lets it.
 #![cfg(feature = "etcd")]
 #![allow(unreachable_pub)]
 
@@ -64,18 +64,29 @@ const ETCDCTL_TTL_SECS: u64 = 6;
 /// How long anybody may have to wait for an answer when nothing fails any more: others are in line, with long sections.
 const ANSWER_WAIT: Duration = Duration::from_secs(60);
 
-/// A kind of client: options for `kmutex run`, its key, and what it may exit with besides.
+/// A kind of client: options for `kmutex run`, its key, what it may exit with besides, and how the checker is to see it.
 struct Role {
     options: &'static [&'static str],
     key: &'static str,
     codes: &'static [i32],
+    kind: &'static str,
 }
 
 const fn role(options: &'static [&'static str], key: &'static str, codes: &'static [i32]) -> Role {
-    Role { options, key, codes }
+    Role { options, key, codes, kind: "exclusive" }
 }
 
-const ROLES: [Role; 11] = [
+/// One that is not alone.
+const fn sharer(
+    kind: &'static str,
+    options: &'static [&'static str],
+    key: &'static str,
+    codes: &'static [i32],
+) -> Role {
+    Role { kind, ..role(options, key, codes) }
+}
+
+const ROLES: [Role; 21] = [
     role(&[], "a", &[79]),
     role(&[], "b", &[79]),
     role(&["--queue"], "a", &[]),
@@ -88,11 +99,21 @@ const ROLES: [Role; 11] = [
     role(&["-n"], "d", &[75, 69]),
     role(&["-w", "1"], "a", &[75, 79]),
     role(&["-w", "1", "--queue"], "c", &[75]),
+    sharer("shared", &["--shared", "--queue"], "s", &[]),
+    sharer("shared", &["--shared", "--queue"], "s", &[]),
+    sharer("shared", &["--shared"], "s", &[79]),
+    sharer("shared", &["--shared", "-n"], "s", &[75, 69]),
+    role(&["--queue"], "s", &[]),
+    sharer("slots4x1", &["--slots", "4", "--queue"], "n", &[]),
+    sharer("slots4x2", &["--slots", "4", "--weight", "2", "--queue"], "n", &[]),
+    sharer("slots4x3", &["--slots", "4", "--weight", "3", "--queue"], "n", &[]),
+    sharer("slots4x2", &["--slots", "4", "--weight", "2", "-w", "1"], "n", &[75, 79]),
+    role(&["-w", "1"], "n", &[75, 79]),
 ];
 /// All their keys.
-const KEYS: [&str; 6] = ["a", "b", "c", "d", "e", "p"];
+const KEYS: [&str; 8] = ["a", "b", "c", "d", "e", "n", "p", "s"];
 /// Those whose sections are often longer than a lease, so that faults meet them.
-const KEYS_OF_LONG: [&str; 3] = ["c", "d", "p"];
+const KEYS_OF_LONG: [&str; 5] = ["c", "d", "n", "p", "s"];
 /// For those of protocol 1, of which it takes some: they do not queue.
 const KEYS_OF_V1: [&str; 4] = ["a", "b", "d", "p"];
 /// For etcdctl.
@@ -177,7 +198,7 @@ impl Arena {
         let how = if rng.percent(25) { "stubborn" } else { "section" };
         let mut command = host.tool(KMUTEX);
         command.arg("run").args(role.options).args([role.key, "--", "perl", CLIENT, how]);
-        command.arg(&self.record.log).args([name, role.key, "exclusive", &draw_micros(role.key, rng)]);
+        command.arg(&self.record.log).args([name, role.key, role.kind, &draw_micros(role.key, rng)]);
         let began = now();
         let mut process = Process::spawn(command.stderr(Stdio::piped()).process_group(0));
         let victim = Victim::draw(rng);
@@ -428,7 +449,7 @@ impl Arena {
     }
 
     /// A test in which something hardly ever happened has not tested that.
-    fn check_that_it_happened(&self, span: Duration, sections: usize) {
+    fn check_that_it_happened(&self, span: Duration, log: &str, sections: usize) {
         let least = |what: &str, least: u64| {
             let count = self.record.counted(what);
             assert!(count >= least, "{what}: only {count} times");
@@ -451,6 +472,9 @@ impl Arena {
             least(what, secs / 60);
         }
         assert!(sections as u64 > secs / 3, "{sections} sections are too few to prove anything");
+        let shared = checker::entered_beside_others(&checker::sections(log).unwrap());
+        println!("{shared} entered beside others that share the lock");
+        assert!(shared as u64 > secs / 6, "{shared} beside others are too few to prove anything");
     }
 }
 
@@ -541,5 +565,5 @@ fn no_client_enters_beside_another_on_clustered_hosts_whatever_fails() {
     let sections = arena.check(&log);
     println!("{sections} sections");
     arena.check_that_all_is_free();
-    arena.check_that_it_happened(span, sections);
+    arena.check_that_it_happened(span, &log, sections);
 }

@@ -15,6 +15,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Once};
 use std::time::{Duration, Instant};
 
+use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
@@ -45,6 +46,13 @@ pub fn wait_for<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
         // Leaves the processor to the processes that this waits for.
         std::thread::sleep(Duration::from_millis(2));
     }
+}
+
+/// Waits until there are bytes to read, or the end.
+fn wait_for_bytes(from: impl AsFd) {
+    let mut ready = [PollFd::new(from.as_fd(), PollFlags::POLLIN)];
+    let time = PollTimeout::try_from(TIMEOUT).unwrap();
+    assert_ne!(poll(&mut ready, time).unwrap(), 0, "waited in vain for a process to write");
 }
 
 /// Waits until `look` says true.
@@ -308,6 +316,7 @@ impl Process {
                 return Some(String::from_utf8_lossy(&line[..end]).into_owned());
             }
             let mut buffer = [0; 4096];
+            wait_for_bytes(&stdout);
             match stdout.read(&mut buffer).unwrap() {
                 0 => return None,
                 bytes => self.pending.extend_from_slice(&buffer[..bytes]),
