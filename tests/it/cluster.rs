@@ -40,11 +40,18 @@ pub fn hosts<const N: usize>(etcd: &Etcd) -> [Daemon; N] {
     std::array::from_fn(|_| host(etcd))
 }
 
-/// A lease of two seconds is lost on a busy machine. These hosts are for tests in which no lock may be lost.
-pub fn steady_hosts<const N: usize>(etcd: &Etcd) -> [Daemon; N] {
+/// A lease of two seconds is lost on a busy machine. These options are for tests in which no lock may be lost.
+pub fn steady_options(etcd: &Etcd) -> Vec<String> {
     let endpoint = etcd.endpoints()[0].to_string();
+    ["--etcd", &endpoint, "--etcd-ttl", "10"].map(String::from).into()
+}
+
+/// Hosts with these options.
+pub fn steady_hosts<const N: usize>(etcd: &Etcd) -> [Daemon; N] {
+    let options = steady_options(etcd);
+    let options: Vec<&str> = options.iter().map(String::as_str).collect();
     std::array::from_fn(|_| {
-        let daemon = Daemon::with(&["--etcd", &endpoint, "--etcd-ttl", "10"]);
+        let daemon = Daemon::with(&options);
         daemon.wait_for_log("clustering locks under lease");
         daemon
     })

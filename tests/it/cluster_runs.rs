@@ -199,11 +199,6 @@ fn the_batches_of_all_hosts_are_one_run_and_the_newest_makes_it() {
     wait_for_places(0);
 }
 
-fn steady_options(etcd: &Etcd) -> Vec<String> {
-    let endpoint = etcd.endpoints()[0].to_string();
-    ["--etcd", &endpoint, "--etcd-ttl", "10"].map(String::from).into()
-}
-
 /// One night: each host starts the job ten times, in the order and at the times that chance says; daemons are killed between.
 fn night(number: u64, daemons: &mut [Daemon; 3], options: &[&str], runs: &Runs) {
     let mut chance = Chance(number);
@@ -242,7 +237,7 @@ fn of_all_starts_of_a_night_on_all_hosts_exactly_one_runs() {
     let etcd = Etcd::single();
     let nights = std::env::var("KMUTEX_NIGHTS").map_or(3, |nights| nights.parse().expect("a number"));
     // A lease of two seconds is lost on a busy machine, and a job that has lost its lock runs again.
-    let options = steady_options(&etcd);
+    let options = crate::cluster::steady_options(&etcd);
     let options: Vec<&str> = options.iter().map(String::as_str).collect();
     let mut daemons = std::array::from_fn(|_| Daemon::with(&options));
     for daemon in &daemons {

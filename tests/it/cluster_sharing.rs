@@ -2,7 +2,7 @@
 
 use std::process::Stdio;
 
-use crate::cluster::{host, hosts, name, restart, standing};
+use crate::cluster::{hosts, name, standing, steady_hosts, steady_options};
 use crate::etcd_harness::Etcd;
 use crate::harness::*;
 
@@ -23,7 +23,7 @@ fn queued(daemon: &Daemon, etcd: &Etcd, options: &[&str], key: &str, place: usiz
 #[ignore = "needs etcd"]
 fn readers_of_all_hosts_hold_together_and_a_writer_that_waits_holds_back_later_ones() {
     let etcd = Etcd::single();
-    let [a, b] = hosts(&etcd);
+    let [a, b] = steady_hosts(&etcd);
     let readers =
         [a.hold_with(&["--shared"], "k"), a.hold_with(&["--shared"], "k"), b.hold_with(&["--shared"], "k")];
     assert_eq!(standing(&etcd, "k"), 3);
@@ -48,7 +48,7 @@ fn readers_of_all_hosts_hold_together_and_a_writer_that_waits_holds_back_later_o
 #[ignore = "needs etcd"]
 fn a_reader_that_does_not_queue_is_told_of_the_writer_of_another_host() {
     let etcd = Etcd::single();
-    let [a, b] = hosts(&etcd);
+    let [a, b] = steady_hosts(&etcd);
     let writer = a.hold("k");
     let reader = Process::spawn(&mut b.run(&["--shared", "k", "true"]));
     b.wait_for_counts("k", 1, 1);
@@ -61,7 +61,7 @@ fn a_reader_that_does_not_queue_is_told_of_the_writer_of_another_host() {
 #[ignore = "needs etcd"]
 fn slots_are_counted_over_all_hosts() {
     let etcd = Etcd::single();
-    let [a, b] = hosts(&etcd);
+    let [a, b] = steady_hosts(&etcd);
     let slots = ["--slots", "3"];
     let [one, two] = [a.hold_with(&slots, "k"), a.hold_with(&slots, "k")];
     let three = b.hold_with(&slots, "k");
@@ -84,7 +84,7 @@ fn slots_are_counted_over_all_hosts() {
 #[ignore = "needs etcd"]
 fn who_says_another_number_of_slots_is_refused_and_told_who_said_which() {
     let etcd = Etcd::single();
-    let [a, b] = hosts(&etcd);
+    let [a, b] = steady_hosts(&etcd);
     let holder = a.hold_with(&["--slots", "3"], "k");
     let pid = format!("pid {}", holder.process.pid());
     let hostname = nix::unistd::gethostname().unwrap().into_string().unwrap();
@@ -103,7 +103,7 @@ fn who_says_another_number_of_slots_is_refused_and_told_who_said_which() {
 #[ignore = "needs etcd"]
 fn etcdctl_is_a_writer_among_readers_and_slots() {
     let etcd = Etcd::single();
-    let a = host(&etcd);
+    let [a] = steady_hosts(&etcd);
     let put = |lease: &str| drop(etcd.ctl(&["put", &format!("{}/by-hand{lease}", name("k")), ""]));
     put("");
     finish(&mut a.run(&["-n", "--shared", "k", "true"])).assert_silent(BUSY);
@@ -122,11 +122,11 @@ fn etcdctl_is_a_writer_among_readers_and_slots() {
 #[ignore = "needs etcd"]
 fn readers_and_slots_survive_a_restart_of_their_daemon() {
     let etcd = Etcd::single();
-    let [mut a, b] = hosts(&etcd);
+    let [mut a, b] = steady_hosts(&etcd);
     let readers = [a.hold_with(&["--shared"], "k"), a.hold_with(&["--shared"], "k")];
     let slots = [a.hold_with(&["--slots", "2"], "s"), a.hold_with(&["--slots", "2"], "s")];
     let mut writer = queued(&b, &etcd, &[], "k", 3);
-    restart(&mut a, &etcd);
+    a.restart(&steady_options(&etcd).iter().map(String::as_str).collect::<Vec<_>>());
     a.wait_for_log("clustering locks under lease");
     a.wait_for_counts("k", 2, 0);
     a.wait_for_counts("s", 2, 0);
@@ -157,7 +157,7 @@ fn the_readers_of_a_host_that_dies_go_with_its_lease() {
 #[ignore = "needs etcd"]
 fn the_status_of_the_cluster_lists_all_holders_and_break_takes_the_lock_from_each() {
     let etcd = Etcd::single();
-    let [a, b] = hosts(&etcd);
+    let [a, b] = steady_hosts(&etcd);
     let mut readers =
         [a.hold_with(&["--shared"], "k"), a.hold_with(&["--shared"], "k"), b.hold_with(&["--shared"], "k")];
     let mut writer = queued(&b, &etcd, &[], "k", 4);
