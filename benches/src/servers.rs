@@ -51,6 +51,17 @@ impl Server {
         .pinned()
     }
 
+    /// The daemon that kmutex replaces, with its log on, as it is by default. (It flushes the log as stdio does with a file.)
+    pub fn original(program: &Path) -> Result<Server> {
+        let log = tempfile::tempfile()?;
+        Server::start(|sock| {
+            let mut command = Command::new(program);
+            command.arg("-s").arg(sock).args(["-m", "256"]).stdout(log);
+            command
+        })?
+        .pinned()
+    }
+
     fn start(command: impl FnOnce(&Path) -> Command) -> Result<Server> {
         let folder = tempfile::tempdir()?;
         let sock = folder.path().join("sock");
