@@ -15,6 +15,8 @@
 //!   watch are applied to that. What a request did is read, never assumed.
 //! - An entry is released in the transaction that records how the hold ended. An entry that goes without a record belonged
 //!   to a holder that vanished.
+//! - The result of a run goes into etcd in that same transaction, if its holder shares it. What a client is told of a run and its
+//!   result has the same token ([`FoundResult`]). No result is kept here for longer than the table takes to decide.
 //! - The key of an entry is never used again. An entry of this host that it does not know (from a request that was given up
 //!   for lost, and arrived after all) is removed.
 //! - What is held is relied on only while the watch is open and has shown, or a read has confirmed, that its entry is there.
@@ -22,6 +24,7 @@
 
 mod queue;
 mod run_record;
+mod shared_result;
 #[cfg(test)]
 mod simulation;
 mod turn;
@@ -40,6 +43,7 @@ use crate::table::{
 };
 use queue::{LockQueue, Standing};
 pub use run_record::RunRecord;
+pub use shared_result::{Content, FoundResult, OwnResult, ResultOf, RunUser, SharedResult};
 
 /// When etcd cannot be asked, how long until it is asked again.
 const PAUSE: Duration = Duration::from_millis(500);
@@ -141,6 +145,8 @@ pub struct QueueSnapshot {
     pub last: Option<OutcomeRecord>,
     /// The runs that still count, with their ages by now.
     pub runs: Vec<RunRecord>,
+    /// The results of runs, if they were asked for.
+    pub results: Vec<SharedResult>,
 }
 
 /// What the watch saw of a lock.
@@ -154,6 +160,8 @@ pub enum WatchEvent {
     Outcome(OutcomeRecord),
     /// A host recorded a run that counts for a while.
     Ran(RunRecord),
+    /// A host recorded the result of a run, before it recorded that run or outcome.
+    Result(SharedResult),
     /// The record of the last run that succeeded, or that failed, is gone.
     RunGone {
         /// The one that succeeded.
@@ -172,6 +180,8 @@ pub struct ClusterRequest {
     pub op: QueueOp,
     /// The runs of this lock whose ages are known here.
     pub known_runs: Vec<Token>,
+    /// A client here may want the result of a run.
+    pub wants_results: bool,
 }
 
 /// What etcd does before it reads a queue.
@@ -205,6 +215,8 @@ pub enum QueueOp {
         record: Option<OutcomeRecord>,
         /// The run that ended, if it counts for a while.
         run: Option<Box<Run>>,
+        /// The result of that run, or of the hold. The caller fills it in, if there is one.
+        result: Option<Box<OwnResult>>,
         /// The next entry of this host, behind all others.
         next: Option<(EntryKey, Box<Owner>)>,
     },
@@ -244,6 +256,8 @@ pub struct Cluster {
     /// The locks that need a request which cannot be made at the moment.
     pending: BTreeSet<LockId>,
     requests: Vec<ClusterRequest>,
+    /// The results that the effects speak of.
+    found: Vec<FoundResult>,
     /// The last request failed: when to try again, with one request first.
     retry_at: Option<Timestamp>,
     next_id: u64,
@@ -266,6 +280,7 @@ impl Cluster {
             dirty_locks: BTreeSet::new(),
             pending: BTreeSet::new(),
             requests: Vec::new(),
+            found: Vec::new(),
             retry_at: None,
             next_id: 0,
             next_entry: first_entry,
@@ -308,8 +323,13 @@ impl Cluster {
         self.lost_lease(table, now, effects);
         self.is_watching = false;
         self.last_run_event = Revision(0);
-        table.drop_runs();
+        table.drop_runs(effects);
         self.queues.values_mut().for_each(LockQueue::forget_store);
+    }
+
+    /// Returns `true` if a hold of this host has ended, and etcd may not know yet how.
+    pub fn is_untold(&self, lock: LockId, token: Token) -> bool {
+        self.queues.get(&lock).is_some_and(|queue| queue.untold().any(|(_, record)| record.token == token))
     }
 
     /// Returns how the holds ended that other hosts have not been told about.
@@ -403,10 +423,20 @@ impl Cluster {
         }
         match &event {
             WatchEvent::Ran(record) => {
-                table.remote_run_seen(now, record.clone().run(lock, now), &untold, effects);
+                let run = record.clone().run(lock, now);
+                if let Some(queue) = self.queues.get(&lock) {
+                    self.found.extend(queue.counting_result(table, &run));
+                }
+                table.remote_run_seen(now, run, &untold, effects);
             }
-            WatchEvent::RunGone { is_success } => table.remote_run_gone(lock, *is_success),
-            WatchEvent::Added(_) | WatchEvent::Removed(_) | WatchEvent::Outcome(_) => {}
+            WatchEvent::RunGone { is_success } => table.remote_run_gone(lock, *is_success, effects),
+            WatchEvent::Result(result) if !table.awaits_result(lock) => {
+                return result_missed(table, lock, result, effects);
+            }
+            WatchEvent::Result(_)
+            | WatchEvent::Added(_)
+            | WatchEvent::Removed(_)
+            | WatchEvent::Outcome(_) => {}
         }
         self.queue_event(lock, revision, event);
     }
@@ -486,7 +516,8 @@ impl Cluster {
                 let runs = std::mem::take(&mut snapshot.runs);
                 let is_news = queue.answered(id, snapshot, self.lease.as_ref());
                 if is_news && self.is_watching {
-                    let runs = runs.into_iter().map(|record| record.run(lock, now)).collect();
+                    let runs: Vec<Run> = runs.into_iter().map(|record| record.run(lock, now)).collect();
+                    self.found.extend(runs.iter().filter_map(|run| queue.counting_result(table, run)));
                     table.remote_runs_read(now, lock, runs, &queue.untold_tokens(), effects);
                 }
                 self.can_ask_again();
@@ -512,7 +543,9 @@ impl Cluster {
         self.refused_by.clear();
         for lock in std::mem::take(&mut self.dirty_locks) {
             let standing = Standing { lease: self.lease.as_ref(), is_watching: self.is_watching };
-            self.queues.entry(lock).or_default().update_table(table, now, lock, standing, effects);
+            let queue = self.queues.entry(lock).or_default();
+            queue.update_table(table, now, lock, standing, &mut self.found, effects);
+            queue.drop_results();
             // One request tells whether the others have a chance.
             let has_probed = self.is_away() && !self.requests.is_empty();
             if may_probe && !has_probed {
@@ -550,6 +583,11 @@ impl Cluster {
         std::mem::take(&mut self.requests)
     }
 
+    /// Returns the results that the effects speak of, to be had before those are carried out.
+    pub fn take_results(&mut self) -> Vec<FoundResult> {
+        std::mem::take(&mut self.found)
+    }
+
     /// Returns `true` if [`Cluster::poll`] has something to look at now.
     pub fn has_work(&self, now: Timestamp) -> bool {
         !self.dirty_locks.is_empty() || self.next_deadline().is_some_and(|at| at <= now)
@@ -579,7 +617,8 @@ impl Cluster {
         self.next_entry += 1;
         self.next_id += 1;
         queue.asked(self.next_id, table.mark(), &op);
-        self.requests.push(ClusterRequest { id: self.next_id, lock, op, known_runs: table.known_runs(lock) });
+        let (known_runs, wants_results) = (table.known_runs(lock), table.awaits_result(lock));
+        self.requests.push(ClusterRequest { id: self.next_id, lock, op, known_runs, wants_results });
     }
 }
 
@@ -648,6 +687,18 @@ impl Entry {
             }
             _ => Sharing::Exclusive,
         }
+    }
+}
+
+/// A host has given a result that no client here waits for. If an older one is kept for later requests, it is out of date.
+fn result_missed(table: &mut Table, lock: LockId, result: &SharedResult, effects: &mut Effects) {
+    let is_success = match result.of {
+        ResultOf::Done => return,
+        ResultOf::Success => true,
+        ResultOf::Failure => false,
+    };
+    if result.content.is_ok() {
+        table.result_superseded(lock, is_success, result.token, effects);
     }
 }
 

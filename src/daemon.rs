@@ -77,6 +77,7 @@ mod remote;
 mod reserve;
 mod search;
 mod server;
+mod sharers;
 mod socket_lock;
 mod source;
 mod users;
@@ -103,6 +104,7 @@ use listener::Listener;
 use recorder::Recorder;
 pub use reserve::{Owner, Reservation};
 use server::Server;
+use sharers::Sharers;
 use socket_lock::SocketLock;
 
 /// What to serve, and how.
@@ -275,15 +277,18 @@ fn serve_until_end(config: &Config) -> Result<(), Error> {
     for listener in &listeners {
         info!("serving on {}", listener.name());
     }
+    let sharers = Sharers::new(config.share_across_users);
     #[cfg(feature = "etcd")]
     let cluster = match config.clustering.as_ref().zip(etcd) {
-        Some((config, client)) => Some(cluster::join(config, client, recorder.lease().number())?),
+        Some((etcd, client)) => {
+            Some(cluster::join(etcd, client, recorder.lease().number(), sharers.clone())?)
+        }
         None => None,
     };
     #[cfg(not(feature = "etcd"))]
     let cluster = None;
-    let mut server =
-        Server::new(config, listeners, recorder, gate, cluster).map_err(|e| Error::Os("start", e))?;
+    let mut server = Server::new(config, listeners, recorder, gate, (cluster, sharers))
+        .map_err(|e| Error::Os("start", e))?;
     notify_ready(ready).map_err(|e| Error::Os("report readiness", e))?;
     let reason = server.run().map_err(|e| Error::Os("wait for events", e))?;
     info!("stopping: {reason}");

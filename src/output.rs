@@ -23,6 +23,9 @@ pub const SENT_BYTES_MAX: usize = 64 * 1024;
 const PIECE_BYTES_MAX: usize = 1 << 20;
 /// How long the head of a piece is.
 pub(crate) const HEAD_BYTES: usize = 8;
+/// How long a file can be whose output is not longer than [`SENT_BYTES_MAX`]: no piece is empty.
+#[cfg(feature = "daemon")]
+const READ_BYTES_MAX: usize = SENT_BYTES_MAX * (HEAD_BYTES + 1);
 /// What makes sure that a file stays as it is.
 const SEALS: SealFlags = SealFlags::WRITE.union(SealFlags::GROW).union(SealFlags::SHRINK);
 
@@ -84,6 +87,18 @@ impl OutputFile {
         for (stream, bytes) in [(Stream::Stdout, stdout), (Stream::Stderr, stderr)] {
             bytes.chunks(PIECE_BYTES_MAX).try_for_each(|piece| file.append(stream, piece))?;
         }
+        file.seal()?;
+        file.for_readers()
+    }
+
+    /// Makes a file that is complete of the bytes that it has, and returns a descriptor for readers.
+    ///
+    /// # Errors
+    /// As [`OutputFile::new`] and [`OutputFile::append`].
+    #[cfg(feature = "daemon")]
+    pub(crate) fn of_row(row: &[u8]) -> io::Result<OwnedFd> {
+        let mut file = OutputFile::new()?;
+        file.0.write_all(row)?;
         file.seal()?;
         file.for_readers()
     }
@@ -169,6 +184,22 @@ pub(crate) fn sealed_size(descriptor: impl AsFd) -> Result<u64, Unusable> {
         return Err(Unusable::NotSealed);
     }
     size(descriptor)
+}
+
+/// Reads a file that cannot change any more, which another process made. However it is divided into pieces, that is one read of at
+/// most [`READ_BYTES_MAX`]. `None`: it is longer than [`SENT_BYTES_MAX`].
+///
+/// # Errors
+/// Those of fcntl(2) and pread(2).
+#[cfg(feature = "daemon")]
+pub(crate) fn read_short(descriptor: &OwnedFd) -> io::Result<Option<Output>> {
+    let size = sealed_size(descriptor).map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+    let Some(size) = usize::try_from(size).ok().filter(|&size| size <= READ_BYTES_MAX) else {
+        return Ok(None);
+    };
+    let mut row = vec![0; size];
+    File::from(descriptor.try_clone()?).read_exact_at(&mut row, 0)?;
+    Ok(Some(Output::from_bytes(row)))
 }
 
 /// The output of a command: of a run that is over, or as far as it has come.
@@ -332,6 +363,31 @@ pub(crate) fn pieces(output: &Output, piece_max: usize) -> io::Result<Option<Vec
     Ok(Some(streams.iter().flat_map(split).collect()))
 }
 
+/// Returns pieces as a row, in the form that a file has.
+#[cfg(feature = "daemon")]
+pub(crate) fn row(pieces: &[Piece]) -> Vec<u8> {
+    let mut row = Vec::new();
+    for (stream, bytes) in pieces {
+        row.extend_from_slice(&[stream.number(), 0, 0, 0]);
+        row.extend_from_slice(&u32::try_from(bytes.len()).expect("a piece is short").to_be_bytes());
+        row.extend_from_slice(bytes);
+    }
+    row
+}
+
+/// Returns `true` if this is a row of whole pieces, not longer than an output may be that is sent.
+#[cfg(feature = "etcd")]
+pub(crate) fn is_short_row(row: &[u8]) -> bool {
+    let (mut rest, mut pieces, mut total) = (row, 0, 0);
+    while let Some((head, after)) = rest.split_at_checked(HEAD_BYTES) {
+        let length = u32::from_be_bytes([head[4], head[5], head[6], head[7]]) as usize;
+        let is_head = Stream::from_number(head[0]).is_some() && head[1..4] == [0; 3];
+        let Some(after) = after.get(length..).filter(|_| is_head) else { return false };
+        (rest, pieces, total) = (after, pieces + 1, total + length);
+    }
+    rest.is_empty() && pieces <= PIECES_MAX && total <= SENT_BYTES_MAX
+}
+
 /// Returns a piece, sent as base64, in the form that it has in a file. `None`: it is not valid.
 pub(crate) fn encode_piece(stream: u8, data: &str) -> Option<Vec<u8>> {
     let data = STANDARD.decode(data).ok()?;
@@ -405,6 +461,56 @@ mod tests {
         for bytes in [&b"\x03\0\0\0\0\0\0\x01x"[..], b"\x01\0\x01\0\0\0\0\x01x", b"GIF89a..."] {
             let error = Output::from_bytes(bytes.to_vec()).read(Stream::Stdout).unwrap_err();
             assert_eq!(error.kind(), io::ErrorKind::InvalidData);
+        }
+    }
+
+    #[cfg(feature = "daemon")]
+    #[test]
+    fn a_file_is_read_at_once_however_it_is_divided() {
+        let (mut file, _) = output(&vec![(Stream::Stdout, &b"x"[..]); SENT_BYTES_MAX]);
+        let descriptor = file.for_readers().unwrap();
+        assert!(read_short(&descriptor).is_err(), "it may still change");
+        file.append(Stream::Stdout, b"").unwrap();
+        file.seal().unwrap();
+        assert_eq!(read_short(&descriptor).unwrap(), None, "it has an empty piece too many");
+        let (file, _) = output(&vec![(Stream::Stdout, &b"x"[..]); SENT_BYTES_MAX]);
+        file.seal().unwrap();
+        let short = read_short(&file.for_readers().unwrap()).unwrap().unwrap();
+        assert_eq!(short.read(Stream::Stdout).unwrap(), vec![b'x'; SENT_BYTES_MAX]);
+    }
+
+    #[cfg(feature = "etcd")]
+    #[test]
+    fn a_row_of_whole_and_few_pieces_is_told_from_anything_else() {
+        let bytes = vec![7; SENT_BYTES_MAX];
+        let good = [
+            vec![],
+            vec![(Stream::Stderr, bytes.clone())],
+            vec![(Stream::Stdout, vec![]); PIECES_MAX],
+            vec![(Stream::Stdout, b"a\0".to_vec()), (Stream::Stderr, b"b".to_vec())],
+        ];
+        for pieces in good {
+            let row = row(&pieces);
+            assert!(is_short_row(&row), "{pieces:?}");
+            let file = Output::from_descriptor(OutputFile::of_row(&row).unwrap());
+            for stream in [Stream::Stdout, Stream::Stderr] {
+                let of = |(its, bytes): &Piece| if *its == stream { bytes.clone() } else { Vec::new() };
+                assert_eq!(file.read(stream).unwrap(), pieces.iter().flat_map(of).collect::<Vec<u8>>());
+            }
+        }
+        let long = row(&[(Stream::Stdout, bytes), (Stream::Stderr, vec![0])]);
+        let many = row(&vec![(Stream::Stdout, vec![]); PIECES_MAX + 1]);
+        for bad in [
+            &long[..],
+            &many,
+            b"\x01\0\0\0\0\0\0\x02x",
+            b"\x01\0\0\0\0\0\0\x01xx",
+            b"\x01\0\0",
+            b"\x03\0\0\0\0\0\0\0",
+            b"\x01\0\x01\0\0\0\0\0",
+            b"\x01\0\0\0\xff\xff\xff\xff",
+        ] {
+            assert!(!is_short_row(bad), "{:?}", &bad[..bad.len().min(20)]);
         }
     }
 

@@ -5,12 +5,12 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use super::turn::Turn;
 use super::{
-    Asked, Entry, EntryKey, Failure, LeaseName, OutcomeRecord, Owner, QueueOp, QueueSnapshot, Revision,
-    WatchEvent,
+    Asked, Entry, EntryKey, Failure, FoundResult, LeaseName, OutcomeRecord, Owner, QueueOp, QueueSnapshot,
+    Revision, SharedResult, WatchEvent,
 };
 use crate::proto::v2::Mode;
 use crate::proto::{LockId, Outcome, Token};
-use crate::table::{ArrivalMark, Effects, SeenLine, Sharing, Table, Timestamp, Verdict};
+use crate::table::{ArrivalMark, Effects, Run, SeenLine, Sharing, Table, Timestamp, Verdict};
 
 /// What a host needs to be granted a lock, and to keep it.
 #[derive(Clone, Copy)]
@@ -46,6 +46,8 @@ pub(super) struct LockQueue {
     /// Behind the clients that had come before the last request that was answered.
     mark: Option<ArrivalMark>,
     turn: Turn,
+    /// Results that came since the table was told of the line last, for clients that want one.
+    results: Vec<SharedResult>,
     /// The place that a request under way gives up for a new one, and the key of that.
     next: Option<(Token, EntryKey)>,
 }
@@ -115,6 +117,31 @@ impl LockQueue {
         }
     }
 
+    /// Returns the result of a run that counts, if it came with the run and is not here already, and tells the table of it.
+    pub(super) fn counting_result(&self, table: &mut Table, run: &Run) -> Option<FoundResult> {
+        let is_its = |result: &&SharedResult| result.token == run.token && result.content.is_ok();
+        let result = self.results.iter().find(is_its)?;
+        let is_new = table.remote_result_seen(run, result.sharer);
+        is_new.then(|| FoundResult { token: run.token, run: Some(run.clone()), result: Some(result.clone()) })
+    }
+
+    /// The table has been told of the line, if it is known. The result of a hold whose end only the watch has shown stays with that.
+    pub(super) fn drop_results(&mut self) {
+        let ended = self.told.filter(|told| told.outcome.is_some()).map(|told| told.token);
+        self.results.retain(|result| Some(result.token) == ended);
+        self.results.shrink_to_fit();
+    }
+
+    /// A result came. It takes the place of the one with the same record, unless that is of the hold whose end the table is to be
+    /// told of.
+    fn note_result(&mut self, result: SharedResult) {
+        let told = self.told.map(|told| told.token);
+        self.results.retain(|known| known.of != result.of || told == Some(known.token));
+        if !self.results.iter().any(|known| known.of == result.of && known.token == result.token) {
+            self.results.push(result);
+        }
+    }
+
     pub(super) fn lose_entries(&mut self) {
         self.own.clear();
         self.leaving.clear();
@@ -135,6 +162,7 @@ impl LockQueue {
             told.is_of_earlier_store = true;
         }
         (self.last, self.asked, self.mark, self.turn) = (None, None, None, Turn::default());
+        self.results = Vec::new();
     }
 
     pub(super) fn watch_event(&mut self, revision: Revision, event: WatchEvent) {
@@ -157,6 +185,7 @@ impl LockQueue {
                     told.outcome = Some(record.outcome);
                 }
             }
+            WatchEvent::Result(result) => self.note_result(result),
             // The table knows.
             WatchEvent::Ran(_) | WatchEvent::RunGone { .. } => {}
         }
@@ -205,6 +234,7 @@ impl LockQueue {
             self.entries.clear();
             snapshot.entries.into_iter().for_each(|entry| self.insert(entry));
             self.last = snapshot.last;
+            snapshot.results.into_iter().for_each(|result| self.note_result(result));
         }
         self.must_read = self.missed > snapshot.revision;
         self.missed = Revision(0);
@@ -265,6 +295,7 @@ impl LockQueue {
         now: Timestamp,
         lock: LockId,
         standing: Standing<'_>,
+        found: &mut Vec<FoundResult>,
         effects: &mut Effects,
     ) {
         if !self.is_current() {
@@ -278,7 +309,12 @@ impl LockQueue {
             && (told.is_of_earlier_store || !self.entries.values().any(|entry| token(entry) == told.token))
         {
             self.told = None;
-            table.remote_hold_ended(now, lock, self.outcome_of(told), effects);
+            let (outcome, of) = self.outcome_of(told);
+            if outcome != Outcome::Vanished && table.awaits_result(lock) {
+                let result = self.results.iter().find(|result| result.token == of).cloned();
+                found.push(FoundResult { token: told.token, run: None, result });
+            }
+            table.remote_hold_ended(now, lock, outcome, effects);
         }
         self.turn.settle(self.last);
         // After the table has been told of the end: the newcomers lose to this grant, and not to that hold.
@@ -405,20 +441,20 @@ impl LockQueue {
         self.entries.values().find(is_idle)
     }
 
-    /// Returns how a hold ended whose entry is gone.
-    fn outcome_of(&self, told: Told) -> Outcome {
+    /// Returns how a hold ended whose entry is gone, and the token of the hold that ended so.
+    fn outcome_of(&self, told: Told) -> (Outcome, Token) {
         if let Some(outcome) = told.outcome {
-            return outcome;
+            return (outcome, told.token);
         }
         match self.last {
             // The records of this store say nothing of it.
-            _ if told.is_of_earlier_store => Outcome::Vanished,
+            _ if told.is_of_earlier_store => (Outcome::Vanished, told.token),
             // Either the holder's own record, or that of a later holder, which serves the waiters as well.
             Some(last) if last.token == told.token || (told.is_alone && last.token > told.token) => {
-                last.outcome
+                (last.outcome, last.token)
             }
-            _ if told.is_kmutex => Outcome::Vanished,
-            _ => Outcome::Unknown,
+            _ if told.is_kmutex => (Outcome::Vanished, told.token),
+            _ => (Outcome::Unknown, told.token),
         }
     }
 
@@ -451,7 +487,7 @@ impl LockQueue {
             let token = Token(revision.0 as u64);
             let run = table.run_under(now, lock, token).cloned().map(Box::new);
             let record = run.as_ref().map(|run| OutcomeRecord { token, outcome: run.outcome });
-            return Some(QueueOp::Release { entry_key, revision, record, run, next: None });
+            return Some(QueueOp::Release { entry_key, revision, record, run, result: None, next: None });
         }
         let idle = self.idle_entry(table, lock).map(|entry| (token(entry), entry.sharing()));
         if let Some((token, sharing)) = idle
@@ -470,7 +506,7 @@ impl LockQueue {
             let run =
                 record.and_then(|record| table.run_under(now, lock, record.token).cloned()).map(Box::new);
             let (entry_key, revision) = (entry.entry_key.clone(), entry.revision);
-            return Some(QueueOp::Release { entry_key, revision, record, run, next });
+            return Some(QueueOp::Release { entry_key, revision, record, run, result: None, next });
         }
         if idle.is_some() {
             return needs.free_or_busy.then_some(QueueOp::Read);

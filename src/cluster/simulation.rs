@@ -68,6 +68,11 @@ fn run(seeds: std::ops::Range<u64>) {
         "batch",
         "stepped aside",
         "forgotten",
+        "result",
+        "another user's result",
+        "no result",
+        "own result",
+        "result of another host",
         "election",
     ] {
         assert!(seen.get(what).is_some_and(|&times| times >= 10), "hardly ever: {what}: {seen:?}");

@@ -8,8 +8,10 @@ mod events;
 mod layout;
 mod lease_keeper;
 mod listing;
+mod stored_result;
 mod threads;
 mod trouble;
+mod unsent;
 mod watcher;
 mod worker;
 
@@ -23,20 +25,22 @@ use nix::sys::time::TimeSpec;
 use nix::sys::timerfd::{self, Expiration, TimerFd, TimerFlags, TimerSetTimeFlags};
 
 use super::connection::ConnectionId;
-use super::remote::{FORGET_REFUSED, RemoteReply, RemoteRequest};
+use super::remote::{FORGET_REFUSED, RemoteReply, RemoteRequest, RemoteResult};
+use super::sharers::Sharers;
 use super::source::Source;
 use crate::clock;
-use crate::cluster::{Cluster, Entry, Failure, LeaseName, QueueOp};
+use crate::cluster::{Cluster, Entry, Failure, FoundResult, LeaseName, OwnResult, QueueOp, RunUser};
 use crate::etcd::{self, Client, Kind, LeaseId};
 use crate::journal::ClusterLease;
 use crate::proto::v2::{Answer, ErrorCode, LeaseTerms, LockUser, ShortText, error};
 use crate::proto::{LockId, Token};
-use crate::table::{ClusterNotice, Effects, Sharing, Table, Timestamp};
+use crate::table::{ClusterNotice, EVERY_USER, Effects, Sharing, Table, Timestamp};
 use events::{Command, Event, Reading};
 use layout::{Layout, Leases};
 use lease_keeper::LeaseCommand;
 use threads::EtcdThreads;
 use trouble::Troubles;
+use unsent::Unsent;
 
 /// How long the end of the daemon may wait for etcd.
 const STOP_WAIT: Duration = Duration::from_millis(80);
@@ -45,6 +49,9 @@ const RECORDS_LEASE_EVERY: Duration = Duration::from_secs(60);
 /// When etcd did not end a lease that is lost, how long until it is asked again, and how often.
 const REVOKE_PAUSE: Duration = Duration::from_millis(500);
 const REVOKES_MAX: u32 = 120;
+/// Why there is no result of a run on another host.
+const NO_RESULT: &str =
+    "that run was on another host, and without --share, or its result is not in etcd any more";
 /// How many locks a log line names.
 const NAMED_MAX: usize = 10;
 
@@ -78,6 +85,8 @@ pub(super) struct Clustering {
     /// A lease for records, and when it was requested.
     records: Option<(LeaseId, Timestamp)>,
     wants_records: bool,
+    unsent: Unsent,
+    sharers: Sharers,
     troubles: Troubles,
     /// How many times the store went back.
     generation: u64,
@@ -120,10 +129,16 @@ fn margin(ttl_secs: u64) -> Duration {
 ///
 /// # Errors
 /// If no thread can be started.
-pub(super) fn join(config: &Config, client: Client, resume: Option<u64>) -> Result<Clustering, super::Error> {
+pub(super) fn join(
+    config: &Config,
+    client: Client,
+    resume: Option<u64>,
+    sharers: Sharers,
+) -> Result<Clustering, super::Error> {
     warn_if_too_short(config);
     let resume = resume.filter(|&lease| lease != 0).map(|lease| LeaseId(lease as i64));
-    let threads = EtcdThreads::start(client, Layout::new(&config.prefix), config.ttl_secs, resume)
+    let layout = Layout::new(&config.prefix, sharers.clone());
+    let threads = EtcdThreads::start(client, layout, config.ttl_secs, resume)
         .map_err(|e| super::Error::Os("start the threads for etcd", e))?;
     let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_micros() as u64);
     let host = nix::unistd::gethostname().unwrap_or_default();
@@ -143,6 +158,8 @@ pub(super) fn join(config: &Config, client: Client, resume: Option<u64>) -> Resu
         alarm,
         records: None,
         wants_records: false,
+        unsent: Unsent::default(),
+        sharers,
         troubles: Troubles::default(),
         generation: 0,
         quarantined_until: Timestamp(0),
@@ -219,6 +236,24 @@ impl Clustering {
             return Some(Vec::new());
         }
         (!self.replies.is_empty()).then(|| std::mem::take(&mut self.replies))
+    }
+
+    /// A run on this host is about to be released, and has this result for the user with this uid or name.
+    pub(super) fn keep_result(
+        &mut self,
+        lock: LockId,
+        token: Token,
+        (uid, name): (Option<u32>, Option<&str>),
+        content: Result<Vec<u8>, ShortText>,
+    ) {
+        let for_all = self.sharers.number(uid, name) == EVERY_USER;
+        let user = RunUser { uid, name: name.map(String::from), for_all };
+        self.unsent.add(lock, OwnResult { token, user, content: content.map(Into::into) });
+    }
+
+    /// Returns the results of other hosts' runs that the effects speak of, to be had before those are carried out.
+    pub(super) fn take_results(&mut self) -> Vec<RemoteResult> {
+        self.cluster.take_results().into_iter().map(remote_result).collect()
     }
 
     /// Asks etcd something for a client. [`Clustering::poll`] returns the answer.
@@ -426,6 +461,9 @@ impl Clustering {
                     None => {}
                 }
                 let is_gone = answer == Err(Failure::LeaseGone);
+                if answer == Err(Failure::Unknown) {
+                    self.unsent.not_answered(lock);
+                }
                 self.cluster.answered(table, now, (lock, id), answer, effects);
                 // An answer to a request under an earlier lease says nothing of this one.
                 (is_gone && self.lease == Some(lease)).then(|| {
@@ -607,13 +645,15 @@ impl Clustering {
     }
 
     fn send(&mut self, now: Timestamp) {
+        self.unsent.retain(|lock, token| self.cluster.is_untold(lock, token));
         for mut request in self.cluster.take_requests() {
             let Some(entries) = self.lease else { return };
             if let Some(owner) = request.op.owner_mut() {
                 owner.host = self.host.clone();
                 owner.since_ms = unix_ms();
             }
-            if let QueueOp::Release { record: Some(_), .. } = request.op {
+            if let QueueOp::Release { record: Some(record), result, .. } = &mut request.op {
+                *result = self.unsent.for_request(request.lock, record.token);
                 self.renew_records(now);
             }
             let records = self.records.map_or(entries, |(lease, _)| lease);
@@ -654,6 +694,14 @@ impl Clustering {
             self.threads.command(Command::SignOfLife(lease));
         }
     }
+}
+
+/// A result as the loop takes it in. If there is none, each client is told so.
+fn remote_result(found: FoundResult) -> RemoteResult {
+    let FoundResult { token, run, result } = found;
+    let none = || (EVERY_USER, Err(NO_RESULT.into()));
+    let (sharer, content) = result.map_or_else(none, |result| (result.sharer, result.content));
+    RemoteResult { token, sharer, content, run }
 }
 
 /// A holder or waiter on another host.

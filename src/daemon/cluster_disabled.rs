@@ -5,9 +5,9 @@ use std::io;
 use nix::sys::epoll::Epoll;
 
 use super::connection::ConnectionId;
-use super::remote::{RemoteReply, RemoteRequest};
-use crate::proto::LockId;
-use crate::proto::v2::{LeaseTerms, LockUser};
+use super::remote::{RemoteReply, RemoteRequest, RemoteResult};
+use crate::proto::v2::{LeaseTerms, LockUser, ShortText};
+use crate::proto::{LockId, Token};
 use crate::table::{ClusterNotice, Effects, Table, Timestamp};
 
 /// Has no value.
@@ -32,6 +32,20 @@ impl Clustering {
         _now: Timestamp,
         _effects: &mut Effects,
     ) -> Option<Vec<RemoteReply>> {
+        match *self {}
+    }
+
+    pub(super) fn take_results(&mut self) -> Vec<RemoteResult> {
+        match *self {}
+    }
+
+    pub(super) fn keep_result(
+        &mut self,
+        _lock: LockId,
+        _token: Token,
+        _user: (Option<u32>, Option<&str>),
+        _content: Result<Vec<u8>, ShortText>,
+    ) {
         match *self {}
     }
 

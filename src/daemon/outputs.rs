@@ -5,20 +5,21 @@
 //! How many there are is bounded, and how long those are that are kept. They go with the daemon.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::hash::{BuildHasher, RandomState};
+use std::io;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
 
 use super::connection::ConnectionId;
-use crate::output::{self, HEAD_BYTES, Output, PIECES_MAX, Piece, SENT_BYTES_MAX, Unusable};
+use super::remote::RemoteResult;
+use crate::output::{self, HEAD_BYTES, Output, OutputFile, PIECES_MAX, Piece, SENT_BYTES_MAX, Unusable};
 use crate::proto::v2::{Answer, OutputAt, ShortText};
 use crate::proto::{LockId, Token};
-use crate::table::{EVERY_USER, Run, Timestamp};
+use crate::table::{self, Run, Timestamp};
 
 /// The longest piece that is sent through a connection, in bytes.
 const PIECE_BYTES_MAX: usize = 16 * 1024;
-/// Stands for the clients over TCP that have no names: on such a port they are all the same to the daemon.
-const NAMELESS: u64 = 1 << 33;
+/// Why there is no result, if a holder passed anything else.
+const NO_OUTPUT: &str = "the holder's file has not the format of an output";
 
 /// The output of one run.
 #[derive(Clone, Debug)]
@@ -78,22 +79,11 @@ pub(super) struct Outputs {
     kept_bytes: u64,
     bytes_max: u64,
     descriptors_max: usize,
-    /// Root's results are for all users.
-    across_users: bool,
-    /// Why there is no result of a run that this daemon knows no output of.
-    unknown: &'static str,
-    /// Makes numbers of names.
-    names: RandomState,
 }
 
 impl Outputs {
     /// `bytes_max`: how long all outputs that are kept may be. `descriptors_max`: how many outputs there may be.
-    pub(super) fn new(
-        bytes_max: u64,
-        descriptors_max: usize,
-        across_users: bool,
-        is_clustered: bool,
-    ) -> Outputs {
+    pub(super) fn new(bytes_max: u64, descriptors_max: usize) -> Outputs {
         Outputs {
             running: BTreeMap::new(),
             over: Vec::new(),
@@ -102,23 +92,6 @@ impl Outputs {
             kept_bytes: 0,
             bytes_max,
             descriptors_max,
-            across_users,
-            unknown: match is_clustered {
-                true => "that run was on another host, or without --share",
-                false => "that run was without --share",
-            },
-            names: RandomState::new(),
-        }
-    }
-
-    /// Returns the number that stands for the user of a client: by the uid that the kernel states, or the name over TCP.
-    pub(super) fn sharer(&self, uid: Option<u32>, name: Option<&str>) -> u64 {
-        match (uid, name) {
-            (Some(0), _) if self.across_users => EVERY_USER,
-            (Some(uid), _) => u64::from(uid) + 1,
-            (None, None) => NAMELESS,
-            // Apart from all other numbers.
-            (None, Some(name)) => (self.names.hash_one(name) | 1 << 63) & !1,
         }
     }
 
@@ -208,7 +181,7 @@ impl Outputs {
     ) -> Option<(Rc<OwnedFd>, bool)> {
         let running = self.running.get_mut(&token)?;
         let Given::File(file) = &running.given else { return None };
-        if !may_have(running.sharer, sharer) || running.followers.contains(&client) {
+        if !table::is_result_for(running.sharer, sharer) || running.followers.contains(&client) {
             return None;
         }
         let is_first = running.followers.is_empty();
@@ -300,6 +273,52 @@ impl Outputs {
         tokens.into_iter().filter_map(|token| self.drop_kept(token)).collect()
     }
 
+    /// A result of a lock is not to be kept any more.
+    pub(super) fn drop_result(&mut self, lock: LockId, token: Token) {
+        if self.kept.get(&token).is_some_and(|kept| kept.lock == lock) {
+            self.drop_kept(token);
+        }
+    }
+
+    /// Returns the output of a holder that releases its lock, as it is told to other hosts, or why there is none. `None`: it gave
+    /// none.
+    pub(super) fn for_other_hosts(&self, token: Token) -> Option<Result<Vec<u8>, ShortText>> {
+        let output = match &self.running.get(&token)?.given {
+            Given::Withheld(why) => return Some(Err(why.clone())),
+            Given::Bytes(row, _) => return Some(Ok(row.clone())),
+            Given::File(file) => output::read_short(file),
+        };
+        Some(match pieces(output) {
+            Ok(Some(pieces)) => Ok(output::row(&pieces)),
+            Ok(None) => Err("the output is longer than 64 KiB, and that run was on another host".into()),
+            Err(_) => Err(NO_OUTPUT.into()),
+        })
+    }
+
+    /// A run on another host is over, and clients wait for its result, or it counts for one that is about to be told.
+    pub(super) fn add_remote(&mut self, result: RemoteResult, now: Timestamp) -> Vec<Dropped> {
+        let RemoteResult { token, sharer, content, run } = result;
+        // What stands in etcd may name any token.
+        if self.running.get(&token).is_some_and(|running| !running.is_over)
+            || self.kept.get(&token).is_some_and(|kept| run.as_ref().is_some_and(|run| run.lock != kept.lock))
+        {
+            return Vec::new();
+        }
+        let (given, mut dropped) = match content {
+            Err(why) => (Given::Withheld(why), Vec::new()),
+            Ok(row) => self.room_for(match OutputFile::of_row(&row) {
+                Ok(file) => Given::File(Rc::new(file)),
+                // Without /proc.
+                Err(_) => Given::Bytes(row.to_vec(), PIECES_MAX),
+            }),
+        };
+        self.insert(token, sharer, given);
+        self.running.get_mut(&token).expect("it was inserted").is_over = true;
+        self.over.push(token);
+        run.into_iter().for_each(|run| dropped.extend(self.keep(&run, now)));
+        dropped
+    }
+
     /// When [`Outputs::expire`] is next needed.
     pub(super) fn next_deadline(&self) -> Option<Timestamp> {
         self.ends.first().map(|&(until, _)| until)
@@ -332,8 +351,8 @@ impl Outputs {
     /// `follows`: it has the descriptor, if the run's holder gave one.
     pub(super) fn of_run(&self, token: Token, sharer: u64, passes: bool) -> Delivery {
         match self.running.get(&token) {
-            None => Delivery::withheld(self.unknown),
-            Some(running) if !may_have(running.sharer, sharer) => {
+            None => Delivery::withheld("that run was without --share"),
+            Some(running) if !table::is_result_for(running.sharer, sharer) => {
                 Delivery::withheld("that run was another user's")
             }
             Some(running) => deliver(&running.given, passes),
@@ -341,10 +360,14 @@ impl Outputs {
     }
 
     /// Returns what a client is sent of a result that is kept.
-    pub(super) fn of_kept(&self, token: Token, passes: bool) -> Delivery {
-        match self.kept.get(&token) {
+    pub(super) fn of_kept(&self, lock: LockId, token: Token, sharer: u64, passes: bool) -> Delivery {
+        let kept = self.kept.get(&token).filter(|kept| kept.lock == lock).map(|kept| &kept.given);
+        // One that has just come from another host, and for which there is no room.
+        let passing =
+            || self.running.get(&token).filter(|running| table::is_result_for(running.sharer, sharer));
+        match kept.or_else(|| passing().map(|running| &running.given)) {
             None => Delivery::withheld("that result is not kept any more"),
-            Some(kept) => deliver(&kept.given, passes),
+            Some(given) => deliver(given, passes),
         }
     }
 }
@@ -354,10 +377,6 @@ pub(super) type Dropped = (LockId, Token);
 
 fn withheld(why: &str) -> Given {
     Given::Withheld(why.into())
-}
-
-fn may_have(of: u64, sharer: u64) -> bool {
-    of == sharer || of == EVERY_USER
 }
 
 fn may_add(length: usize, more: usize, pieces: usize) -> bool {
@@ -371,13 +390,10 @@ fn deliver(given: &Given, passes: bool) -> Delivery {
             let descriptor = Some(Rc::clone(file));
             return Delivery { at: OutputAt::Descriptor, pieces: Vec::new(), descriptor };
         }
-        Given::File(file) => match file.try_clone() {
-            Ok(file) => Output::from_descriptor(file),
-            Err(_) => return Delivery::withheld("the daemon has no descriptor left"),
-        },
-        Given::Bytes(bytes, _) => Output::from_bytes(bytes.clone()),
+        Given::File(file) => output::read_short(file),
+        Given::Bytes(bytes, _) => Ok(Some(Output::from_bytes(bytes.clone()))),
     };
-    match output::pieces(&output, PIECE_BYTES_MAX) {
+    match pieces(output) {
         Ok(Some(pieces)) => {
             let answer = |(stream, bytes): Piece| Answer::Piece {
                 stream: stream.number(),
@@ -392,8 +408,13 @@ fn deliver(given: &Given, passes: bool) -> Delivery {
         Ok(None) => Delivery::withheld(
             "the output is longer than 64 KiB, and this client is not on the daemon's host",
         ),
-        Err(_) => Delivery::withheld("the holder's file has not the format of an output"),
+        Err(_) => Delivery::withheld(NO_OUTPUT),
     }
+}
+
+/// Divides an output into the pieces that are sent. `None`: it is too long.
+fn pieces(output: io::Result<Option<Output>>) -> io::Result<Option<Vec<Piece>>> {
+    output?.map_or(Ok(None), |output| output::pieces(&output, PIECE_BYTES_MAX))
 }
 
 #[cfg(test)]
@@ -404,11 +425,12 @@ mod tests {
     use base64::engine::general_purpose::STANDARD;
 
     use super::*;
-    use crate::output::{OutputFile, Stream};
+    use crate::output::Stream;
     use crate::proto::Outcome;
+    use crate::table::EVERY_USER;
 
     fn outputs(bytes_max: u64, descriptors_max: usize) -> Outputs {
-        Outputs::new(bytes_max, descriptors_max, false, false)
+        Outputs::new(bytes_max, descriptors_max)
     }
 
     fn file(bytes: &[u8], is_sealed: bool) -> OwnedFd {
@@ -443,7 +465,8 @@ mod tests {
     }
 
     fn is_kept(outputs: &Outputs, token: u64) -> bool {
-        outputs.of_kept(Token(token), true).descriptor.is_some()
+        let kept = outputs.kept.get(&Token(token));
+        kept.is_some_and(|kept| outputs.of_kept(kept.lock, Token(token), 6, true).descriptor.is_some())
     }
 
     #[test]
@@ -499,8 +522,8 @@ mod tests {
 
     #[test]
     fn a_result_is_its_users_own() {
-        let mut outputs = Outputs::new(1000, 9, true, false);
-        let [root, user, other] = [Some(0), Some(5), Some(7)].map(|uid| outputs.sharer(uid, None));
+        let mut outputs = outputs(1000, 9);
+        let (root, user, other) = (EVERY_USER, 6, 8);
         outputs.add_file(Token(1), user, Some(file(b"x", true)));
         outputs.add_file(Token(2), root, Some(file(b"x", true)));
         let gets = |outputs: &Outputs, token, sharer| {
@@ -508,10 +531,70 @@ mod tests {
         };
         assert!(gets(&outputs, 1, user) && !gets(&outputs, 1, other) && !gets(&outputs, 1, root));
         assert!(gets(&outputs, 2, user) && gets(&outputs, 2, other), "root gives its results to all");
-        let names = [Some("a"), Some("b"), None].map(|name| outputs.sharer(None, name));
-        assert!(names[0] != names[1] && names[1] != names[2] && names[0] != user && names[2] != user);
-        let strict = self::outputs(1, 1);
-        assert_ne!(strict.sharer(Some(0), None), EVERY_USER);
+    }
+
+    fn from_elsewhere(token: u64, run: Option<Run>) -> RemoteResult {
+        let content = Ok(output::row(&[(Stream::Stdout, vec![7; 100])]).into());
+        RemoteResult { token: Token(token), sharer: 6, content, run }
+    }
+
+    #[test]
+    fn a_result_of_another_host_is_there_until_the_waiters_are_told_or_its_run_counts_no_more() {
+        let mut outputs = outputs(1000, 9);
+        let now = Timestamp(10);
+        outputs.add_remote(from_elsewhere(1, None), now);
+        assert!(outputs.of_run(Token(1), 6, true).descriptor.is_some());
+        assert_eq!(outputs.of_run(Token(1), 6, false).pieces.len(), 1);
+        assert!(outputs.of_run(Token(1), 7, true).descriptor.is_none());
+        outputs.all_told();
+        assert!(matches!(outputs.of_run(Token(1), 6, true).at, OutputAt::Withheld(_)));
+        outputs.add_remote(from_elsewhere(2, Some(run(1, 2))), now);
+        outputs.all_told();
+        assert!(is_kept(&outputs, 2));
+        outputs.drop_result(LockId([2; 16]), Token(2));
+        assert!(is_kept(&outputs, 2), "that is another lock");
+        outputs.drop_result(LockId([1; 16]), Token(2));
+        assert!(outputs.is_empty());
+    }
+
+    #[test]
+    fn a_result_for_which_there_is_no_room_is_given_once() {
+        let mut outputs = outputs(50, 9);
+        let dropped = outputs.add_remote(from_elsewhere(2, Some(run(1, 2))), Timestamp(10));
+        assert_eq!(dropped, [(LockId([1; 16]), Token(2))]);
+        assert!(outputs.of_kept(LockId([1; 16]), Token(2), 6, true).descriptor.is_some());
+        assert!(outputs.of_kept(LockId([1; 16]), Token(2), 7, true).descriptor.is_none());
+        outputs.all_told();
+        assert!(outputs.of_kept(LockId([1; 16]), Token(2), 6, true).descriptor.is_none());
+    }
+
+    #[test]
+    fn a_result_that_names_the_token_of_another_run_takes_the_place_of_none() {
+        let mut outputs = outputs(1000, 9);
+        outputs.add_file(Token(1), 6, Some(file(b"holder's", true)));
+        outputs.add_remote(from_elsewhere(1, None), Timestamp(10));
+        assert_eq!(outputs.for_other_hosts(Token(1)).unwrap().unwrap().len(), 8 + 8);
+        ran(&mut outputs, 2, 5, 30);
+        outputs.add_remote(from_elsewhere(5, Some(run(3, 5))), Timestamp(10));
+        assert_eq!(outputs.kept[&Token(5)].bytes, 38);
+        assert!(outputs.of_kept(LockId([3; 16]), Token(5), 6, true).descriptor.is_none());
+    }
+
+    #[test]
+    fn other_hosts_are_given_short_outputs_and_the_reasons_why_not() {
+        let mut outputs = outputs(1000, 9);
+        let given = |outputs: &Outputs, token| outputs.for_other_hosts(Token(token));
+        outputs.add_file(Token(1), 6, Some(file(&vec![7; SENT_BYTES_MAX], true)));
+        outputs.add_file(Token(2), 6, Some(file(&vec![7; SENT_BYTES_MAX + 1], true)));
+        outputs.add_file(Token(3), 6, Some(file(&vec![7; 20 * SENT_BYTES_MAX], true)));
+        outputs.withhold(Token(4), 6, "because".into());
+        let row = given(&outputs, 1).unwrap().unwrap();
+        assert_eq!(Output::from_bytes(row).read(Stream::Stdout).unwrap(), vec![7; SENT_BYTES_MAX]);
+        for token in [2, 3] {
+            assert!(given(&outputs, token).unwrap().unwrap_err().as_str().contains("longer than 64 KiB"));
+        }
+        assert_eq!(given(&outputs, 4).unwrap().unwrap_err().as_str(), "because");
+        assert_eq!(given(&outputs, 5), None);
     }
 
     #[test]

@@ -3,8 +3,9 @@
 use super::connection::ConnectionId;
 use super::listing::Page;
 use crate::journal::ClusterLease;
-use crate::proto::v2::Answer;
+use crate::proto::v2::{Answer, ShortText};
 use crate::proto::{Key, LockId, Token};
+use crate::table::Run;
 
 /// What a client wants of etcd.
 #[derive(Debug)]
@@ -34,6 +35,19 @@ pub(super) enum RemoteReply {
     Status { to: ConnectionId, key: Key },
     /// Send this page of a listing to this client, if it is still connected; or tell it why etcd did not give one.
     Page { to: ConnectionId, page: Result<Page, String> },
+}
+
+/// The result of a run on another host.
+#[derive(Debug)]
+pub(super) struct RemoteResult {
+    /// The token that clients are about to be told with it.
+    pub(super) token: Token,
+    /// Stands for the user who may have it.
+    pub(super) sharer: u64,
+    /// A row of pieces, or why there is none.
+    pub(super) content: Result<Box<[u8]>, ShortText>,
+    /// The run, if it counts for later requests.
+    pub(super) run: Option<Run>,
 }
 
 /// Why a client may not forget a run.

@@ -42,6 +42,7 @@ use super::predecessor::Predecessor;
 use super::recorder::Recorder;
 use super::reserve::Reservations;
 use super::search::Search;
+use super::sharers::Sharers;
 use super::source::Source;
 use super::users::Users;
 use crate::clock;
@@ -74,6 +75,7 @@ pub(super) struct Server {
     orphans: Orphans,
     /// The results that clients share.
     outputs: Outputs,
+    sharers: Sharers,
     /// Reused, so that effects are not allocated anew each time.
     effects: Effects,
     /// Shares the locks with other hosts; `None`: they are this host's alone.

@@ -98,6 +98,8 @@ pub struct Effects {
     pub record: Vec<JournalEntry>,
     /// What the other hosts may have to be asked or told; only where there are some.
     pub notices: Vec<ClusterNotice>,
+    /// The results that are not to be kept any more.
+    pub results_gone: Vec<(LockId, Token)>,
     /// How many runs were forgotten, for lack of room, while they still counted.
     pub runs_dropped: usize,
 }

@@ -23,6 +23,8 @@ pub(super) struct Lock {
     /// The longest times for which requests for this lock want a success and a failure to count.
     pub(super) fresh_ms: u64,
     pub(super) fresh_failure_ms: u64,
+    /// A request for this lock wants the result of a run.
+    pub(super) shares: bool,
     pub(super) holding: u32,
     /// The sum of the weights of the holders and of the requests that the lock is offered to.
     pub(super) weight_held: u64,
@@ -48,6 +50,7 @@ impl Lock {
             newest: None,
             fresh_ms: 0,
             fresh_failure_ms: 0,
+            shares: false,
             holding: 0,
             weight_held: 0,
             queued: 0,

@@ -14,8 +14,29 @@ impl Table {
     }
 
     /// The store of the records went back, or it is another one: another run may get the token of one that is remembered.
-    pub fn drop_runs(&mut self) {
+    pub fn drop_runs(&mut self, effects: &mut Effects) {
         self.runs.clear();
+        self.results.clear(effects);
+    }
+
+    /// Returns `true` if a request for a lock may want the result of a run on another host.
+    pub fn awaits_result(&self, lock: LockId) -> bool {
+        self.store.find(lock).is_some_and(|index| self.store[index].shares)
+    }
+
+    /// A host has given the result of a run, which is about to be remembered, to the user with this number. Returns `false` if that
+    /// result, or a newer one, is here already.
+    pub fn remote_result_seen(&mut self, run: &Run, sharer: u64) -> bool {
+        let is_new = self.results.token(run.lock, run.is_success()).is_none_or(|token| token < run.token);
+        if is_new {
+            self.results.insert(run.clone(), sharer);
+        }
+        is_new
+    }
+
+    /// A host has given a newer result than the one with a token before this, and no request here is for the lock.
+    pub fn result_superseded(&mut self, lock: LockId, is_success: bool, by: Token, effects: &mut Effects) {
+        self.results.drop_before(lock, is_success, by, effects);
     }
 
     /// These are all runs of a lock that count, as far as etcd knows. It may not know yet of one with a token
@@ -29,8 +50,10 @@ impl Table {
         effects: &mut Effects,
     ) {
         for is_success in [true, false] {
-            if !runs.iter().any(|run| run.is_success() == is_success) {
-                self.runs.forget(lock, is_success, untold);
+            if !runs.iter().any(|run| run.is_success() == is_success)
+                && self.runs.forget(lock, is_success, untold)
+            {
+                self.results.drop_before(lock, is_success, Token(u64::MAX), effects);
             }
         }
         self.runs.confirm(lock);
@@ -52,8 +75,9 @@ impl Table {
     }
 
     /// The record of a run has been deleted, or its time is over.
-    pub fn remote_run_gone(&mut self, lock: LockId, is_success: bool) {
+    pub fn remote_run_gone(&mut self, lock: LockId, is_success: bool, effects: &mut Effects) {
         self.runs.forget(lock, is_success, &[]);
+        self.results.drop_before(lock, is_success, Token(u64::MAX), effects);
     }
 
     /// Returns the tokens of the runs of a lock whose ages are known.

@@ -141,12 +141,14 @@ impl Runs {
         *slot = Some(Box::new(run));
     }
 
-    /// Forgets the last run of a kind, unless it has one of these tokens.
-    pub(super) fn forget(&mut self, lock: LockId, is_success: bool, except: &[Token]) {
-        let token = self.get(lock, is_success).map(|run| run.token);
-        if let Some(token) = token.filter(|token| !except.contains(token)) {
-            self.remove(token, lock);
+    /// Forgets the last run of a kind, unless it has one of these tokens. Returns `false` then.
+    pub(super) fn forget(&mut self, lock: LockId, is_success: bool, except: &[Token]) -> bool {
+        let Some(token) = self.get(lock, is_success).map(|run| run.token) else { return true };
+        if except.contains(&token) {
+            return false;
         }
+        self.remove(token, lock);
+        true
     }
 
     fn remove(&mut self, token: Token, lock: LockId) {
@@ -239,10 +241,14 @@ impl Table {
         true
     }
 
-    /// Notes for how long a request wants the present run to count.
+    /// Notes for how long a request wants the present run to count, and whether it wants a result.
     pub(super) fn note_fresh(&mut self, id: RequestId) {
         let Some(asked) = self.store[id].asked() else { return };
         let (fresh_ms, fresh_failure_ms) = (asked.fresh_ms.max(asked.stale_ms), asked.fresh_failure_ms);
+        if asked.share.is_some() {
+            let index = self.store[id].lock;
+            self.store[index].shares = true;
+        }
         if fresh_ms > 0 || fresh_failure_ms > 0 {
             let index = self.store[id].lock;
             let lock = &mut self.store[index];

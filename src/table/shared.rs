@@ -1,7 +1,7 @@
 //! Results that are shared: which runs that are over have one, for which user, and results that are good enough while another
 //! client runs anew. The results themselves are the caller's.
 //!
-//! A run without a result does not take the place of one with a result, so that of several hosts each has results of its own.
+//! A run without a result does not take the place of one with a result.
 
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -12,6 +12,13 @@ use crate::proto::{LockId, Token};
 
 /// Stands for all users, as the one whose result a run gives. (The caller gives each user a number, and 0 to none.)
 pub const EVERY_USER: u64 = u64::MAX;
+/// Stands for the one user whose number is [`EVERY_USER`] where that user's results are for all, if a result is not.
+pub const ROOT_ALONE: u64 = 1;
+
+/// Returns `true` if the result of the user with one number is for the user with the other number.
+pub fn is_result_for(of: u64, user: u64) -> bool {
+    of == user || of == EVERY_USER || (of == ROOT_ALONE && user == EVERY_USER)
+}
 
 /// The last runs of each lock that have a result: one that succeeded, and one that failed.
 #[derive(Default)]
@@ -25,7 +32,7 @@ struct WithResult {
 
 impl WithResult {
     fn gives_to(&self, sharer: u64) -> bool {
-        sharer != 0 && (self.sharer == sharer || self.sharer == EVERY_USER)
+        sharer != 0 && is_result_for(self.sharer, sharer)
     }
 }
 
@@ -37,6 +44,33 @@ impl Results {
 
     fn get(&self, lock: LockId, is_success: bool) -> Option<&WithResult> {
         self.0.get(&lock)?[usize::from(!is_success)].as_deref()
+    }
+
+    /// Returns the token of the run whose result is there.
+    pub(super) fn token(&self, lock: LockId, is_success: bool) -> Option<Token> {
+        self.get(lock, is_success).map(|one| one.run.token)
+    }
+
+    /// Drops the result of a run with a token before this.
+    pub(super) fn drop_before(
+        &mut self,
+        lock: LockId,
+        is_success: bool,
+        token: Token,
+        effects: &mut Effects,
+    ) {
+        if let Some(old) = self.token(lock, is_success).filter(|&old| old < token) {
+            self.remove(lock, old);
+            effects.results_gone.push((lock, old));
+        }
+    }
+
+    /// Drops all results.
+    pub(super) fn clear(&mut self, effects: &mut Effects) {
+        let all = std::mem::take(&mut self.0).into_iter();
+        let tokens =
+            all.flat_map(|(lock, both)| both.into_iter().flatten().map(move |one| (lock, one.run.token)));
+        effects.results_gone.extend(tokens);
     }
 
     fn remove(&mut self, lock: LockId, token: Token) {

@@ -29,6 +29,7 @@ pub struct Etcd {
     members: Vec<Member>,
     is_tls: bool,
     has_users: bool,
+    options: &'static [&'static str],
 }
 
 /// A network namespace (ip-netns(8)), and an address in it.
@@ -66,6 +67,11 @@ impl Etcd {
         Etcd::start(|| free_ports(1), false)
     }
 
+    /// One member, with these options.
+    pub fn with(options: &'static [&'static str]) -> Etcd {
+        Etcd::start_with(|| free_ports(1), false, options)
+    }
+
     /// So many members.
     pub fn cluster(members: usize) -> Etcd {
         Etcd::start(|| free_ports(members), false)
@@ -88,12 +94,16 @@ impl Etcd {
     }
 
     fn start(members: impl Fn() -> Vec<Member>, is_tls: bool) -> Etcd {
+        Etcd::start_with(members, is_tls, &[])
+    }
+
+    fn start_with(members: impl Fn() -> Vec<Member>, is_tls: bool, options: &'static [&'static str]) -> Etcd {
         for _ in 0..STARTS_MAX {
             let folder = tempfile::tempdir().unwrap();
             if is_tls {
                 make_certificates(&folder);
             }
-            let mut etcd = Etcd { members: members(), folder, is_tls, has_users: false };
+            let mut etcd = Etcd { members: members(), folder, is_tls, has_users: false, options };
             (0..etcd.members.len()).for_each(|index| etcd.spawn(index));
             // Either all of them are ready, or one has ended because its port is taken.
             let is_ready = wait_for("etcd", || match etcd.has_lost_one() {
@@ -124,7 +134,7 @@ impl Etcd {
             command.arg("--pre-vote");
         }
         // Each login costs the member a hash. A strong one takes longer than a call may, where many tests run at a time.
-        command.arg("--bcrypt-cost=4");
+        command.arg("--bcrypt-cost=4").args(self.options);
         if self.members.len() == 1 {
             // It elects itself, for which it needs not wait for long; and the least lease is shorter.
             command.args(["--heartbeat-interval=20", "--election-timeout=200"]);

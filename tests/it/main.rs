@@ -14,6 +14,8 @@ mod cluster_batches;
 #[cfg(feature = "etcd")]
 mod cluster_runs;
 #[cfg(feature = "etcd")]
+mod cluster_share;
+#[cfg(feature = "etcd")]
 mod cluster_sharing;
 #[cfg(feature = "etcd")]
 mod cluster_trouble;

@@ -713,35 +713,3 @@ fn a_program_shares_results_too() {
     assert!(run.past.is_some());
     drop(guard);
 }
-
-#[cfg(feature = "etcd")]
-#[test]
-#[ignore = "needs etcd"]
-fn of_several_hosts_each_has_results_of_its_own() {
-    let etcd = crate::etcd_harness::Etcd::single();
-    let [one, two]: [Daemon; 2] = crate::cluster::hosts(&etcd);
-    let mut holding = holder(&one, &[], "exit 3");
-    let far = std::thread::scope(|scope| {
-        let far = scope.spawn(|| finish(&mut waiter(&two, &["--share"])));
-        wait_for_waiters(&two, 1);
-        let near = waiting(&one, &["--share"], || assert_eq!(finish_holder(&mut holding), 3));
-        assert_eq!((near.code, near.stdout.as_str()), (3, "first\n"));
-        far.join().unwrap()
-    });
-    far.assert_error(79, &["another host"]);
-    let ask = |host: &Daemon, options: &[&str]| {
-        let options = [&["--share"], options, &["k", "sh", "-c", "echo run >> runs; wc -l < runs"]].concat();
-        // Until etcd has told of the end of the other host's run, this host waits for it, and gets no result.
-        let ended = || Some(finish(&mut host.run(&options))).filter(|ended| ended.code != 79);
-        wait_for("a run or a result", ended).assert_silent(0)
-    };
-    for _ in 0..2 {
-        assert_eq!([&one, &two].map(|host| ask(host, &["--fresh", "1h"])), ["1\n", "1\n"]);
-    }
-    finish(&mut two.kmutex(&["forget", "k"])).assert_silent(0);
-    wait_until("the other host to learn of it", || ask(&one, &["--fresh", "1h"]) == "2\n");
-    // An older result is given although another host has the lock.
-    let other = two.hold_with(&["--queue"], "k");
-    assert_eq!(ask(&one, &["--fresh", "0.001", "--stale", "1h"]), "2\n");
-    other.finish(0);
-}

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use super::super::{
-    ClusterRequest, Entry, EntryKey, Failure, LeaseName, OutcomeRecord, Owner, QueueOp, QueueSnapshot,
-    Revision, RunRecord, WatchEvent,
+    ClusterRequest, Entry, EntryKey, Failure, LeaseName, OutcomeRecord, OwnResult, Owner, QueueOp,
+    QueueSnapshot, ResultOf, Revision, RunRecord, SharedResult, WatchEvent,
 };
 use crate::proto::{LockId, Outcome, Token};
 use crate::table::Timestamp;
@@ -16,6 +16,8 @@ pub(super) struct Store {
     records: BTreeMap<LockId, OutcomeRecord>,
     /// By lock, and whether they succeeded.
     runs: BTreeMap<(LockId, bool), StoredRun>,
+    /// At most one with each record.
+    results: BTreeMap<LockId, Vec<SharedResult>>,
     /// When each expires.
     pub(super) leases: BTreeMap<String, u64>,
     history: Vec<(Revision, LockId, WatchEvent)>,
@@ -65,13 +67,17 @@ impl Store {
                     self.put(lock, entry_key, Some((**owner).clone()), Some(lease.0.clone()));
                 }
             }
-            QueueOp::Release { entry_key, revision, record, run, next } => {
+            QueueOp::Release { entry_key, revision, record, run, result, next } => {
                 let there = self.entries.get(&(lock, entry_key.clone()));
                 if there.is_some_and(|(entry, _)| entry.revision == *revision) {
                     if !is_leased && (record.is_some() || next.is_some()) {
                         return Err(Failure::LeaseGone);
                     }
                     self.revision += 1;
+                    let counts = run.as_ref().is_some_and(|run| RunRecord::of(run, Timestamp(now)).is_some());
+                    if let (Some(record), Some(result)) = (record, result) {
+                        self.put_result(lock, result, counts.then_some(record.outcome));
+                    }
                     if let Some(record) = record {
                         self.records.insert(lock, *record);
                         self.note(lock, WatchEvent::Outcome(*record));
@@ -86,7 +92,29 @@ impl Store {
                 }
             }
         }
-        Ok(QueueSnapshot { runs: self.runs_of(ask, now), ..self.line(lock) })
+        let results = ask.wants_results.then(|| self.results.get(&lock).cloned().unwrap_or_default());
+        let results = results.unwrap_or_default();
+        Ok(QueueSnapshot { runs: self.runs_of(ask, now), results, ..self.line(lock) })
+    }
+
+    /// `counts`: how the run ended, if it counts for a while.
+    fn put_result(&mut self, lock: LockId, result: &OwnResult, counts: Option<Outcome>) {
+        let of = match counts.filter(|_| result.content.is_ok()) {
+            None => ResultOf::Done,
+            Some(Outcome::Exit(0)) => ResultOf::Success,
+            Some(_) => ResultOf::Failure,
+        };
+        let sharer = u64::from(result.user.uid.unwrap());
+        let result = SharedResult { of, token: result.token, sharer, content: result.content.clone() };
+        self.note(lock, WatchEvent::Result(result.clone()));
+        self.drop_result(lock, of);
+        self.results.entry(lock).or_default().push(result);
+    }
+
+    fn drop_result(&mut self, lock: LockId, of: ResultOf) {
+        if let Some(results) = self.results.get_mut(&lock) {
+            results.retain(|result| result.of != of);
+        }
     }
 
     fn put_run(&mut self, lock: LockId, record: RunRecord, now: u64) {
@@ -118,6 +146,7 @@ impl Store {
         self.revision += 1;
         let known = [true, false].into_iter().filter(|kind| self.runs.remove(&(lock, *kind)).is_some());
         let known: Vec<bool> = known.collect();
+        self.results.remove(&lock);
         for &is_success in &known {
             self.note(lock, WatchEvent::RunGone { is_success });
         }
@@ -138,7 +167,7 @@ impl Store {
             .collect();
         entries.sort_by_key(|entry| entry.revision);
         let last = self.records.get(&lock).copied();
-        QueueSnapshot { revision: self.revision(), entries, last, runs: Vec::new() }
+        QueueSnapshot { revision: self.revision(), entries, last, ..QueueSnapshot::default() }
     }
 
     /// Another program makes an entry, or removes it.
@@ -173,6 +202,7 @@ impl Store {
         for (lock, is_success) in over {
             self.revision += 1;
             self.runs.remove(&(lock, is_success));
+            self.drop_result(lock, if is_success { ResultOf::Success } else { ResultOf::Failure });
             self.note(lock, WatchEvent::RunGone { is_success });
         }
         let due: Vec<String> =

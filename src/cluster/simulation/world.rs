@@ -3,10 +3,11 @@
 use std::collections::BTreeMap;
 
 use super::super::{
-    Cluster, ClusterRequest, Failure, LeaseName, QueueOp, QueueSnapshot, Revision, WatchEvent,
+    Cluster, ClusterRequest, Failure, FoundResult, LeaseName, OwnResult, QueueOp, QueueSnapshot, Revision,
+    RunUser, WatchEvent,
 };
 use super::store::Store;
-use crate::proto::v2::{LockRequest, Mode};
+use crate::proto::v2::{LockRequest, Mode, Share};
 use crate::proto::{Key, LockId, Outcome, Token};
 use crate::table::rng::Rng;
 use crate::table::{self, ClientId, Effects, NotificationKind, Sharing, Table, Terms, Timestamp, Verdict};
@@ -36,10 +37,14 @@ enum Client {
         /// When it was offered the lock.
         offered: Option<u64>,
         sharing: Sharing,
+        /// The user whose results it shares.
+        user: Option<u64>,
     },
     Holding {
         key: usize,
         sharing: Sharing,
+        user: Option<u64>,
+        token: Token,
     },
 }
 
@@ -66,6 +71,12 @@ struct Host {
     /// It does nothing at all until then.
     frozen_until: u64,
     flights: Vec<Flight>,
+    /// The results of its own runs, for etcd.
+    own_results: BTreeMap<(LockId, Token), OwnResult>,
+    /// What clients are about to be told of other hosts' runs.
+    found: BTreeMap<Token, FoundResult>,
+    /// The results that are there for later requests, and for whom.
+    kept: BTreeMap<(LockId, Token), u64>,
 }
 
 /// A question on its way, or its answer.
@@ -97,6 +108,8 @@ pub(super) struct World {
     occupied: Vec<u64>,
     /// When the run with each token began: the time, and the step.
     began: BTreeMap<(LockId, Token), (u64, u64)>,
+    /// The hosts of the runs, and whether they share their results.
+    runs: BTreeMap<(LockId, Token), (usize, bool)>,
     calm: bool,
     seen: Seen,
 }
@@ -126,6 +139,9 @@ impl World {
             cut_until: 0,
             frozen_until: 0,
             flights: Vec::new(),
+            own_results: BTreeMap::new(),
+            found: BTreeMap::new(),
+            kept: BTreeMap::new(),
         };
         World {
             seed,
@@ -140,6 +156,7 @@ impl World {
             ended: vec![0; KEYS as usize],
             occupied: vec![0; KEYS as usize],
             began: BTreeMap::new(),
+            runs: BTreeMap::new(),
             calm: seed.is_multiple_of(5),
             seen: Seen::new(),
         }
@@ -262,12 +279,18 @@ impl World {
             rounds += 1;
             assert!(rounds < 20, "it does not come to rest");
         }
-        for ask in self.hosts[host].cluster.take_requests() {
+        let Host { cluster, own_results, .. } = &mut self.hosts[host];
+        own_results.retain(|&(lock, token), _| cluster.is_untold(lock, token));
+        for ask in cluster.take_requests() {
             self.send(host, ask);
         }
     }
 
-    fn send(&mut self, host: usize, ask: ClusterRequest) {
+    fn send(&mut self, host: usize, mut ask: ClusterRequest) {
+        if let QueueOp::Release { record: Some(record), result, .. } = &mut ask.op {
+            let own = self.hosts[host].own_results.get(&(ask.lock, record.token));
+            *result = own.cloned().map(Box::new);
+        }
         if let QueueOp::Release { record: None, next: Some((_, owner)), .. } = &ask.op
             && owner.mode == Mode::Coalesce
         {
@@ -398,7 +421,7 @@ impl World {
         let mut effects = std::mem::take(&mut this.effects);
         event(&mut this.table, &mut this.cluster, &mut effects);
         effects.notices.drain(..).for_each(|notice| this.cluster.notify(notice));
-        effects.record.clear();
+        this.hear_of_results(&mut effects);
         for notification in effects.notifications.drain(..) {
             self.hear(host, notification.client.0 as usize, notification.lock, notification.kind);
         }
@@ -416,20 +439,21 @@ impl World {
         assert_eq!(self.keys[key].id(), lock);
         let after = match kind {
             NotificationKind::Granted(token) => {
-                let Client::Asking { fresh_ms, sharing, .. } = before else {
+                let Client::Asking { fresh_ms, sharing, user, .. } = before else {
                     panic!("a holder is granted a lock")
                 };
                 self.check_grant(host, key, sharing, token);
                 // Beside others, one may end its run while the next one's offer stands.
                 if sharing == Sharing::Exclusive {
-                    self.check_not_fresh(host, lock, fresh_ms);
+                    self.check_not_fresh(host, lock, fresh_ms, user);
                 }
+                self.runs.insert((lock, token), (host, user.is_some()));
                 self.began.insert((lock, token), (self.now, self.step));
-                Client::Holding { key, sharing }
+                Client::Holding { key, sharing, user, token }
             }
             NotificationKind::Offered => {
                 self.note("offered", 1);
-                let Client::Asking { fresh_ms, coalesces, sharing, .. } = before else {
+                let Client::Asking { fresh_ms, coalesces, sharing, user, .. } = before else {
                     panic!("a holder is offered a lock")
                 };
                 Client::Asking {
@@ -440,6 +464,7 @@ impl World {
                     fresh_ms,
                     offered: Some(self.now),
                     sharing,
+                    user,
                 }
             }
             NotificationKind::Waiting { .. } => {
@@ -456,10 +481,21 @@ impl World {
                     assert!(self.ended[key] >= since, "told of an end that came before it asked");
                     self.note("finished", 1);
                 }
+                if let Client::Asking { user: Some(user), .. } = before {
+                    self.check_result(host, (lock, token), outcome, user);
+                }
                 Client::Idle
             }
             NotificationKind::Fresh(token) => {
-                let Client::Asking { fresh_ms, .. } = before else { panic!("a holder is told of a run") };
+                let Client::Asking { fresh_ms, user, .. } = before else {
+                    panic!("a holder is told of a run")
+                };
+                if user.is_some() {
+                    let sharer = self.hosts[host].kept.get(&(lock, token)).copied();
+                    assert_eq!(sharer, user, "told of a run whose result is not there, or not its user's");
+                    let (by, _) = self.runs[&(lock, token)];
+                    self.note(if by == host { "own result" } else { "result of another host" }, 1);
+                }
                 let age = self.now - self.began[&(lock, token)].0;
                 // The watch of a host that is cut off or frozen is late.
                 assert!(
@@ -513,8 +549,48 @@ impl World {
         assert!(runs.any(|(_, &(_, step))| step >= since), "no run began since step {since}, when it asked");
     }
 
-    /// Checks that no run is repeated that counts for a request.
-    fn check_not_fresh(&self, host: usize, lock: LockId, fresh_ms: u64) {
+    /// Checks that a client which shares results is told the outcome and the result of one run.
+    fn check_result(&mut self, host: usize, (lock, token): (LockId, Token), outcome: Outcome, user: u64) {
+        let Some(FoundResult { result, .. }) = self.hosts[host].found.get(&token) else {
+            let is_own = self.runs.get(&(lock, token)).is_some_and(|(by, _)| *by == host);
+            assert!(is_own, "the daemon has not heard whether there is a result");
+            return;
+        };
+        let content = result.as_ref().map(|result| (result.sharer, result.content.as_deref()));
+        let Some((sharer, Ok(content))) = content else {
+            let later = self.began.range((lock, Token(token.0 + 1))..=(lock, Token(u64::MAX))).next();
+            let has_shared = self.runs.get(&(lock, token)).is_some_and(|(_, shares)| *shares);
+            assert!(!(self.calm && has_shared && later.is_none()), "the result of {token:?} is not found");
+            return self.note("no result", 1);
+        };
+        let (of, ended) = read_content(content);
+        assert_eq!(ended, outcome, "told the result of {of:?} with the outcome of {token:?}");
+        assert!(of >= token, "told the result of a run before the one that it waited for");
+        self.note(if sharer == user { "result" } else { "another user's result" }, 1);
+    }
+
+    /// A client releases its lock.
+    fn release(&mut self, host: usize, client: usize, outcome: Outcome) {
+        let Client::Holding { key, user, token, .. } = self.hosts[host].clients[client] else { return };
+        self.ended[key] = self.step;
+        let (now, id, lock) = (Timestamp(self.now), ClientId(client as u32), self.keys[key].id());
+        let this = &mut self.hosts[host];
+        this.clients[client] = Client::Idle;
+        if let Some(user) = user {
+            let user_of_run = RunUser { uid: Some(user as u32), ..RunUser::default() };
+            let content = Ok(content(token, outcome).into());
+            this.own_results.insert((lock, token), OwnResult { token, user: user_of_run, content });
+            this.kept.insert((lock, token), user);
+            this.table.has_result(id);
+        }
+        self.feed(host, |table, _, effects| table.release(now, id, outcome, effects));
+    }
+
+    /// Checks that no run is repeated that counts for a request. For one that wants a result, a run without does not count.
+    fn check_not_fresh(&self, host: usize, lock: LockId, fresh_ms: u64, user: Option<u64>) {
+        if user.is_some() {
+            return;
+        }
         let Some((token, counts_for)) = self.store.last_success(lock) else { return };
         let (age, counts_for) = (self.now - self.began[&(lock, token)].0, counts_for.min(fresh_ms));
         // A host that has not noticed yet that the store went back knows what was true before.
@@ -530,7 +606,7 @@ impl World {
             let is_good = other.cluster.good_until().is_some_and(|until| until.0 > self.now)
                 && (number == host || self.hosts[host].unaware_until <= self.now);
             let holds = other.clients.iter().filter_map(|client| match client {
-                Client::Holding { key: of, sharing } if *of == key => Some(*sharing),
+                Client::Holding { key: of, sharing, .. } if *of == key => Some(*sharing),
                 _ => None,
             });
             beside.extend(holds.filter(|_| is_good));
@@ -583,16 +659,14 @@ impl World {
             }
             Client::Holding { key, .. } => {
                 if self.rng.percent(40) {
-                    let vanishes = self.rng.percent(20);
-                    self.ended[key] = self.step;
-                    self.hosts[host].clients[client] = Client::Idle;
-                    if vanishes {
+                    if self.rng.percent(20) {
+                        self.ended[key] = self.step;
+                        self.hosts[host].clients[client] = Client::Idle;
                         self.note("vanished", 1);
                         self.feed(host, |table, _, effects| table.disconnected(now, id, effects));
                     } else {
-                        self.feed(host, |table, _, effects| {
-                            table.release(now, id, Outcome::Exit(0), effects)
-                        });
+                        let outcome = Outcome::Exit(if self.rng.percent(20) { 3 } else { 0 });
+                        self.release(host, client, outcome);
                     }
                 }
             }
@@ -632,8 +706,18 @@ impl World {
         };
         let sharing = Sharing::from(&Terms { shared, slots, ..Terms::V1 });
         let nowait = nowait && kind != 0;
-        self.hosts[host].clients[client] =
-            Client::Asking { key, since: self.step, nowait, coalesces, fresh_ms, offered: None, sharing };
+        let shares = kind != 0 && sharing == Sharing::Exclusive && self.rng.percent(50);
+        let user = shares.then(|| 1 + u64::from(self.rng.percent(20)));
+        self.hosts[host].clients[client] = Client::Asking {
+            key,
+            since: self.step,
+            nowait,
+            coalesces,
+            fresh_ms,
+            offered: None,
+            sharing,
+            user,
+        };
         if kind == 0 {
             return self.feed(host, |table, _, effects| table.lock_v1(now, id, lock.id(), effects));
         }
@@ -643,8 +727,16 @@ impl World {
             _ => Mode::Coalesce,
         };
         let offers = self.rng.percent(70);
-        let asked =
-            Box::new(LockRequest { nowait, offers, fresh_ms, shared, slots, ..LockRequest::new(lock, mode) });
+        let asked = Box::new(LockRequest {
+            nowait,
+            offers,
+            fresh_ms,
+            shared,
+            slots,
+            share: user.map(|_| Share::Whole),
+            sharer: user.unwrap_or_default(),
+            ..LockRequest::new(lock, mode)
+        });
         self.feed(host, |table, _, effects| {
             table.lock(now, id, None, asked, effects).expect("it names no other's request");
         });
@@ -727,19 +819,13 @@ impl World {
         }
         for round in 0.. {
             self.step();
-            let now = Timestamp(self.now);
             for host in 0..HOSTS {
                 for client in 0..CLIENTS as usize {
                     if let Client::Asking { offered: Some(_), .. } = self.hosts[host].clients[client] {
                         self.take(host, client);
                     }
-                    if let Client::Holding { key, .. } = self.hosts[host].clients[client] {
-                        self.ended[key] = self.step;
-                        self.hosts[host].clients[client] = Client::Idle;
-                        let id = ClientId(client as u32);
-                        self.feed(host, |table, _, effects| {
-                            table.release(now, id, Outcome::Exit(0), effects)
-                        });
+                    if let Client::Holding { .. } = self.hosts[host].clients[client] {
+                        self.release(host, client, Outcome::Exit(0));
                         self.settle(host);
                     }
                 }
@@ -755,6 +841,35 @@ impl World {
     fn note(&mut self, what: &'static str, times: u64) {
         *self.seen.entry(what).or_default() += times;
     }
+}
+
+impl Host {
+    /// Takes in the results of other hosts, and drops what is not to be kept, as the daemon does before it tells its clients.
+    fn hear_of_results(&mut self, effects: &mut Effects) {
+        let found = self.cluster.take_results().into_iter().map(|found| (found.token, found));
+        self.found = found.collect();
+        for FoundResult { token, run, result } in self.found.values() {
+            if let (Some(run), Some(result)) = (run, result) {
+                assert!(run.token == *token && result.token == *token, "a run with the result of another");
+                self.kept.insert((run.lock, *token), result.sharer);
+            }
+        }
+        for gone in effects.results_gone.drain(..) {
+            self.kept.remove(&gone);
+        }
+        effects.record.clear();
+    }
+}
+
+/// The result of a run that ended so.
+fn content(token: Token, outcome: Outcome) -> Vec<u8> {
+    let Outcome::Exit(status) = outcome else { unreachable!("no client is killed here") };
+    [&token.0.to_be_bytes()[..], &[status]].concat()
+}
+
+fn read_content(content: &[u8]) -> (Token, Outcome) {
+    let (token, status) = content.split_at(8);
+    (Token(u64::from_be_bytes(token.try_into().unwrap())), Outcome::Exit(status[0]))
 }
 
 impl Drop for World {

@@ -6,6 +6,8 @@
 //! PREFIX/<identity>.done               how the last hold ended that a host recorded
 //! PREFIX/<identity>.success            the last run that succeeded, as long as it counts for a request
 //! PREFIX/<identity>.failure            the last run that failed, likewise
+//! PREFIX/results/<identity>.done       the result of the hold that the record with the same ending is about; likewise
+//!                                      with .success and .failure
 //! PREFIX/hosts/<lease>                 a host's sign of life, by which it checks its watch
 //! ```
 //!
@@ -14,14 +16,20 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::cluster::{Entry, EntryKey, Owner, QueueOp, QueueSnapshot, Revision, RunRecord, WatchEvent};
+use super::stored_result;
+use crate::cluster::{
+    Entry, EntryKey, OwnResult, Owner, QueueOp, QueueSnapshot, ResultOf, Revision, RunRecord, SharedResult,
+    WatchEvent,
+};
+use crate::daemon::sharers::Sharers;
 use crate::etcd::{self, Compare, KeyValue, LeaseId, Op, Range, Sort, Txn};
 use crate::proto::{KEY_BYTES_MAX, LockId, Outcome};
 
 /// What all keys begin with.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone)]
 pub(super) struct Layout {
     prefix: String,
+    sharers: Sharers,
 }
 
 /// With which lease something is put.
@@ -41,13 +49,18 @@ pub(super) struct LeasedRun {
 }
 
 impl Layout {
-    pub(super) fn new(prefix: &str) -> Layout {
-        Layout { prefix: prefix.trim_end_matches('/').into() }
+    pub(super) fn new(prefix: &str, sharers: Sharers) -> Layout {
+        Layout { prefix: prefix.trim_end_matches('/').into(), sharers }
     }
 
     /// Returns the range of all keys.
     pub(super) fn everything(&self) -> (Vec<u8>, Vec<u8>) {
         (format!("{}/", self.prefix).into(), format!("{}0", self.prefix).into())
+    }
+
+    /// Returns the range of all queues, with their records. No identity has a digit behind `f`.
+    pub(super) fn queues(&self) -> (Vec<u8>, Vec<u8>) {
+        (format!("{}/", self.prefix).into(), format!("{}/g", self.prefix).into())
     }
 
     /// Returns a key before all places of a lock, and behind those of the locks before it.
@@ -80,13 +93,49 @@ impl Layout {
         }
     }
 
-    /// Returns the transaction that deletes the records of these runs, if they are still the last ones.
+    /// Returns the key of a result.
+    fn result_key(&self, lock: LockId, of: ResultOf) -> Vec<u8> {
+        let ending = match of {
+            ResultOf::Done => DONE,
+            ResultOf::Success => SUCCESS,
+            ResultOf::Failure => FAILURE,
+        };
+        format!("{}/{RESULTS}{lock}{ending}", self.prefix).into()
+    }
+
+    /// Returns what puts a result, with the record of its run or of its hold. One that is withheld leaves an earlier one of a run
+    /// where it is.
+    fn put_result(&self, lock: LockId, result: &OwnResult, run: Option<&LeasedRun>, leases: Leases) -> Op {
+        let (of, lease) = match run.filter(|_| result.content.is_ok()) {
+            Some(run) if run.record.outcome == Outcome::Exit(0) => (ResultOf::Success, run.lease),
+            Some(run) => (ResultOf::Failure, run.lease),
+            None => (ResultOf::Done, leases.records),
+        };
+        let value = stored_result::encode(result);
+        Op::Put { key: self.result_key(lock, of), value, lease: Some(lease) }
+    }
+
+    /// Returns the results of a lock that these keys are.
+    pub(super) fn results<'a>(
+        &self,
+        lock: LockId,
+        keys: impl IntoIterator<Item = &'a KeyValue>,
+    ) -> Vec<SharedResult> {
+        let result = |key: &KeyValue| {
+            let (of, what) = self.result_of(&key.key)?;
+            (of == lock).then(|| stored_result::decode(what, &key.value, &self.sharers))?
+        };
+        keys.into_iter().filter_map(result).collect()
+    }
+
+    /// Returns the transaction that deletes the records of these runs, if they are still the last ones, and all results.
     pub(super) fn forget(&self, lock: LockId, runs: &[KeyValue]) -> Txn {
         let key = |run: &KeyValue| run.key.clone();
         let compare = |run| Compare::CreateRevision { key: key(run), revision: run.create_revision };
+        let results = RESULTS_OF.map(|of| Op::Delete { key: self.result_key(lock, of) });
         Txn {
             compare: runs.iter().map(compare).collect(),
-            then: runs.iter().map(|run| Op::Delete { key: key(run) }).collect(),
+            then: runs.iter().map(|run| Op::Delete { key: key(run) }).chain(results).collect(),
             or_else: vec![Op::Range(self.queue(lock))],
         }
     }
@@ -102,7 +151,8 @@ impl Layout {
         Some(LeasedRun { record: value(&key.value)?, lease: key.lease })
     }
 
-    /// Returns the transaction that does `op` and then reads the queue. `run` is the record of the run that `op` releases.
+    /// Returns the transaction that does `op` and then reads the queue. `run` is the record of the run that `op` releases. The first
+    /// range of its reply is the queue; [`Layout::with_results`] adds others.
     pub(super) fn txn(&self, lock: LockId, op: &QueueOp, leases: Leases, run: Option<&LeasedRun>) -> Txn {
         let queue = || Op::Range(self.queue(lock));
         let put = |entry_key: &EntryKey, owner: &Owner| Op::Put {
@@ -125,11 +175,14 @@ impl Layout {
                 let key = self.entry_of(lock, entry_key);
                 (vec![Compare::CreateRevision { key, revision: 0 }], vec![put(entry_key, owner)])
             }
-            QueueOp::Release { entry_key, revision, record, next, .. } => {
+            QueueOp::Release { entry_key, revision, record, result, next, .. } => {
                 let key = self.entry_of(lock, entry_key);
-                let mut then = vec![Op::Delete { key: key.clone() }];
+                // A watch sees the result before the end that it belongs to.
+                let result = result.as_ref().map(|result| self.put_result(lock, result, run, leases));
+                let mut then: Vec<Op> = result.into_iter().collect();
+                then.push(Op::Delete { key: key.clone() });
                 then.extend(record.as_ref().map(|record| Op::Put {
-                    key: self.of(lock, ".done").into(),
+                    key: self.of(lock, DONE).into(),
                     value: json(record),
                     lease: Some(leases.records),
                 }));
@@ -140,6 +193,15 @@ impl Layout {
         };
         then.push(queue());
         Txn { compare, then, or_else: vec![queue()] }
+    }
+
+    /// Adds to a transaction of [`Layout::txn`] that the results are read too.
+    pub(super) fn with_results(&self, lock: LockId, mut txn: Txn) -> Txn {
+        let reads =
+            RESULTS_OF.map(|of| Op::Range(Range { key: self.result_key(lock, of), ..Range::default() }));
+        txn.then.extend(reads.clone());
+        txn.or_else.extend(reads);
+        txn
     }
 
     /// Returns the queue that these keys are, without the runs.
@@ -161,6 +223,10 @@ impl Layout {
             etcd::Event::Put(key) => (&key.key, key.mod_revision),
             etcd::Event::Delete { key, mod_revision } => (key, *mod_revision),
         };
+        if let (etcd::Event::Put(put), Some((lock, of))) = (event, self.result_of(key)) {
+            let result = stored_result::decode(of, &put.value, &self.sharers)?;
+            return Some((lock, Revision(revision), WatchEvent::Result(result)));
+        }
         let (lock, part) = self.parse(key)?;
         let seen = match (event, part) {
             (etcd::Event::Put(key), Part::Entry(entry_key)) => WatchEvent::Added(entry(entry_key, key)?),
@@ -194,16 +260,20 @@ impl Layout {
         [self.of(lock, "/").as_bytes(), &entry_key.0].concat()
     }
 
+    /// Returns of which lock a key is a result, and with which record.
+    fn result_of(&self, key: &[u8]) -> Option<(LockId, ResultOf)> {
+        let rest = key.strip_prefix(self.prefix.as_bytes())?.strip_prefix(b"/")?;
+        let (lock, rest) = split_identity(rest.strip_prefix(RESULTS.as_bytes())?)?;
+        let of = RESULTS_OF.into_iter().zip([DONE, SUCCESS, FAILURE]);
+        let (of, _) = of.into_iter().find(|(_, ending)| rest == ending.as_bytes())?;
+        Some((lock, of))
+    }
+
     fn parse(&self, key: &[u8]) -> Option<(LockId, Part)> {
         let rest = key.strip_prefix(self.prefix.as_bytes())?.strip_prefix(b"/")?;
-        let (digits, rest) = rest.split_at_checked(32)?;
-        let digits = std::str::from_utf8(digits).ok()?;
-        if !digits.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')) {
-            return None;
-        }
-        let lock = LockId(u128::from_str_radix(digits, 16).ok()?.to_be_bytes());
+        let (lock, rest) = split_identity(rest)?;
         match rest {
-            b".done" => Some((lock, Part::Record)),
+            done if done == DONE.as_bytes() => Some((lock, Part::Record)),
             run if run == SUCCESS.as_bytes() => Some((lock, Part::Run { is_success: true })),
             run if run == FAILURE.as_bytes() => Some((lock, Part::Run { is_success: false })),
             [b'/', entry_key @ ..] => Some((lock, Part::Entry(EntryKey(entry_key.into())))),
@@ -212,13 +282,26 @@ impl Layout {
     }
 }
 
+fn split_identity(key: &[u8]) -> Option<(LockId, &[u8])> {
+    let (digits, rest) = key.split_at_checked(32)?;
+    let digits = std::str::from_utf8(digits).ok()?;
+    if !digits.bytes().all(|digit| matches!(digit, b'0'..=b'9' | b'a'..=b'f')) {
+        return None;
+    }
+    Some((LockId(u128::from_str_radix(digits, 16).ok()?.to_be_bytes()), rest))
+}
+
 enum Part {
     Entry(EntryKey),
     Record,
     Run { is_success: bool },
 }
 
-/// How the keys of runs end.
+/// What the keys of results begin with. They are not between those of a queue, which is read often.
+const RESULTS: &str = "results/";
+const RESULTS_OF: [ResultOf; 3] = [ResultOf::Done, ResultOf::Success, ResultOf::Failure];
+/// How the keys of records, and of their results, end.
+const DONE: &str = ".done";
 const SUCCESS: &str = ".success";
 const FAILURE: &str = ".failure";
 
@@ -246,6 +329,10 @@ mod tests {
     use crate::cluster::OutcomeRecord;
     use crate::proto::{Key, Outcome, Protocol, Token};
 
+    fn layout(prefix: &str) -> Layout {
+        Layout::new(prefix, Sharers::new(false))
+    }
+
     fn put(key: &str, value: &[u8], create_revision: i64) -> KeyValue {
         let (key, value) = (key.into(), value.into());
         KeyValue { key, value, create_revision, mod_revision: create_revision, lease: LeaseId(0) }
@@ -253,7 +340,7 @@ mod tests {
 
     #[test]
     fn the_layout_is_that_of_the_lock_recipe() {
-        let layout = Layout::new("kmutex/");
+        let layout = layout("kmutex/");
         let lock = Key::new("message digest").unwrap().id();
         let owner = Box::new(Owner { protocol: Protocol::V2, host: "h".into(), ..Owner::default() });
         let leases = Leases { entries: LeaseId(10), records: LeaseId(11) };
@@ -269,7 +356,7 @@ mod tests {
 
     #[test]
     fn a_record_is_put_with_the_lease_that_outlives_the_place() {
-        let layout = Layout::new("p");
+        let layout = layout("p");
         let lock = Key::new("k").unwrap().id();
         let record = OutcomeRecord { token: Token(5), outcome: Outcome::Exit(3) };
         let op = QueueOp::Release {
@@ -277,6 +364,7 @@ mod tests {
             revision: Revision(5),
             record: Some(record),
             run: None,
+            result: None,
             next: None,
         };
         let txn = layout.txn(lock, &op, Leases { entries: LeaseId(1), records: LeaseId(2) }, None);
@@ -292,8 +380,61 @@ mod tests {
     }
 
     #[test]
+    fn a_result_is_put_before_the_end_that_it_belongs_to_and_beside_its_record() {
+        let layout = layout("p");
+        let lock = Key::new("k").unwrap().id();
+        let leases = Leases { entries: LeaseId(1), records: LeaseId(2) };
+        let run = |status| {
+            let outcome = Outcome::Exit(status);
+            let (token, by) = (Token(5), "".into());
+            let record = RunRecord { token, outcome, age_ms: 0, counts_for_ms: 9_000, by };
+            LeasedRun { record, lease: LeaseId(3) }
+        };
+        let row = Ok(vec![1, 0, 0, 0, 0, 0, 0, 1, b'x'].into());
+        let cases = [
+            (row.clone(), None, ResultOf::Done, 2),
+            (row.clone(), Some(run(0)), ResultOf::Success, 3),
+            (row, Some(run(1)), ResultOf::Failure, 3),
+            (Err("".into()), Some(run(0)), ResultOf::Done, 2),
+        ];
+        for (content, run, of, lease) in cases {
+            let result = OwnResult { token: Token(5), user: crate::cluster::RunUser::default(), content };
+            let op = QueueOp::Release {
+                entry_key: EntryKey(b"a.1".to_vec()),
+                revision: Revision(5),
+                record: Some(OutcomeRecord { token: Token(5), outcome: Outcome::Exit(0) }),
+                run: None,
+                result: Some(Box::new(result.clone())),
+                next: None,
+            };
+            let txn = layout.txn(lock, &op, leases, run.as_ref());
+            let [Op::Put { key, value, lease: with }, Op::Delete { .. }, ..] = &txn.then[..] else {
+                panic!("{txn:?}")
+            };
+            assert_eq!(with, &Some(LeaseId(lease)));
+            let key = KeyValue { key: key.clone(), ..put("", value, 9) };
+            let seen = layout.watch_event(&etcd::Event::Put(key.clone())).unwrap();
+            let (_, Revision(9), WatchEvent::Result(found)) = &seen else { panic!("{seen:?}") };
+            assert_eq!((found.of, &found.content), (of, &result.content));
+            assert_eq!(layout.results(lock, [&key]), std::slice::from_ref(found));
+            assert_eq!(layout.results(Key::new("other").unwrap().id(), [&key]), []);
+            let deleted = etcd::Event::Delete { key: key.key.clone(), mod_revision: 10 };
+            assert_eq!(layout.watch_event(&deleted), None);
+            // What reads a queue, or lists all of them, does not read the results.
+            assert!(key.key > layout.queue(lock).end && key.key > layout.queues().1);
+            let all = layout.everything();
+            assert!(key.key > all.0 && key.key < all.1);
+            let forget = layout.forget(lock, &[]);
+            assert!(forget.then.contains(&Op::Delete { key: key.key.clone() }));
+            let read = Op::Range(Range { key: key.key, ..Range::default() });
+            let txn = layout.with_results(lock, txn);
+            assert!(txn.then.contains(&read) && txn.or_else.contains(&read));
+        }
+    }
+
+    #[test]
     fn entries_whose_keys_are_no_text_stay_apart() {
-        let layout = Layout::new("p");
+        let layout = layout("p");
         let id = "f96b697d7cb7938d525a2f31aaf161d0";
         let key = |end: &[u8]| [format!("p/{id}/").as_bytes(), end].concat();
         let keys = [&[0xff][..], &[0xfe], b"\xef\xbf\xbd", b"", b"a/b", b"\0"];
@@ -309,7 +450,7 @@ mod tests {
 
     #[test]
     fn what_is_not_ours_is_passed_over_or_another_programs() {
-        let layout = Layout::new("p");
+        let layout = layout("p");
         let id = "f96b697d7cb7938d525a2f31aaf161d0";
         for key in [
             "",

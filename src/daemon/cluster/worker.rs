@@ -11,7 +11,9 @@ use super::layout::{Layout, LeasedRun, Leases};
 use super::listing::Locks;
 use super::trouble::Source;
 use crate::clock;
-use crate::cluster::{self, ClusterRequest, Entry, Failure, QueueOp, QueueSnapshot, Revision, RunRecord};
+use crate::cluster::{
+    self, ClusterRequest, Entry, EntryKey, Failure, QueueOp, QueueSnapshot, Revision, RunRecord,
+};
 use crate::daemon::connection::ConnectionId;
 use crate::daemon::listing::Page;
 use crate::etcd::{self, Client, KeyValue, LeaseId, Op, Range, Txn};
@@ -82,15 +84,13 @@ impl EtcdWorker {
         let generation = self.client.generation();
         let source = source(&request.op);
         let (mut reply, mut trouble) = (self.try_request(request, leases), None);
-        if let QueueOp::Release { entry_key, revision, .. } = &request.op
-            && source == Source::Writes
-            && let Err(e @ etcd::Error::Refused { .. }) = &reply
-            && !e.is_lease_gone()
-        {
-            // The store may have no space for the record. The lock must be free all the same.
-            trouble = Some(e.clone());
-            let (entry_key, revision) = (entry_key.clone(), *revision);
-            let op = QueueOp::Release { entry_key, revision, record: None, run: None, next: None };
+        for op in lesser_releases(&request.op) {
+            let Err(e) = &reply else { break };
+            if !matches!(e, etcd::Error::Refused { .. }) || e.is_lease_gone() {
+                break;
+            }
+            // The store may have no space for the result, or for anything. The lock must be free all the same.
+            trouble = (self::source(&op) == Source::Reads).then(|| e.clone());
             reply = self.try_request(&ClusterRequest { op, ..request.clone() }, leases);
         }
         let answer = match reply {
@@ -111,12 +111,15 @@ impl EtcdWorker {
     }
 
     fn try_request(&self, request: &ClusterRequest, leases: Leases) -> Result<QueueSnapshot, etcd::Error> {
-        let ClusterRequest { lock, op, known_runs, .. } = request;
+        let ClusterRequest { lock, op, known_runs, wants_results, .. } = request;
         let run = match op {
             QueueOp::Release { run: Some(run), .. } => self.lease_run(run)?,
             _ => None,
         };
-        let txn = |leases| self.client.txn(&self.layout.txn(*lock, op, leases, run.as_ref()));
+        let txn = |leases| {
+            let txn = self.layout.txn(*lock, op, leases, run.as_ref());
+            self.client.txn(&if *wants_results { self.layout.with_results(*lock, txn) } else { txn })
+        };
         let mut reply = txn(leases);
         if leases.records != leases.entries && reply.as_ref().is_err_and(etcd::Error::is_lease_gone) {
             // etcd does not say which of the two leases is gone. To lose the one for records costs nothing.
@@ -127,10 +130,12 @@ impl EtcdWorker {
             // If that fails, it ends by itself.
             let _ = self.client.revoke(run.lease);
         }
-        let mut reply = reply?;
-        let keys = reply.ranges.pop().unwrap_or_default();
+        let reply = reply?;
+        let mut ranges = reply.ranges.into_iter();
+        let keys = ranges.next().unwrap_or_default();
+        let results = self.layout.results(*lock, ranges.as_slice().iter().flatten());
         let runs = self.runs(&keys, known_runs)?;
-        Ok(QueueSnapshot { runs, ..self.layout.snapshot(reply.revision, &keys) })
+        Ok(QueueSnapshot { runs, results, ..self.layout.snapshot(reply.revision, &keys) })
     }
 
     /// Gets a lease for the record of a run, for as long as it counts. `None`: it does not count any more.
@@ -153,7 +158,7 @@ impl EtcdWorker {
         Ok(runs)
     }
 
-    /// Deletes the records of a lock's runs, if `may` permits it for each of them.
+    /// Deletes the records of a lock's runs, and their results, if `may` permits it for each of them.
     fn forget(&self, lock: LockId, may: Option<&[Token]>) -> Result<bool, etcd::Error> {
         loop {
             let mut keys = self.client.range(&self.layout.queue(lock))?.kvs;
@@ -164,7 +169,7 @@ impl EtcdWorker {
             }) {
                 return Ok(false);
             }
-            if keys.is_empty() || self.client.txn(&self.layout.forget(lock, &keys))?.succeeded {
+            if self.client.txn(&self.layout.forget(lock, &keys))?.succeeded {
                 return Ok(true);
             }
         }
@@ -202,7 +207,7 @@ impl EtcdWorker {
         line.truncate(cluster::holding(line.iter().map(Entry::sharing)));
         let mut is_broken = false;
         for Entry { entry_key, revision, .. } in line {
-            let op = QueueOp::Release { entry_key, revision, record: None, run: None, next: None };
+            let op = plain_release(entry_key, revision);
             is_broken |= self.client.txn(&self.layout.txn(lock, &op, none, None))?.succeeded;
         }
         Ok(is_broken)
@@ -251,7 +256,7 @@ impl EtcdWorker {
 
     /// Reads a page of whole locks, beginning at the key `from`; an empty key means from the beginning.
     fn page(&self, from: Vec<u8>) -> Result<Page, etcd::Error> {
-        let (start, end) = self.layout.everything();
+        let (start, end) = self.layout.queues();
         let mut key = if from.is_empty() { start } else { from };
         let mut locks = Locks::default();
         loop {
@@ -269,6 +274,28 @@ impl EtcdWorker {
             key = [&last.key[..], b"\0"].concat();
         }
     }
+}
+
+/// Returns what to do instead of a release that etcd refuses: without the result, and then without a record.
+fn lesser_releases(op: &QueueOp) -> Vec<QueueOp> {
+    let QueueOp::Release { entry_key, revision, .. } = op else { return Vec::new() };
+    if source(op) == Source::Reads {
+        return Vec::new();
+    }
+    let mut without = op.clone();
+    let has_result = match &mut without {
+        QueueOp::Release { result: Some(result), .. } if result.content.is_ok() => {
+            result.content = Err("etcd refused to store it".into());
+            true
+        }
+        _ => false,
+    };
+    let plain = plain_release(entry_key.clone(), *revision);
+    has_result.then_some(without).into_iter().chain([plain]).collect()
+}
+
+fn plain_release(entry_key: EntryKey, revision: Revision) -> QueueOp {
+    QueueOp::Release { entry_key, revision, record: None, run: None, result: None, next: None }
 }
 
 /// Returns whether a request writes. etcd may refuse to write, and read all the same.

@@ -28,6 +28,9 @@ impl Server {
         if let Some(cluster) = &mut self.cluster {
             self.effects.notices.drain(..).for_each(|notice| cluster.notify(notice));
         }
+        while let Some((lock, token)) = self.effects.results_gone.pop() {
+            self.outputs.drop_result(lock, token);
+        }
         // Taken and put back, so that neither is allocated anew each time.
         let mut record = std::mem::take(&mut self.effects.record);
         for change in record.drain(..) {

@@ -14,6 +14,7 @@ impl Server {
         while let Some(cluster) = &mut self.cluster
             && let Some(replies) = cluster.poll(&mut self.table, self.now, &mut self.effects)
         {
+            self.take_remote_results();
             self.dispatch_effects();
             replies.into_iter().for_each(|reply| self.remote_reply(reply));
             if self.is_over(FLUSH_MAX) {

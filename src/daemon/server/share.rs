@@ -1,6 +1,7 @@
 //! Results that clients share: from the holder to the outputs, and from there to the waiters.
 
 use super::Server;
+use crate::daemon::cluster::Clustering;
 use crate::daemon::outputs::{Delivery, Dropped};
 use crate::proto::Token;
 use crate::proto::v2::{Answer, Mode, OutputAt, Request, Share, Stale};
@@ -10,7 +11,7 @@ impl Server {
     /// Returns the number that stands for the user of a client.
     pub(super) fn sharer(&self, client: ClientId) -> u64 {
         let connection = &self.connections[client];
-        self.outputs.sharer(connection.peer().map(|peer| peer.uid), connection.name())
+        self.sharers.number(connection.peer().map(|peer| peer.uid), connection.name())
     }
 
     /// A holder says something of its output. A client that shares nothing, or holds nothing any more, is not heard.
@@ -113,9 +114,32 @@ impl Server {
     pub(super) fn complete_output(&mut self, client: ClientId) {
         if self.connections[client].share.is_some()
             && let Some(token) = self.token_of(client)
-            && self.outputs.complete(token)
         {
-            self.table.has_result(client);
+            if self.outputs.complete(token) {
+                self.table.has_result(client);
+            }
+            self.give_to_other_hosts(client, token);
+        }
+    }
+
+    /// The hosts that share the locks get the result with the release.
+    fn give_to_other_hosts(&mut self, client: ClientId, token: Token) {
+        let connection = &self.connections[client];
+        let user = (connection.peer().map(|peer| peer.uid), connection.name());
+        if let Some(cluster) = &mut self.cluster
+            && let Some((lock, _)) = self.table.request_of(client)
+            && let Some(content) = self.outputs.for_other_hosts(token)
+        {
+            cluster.keep_result(lock.id(), token, user, content);
+        }
+    }
+
+    /// Takes in the results of other hosts, of which clients are about to be told.
+    pub(super) fn take_remote_results(&mut self) {
+        let results = self.cluster.as_mut().map(Clustering::take_results).unwrap_or_default();
+        for result in results {
+            let dropped = self.outputs.add_remote(result, self.now);
+            self.results_dropped(dropped);
         }
     }
 
@@ -132,7 +156,7 @@ impl Server {
                 let Some(run) = self.lookup().run(lock, token) else {
                     unreachable!("the table has just found it")
                 };
-                let delivery = self.outputs.of_kept(token, passes);
+                let delivery = self.outputs.of_kept(lock, token, self.sharer(client), passes);
                 (Answer::Fresh { run, output: Some(delivery.at.clone()) }, delivery)
             }
             NotificationKind::Granted(token) => {
@@ -153,7 +177,8 @@ impl Server {
         // A holder that has come back had it before.
         let asked = request.asked.filter(|asked| asked.holds.is_none() && asked.stale_ms > 0)?;
         let token = self.table.stale_run(self.now, notification.lock, asked)?.token;
-        let delivery = self.outputs.of_kept(token, passes);
+        let sharer = self.sharer(notification.client);
+        let delivery = self.outputs.of_kept(notification.lock, token, sharer, passes);
         let run = self.lookup().run(notification.lock, token)?;
         let is_there = !matches!(delivery.at, OutputAt::Withheld(_));
         is_there.then(|| (Stale { run, output: delivery.at.clone() }, delivery))

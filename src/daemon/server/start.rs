@@ -28,6 +28,7 @@ use crate::daemon::predecessor::Predecessor;
 use crate::daemon::recorder::Recorder;
 use crate::daemon::reserve::Reservations;
 use crate::daemon::search::Search;
+use crate::daemon::sharers::Sharers;
 use crate::daemon::source::Source;
 use crate::daemon::users::Users;
 use crate::journal::{ClusterLease, HoldRecord, Snapshot};
@@ -44,7 +45,7 @@ impl Server {
         listeners: Vec<Listener>,
         recorder: Recorder,
         mut gate: Gate,
-        cluster: Option<Clustering>,
+        (cluster, sharers): (Option<Clustering>, Sharers),
     ) -> io::Result<Server> {
         let epoll = Epoll::new(EpollCreateFlags::EPOLL_CLOEXEC)?;
         let signals = signal_pipe(&[SIGHUP, SIGINT, SIGTERM], &epoll, Source::Signals)?;
@@ -63,8 +64,6 @@ impl Server {
         let is_unknown = is_exposed && cluster.is_none() && !recorder.knows_past();
         let acceptor = Acceptor::new(config, listeners)?;
         let descriptors = acceptor.admission.outputs_max();
-        let outputs =
-            Outputs::new(config.share_total, descriptors, config.share_across_users, cluster.is_some());
         let server = Server {
             epoll,
             signals,
@@ -91,7 +90,8 @@ impl Server {
             }),
             recorder,
             orphans: Orphans::default(),
-            outputs,
+            outputs: Outputs::new(config.share_total, descriptors),
+            sharers,
             effects: Effects::default(),
             cluster,
             listings: BTreeMap::new(),

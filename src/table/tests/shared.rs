@@ -93,3 +93,70 @@ fn an_older_result_will_do_for_all_but_the_one_that_runs_anew() {
     fixture.ask(5, stale(USER));
     assert_eq!(fixture.settle(), [waiting(5, 0)], "it is too old by now");
 }
+
+/// A run on another host.
+fn remote_run(token: u64) -> Run {
+    Run {
+        lock: key().id(),
+        token: Token(token),
+        began_ms: 5_000,
+        counts_for: std::time::Duration::from_millis(1_000),
+        outcome: Outcome::Exit(0),
+        uid: None,
+        by: "".into(),
+    }
+}
+
+impl Fixture {
+    /// The table hears of a run on another host, with its result.
+    fn hear_of(&mut self, token: u64, sharer: u64) -> bool {
+        let (run, mut effects) = (remote_run(token), Effects::default());
+        let is_new = self.table.remote_result_seen(&run, sharer);
+        self.table.remote_run_seen(self.now, run, &[], &mut effects);
+        is_new
+    }
+}
+
+#[test]
+fn a_result_of_another_host_is_given_until_its_run_is_gone_or_the_store_went_back() {
+    type End = fn(&mut Table, &mut Effects);
+    let ends: [End; 3] = [
+        |table, effects| table.remote_run_gone(key().id(), true, effects),
+        |table, effects| table.remote_runs_read(Timestamp(5_000), key().id(), Vec::new(), &[], effects),
+        Table::drop_runs,
+    ];
+    for end in ends {
+        let mut fixture = Fixture::new();
+        assert!(fixture.hear_of(50, USER));
+        assert_eq!(fixture.ask(2, share(USER)), [told_fresh(2, 50)]);
+        assert_eq!(fixture.ask(2, share(OTHER)), [granted(2, 100)]);
+        fixture.disconnected(2);
+        let mut effects = Effects::default();
+        end(&mut fixture.table, &mut effects);
+        assert_eq!(effects.results_gone, [(key().id(), Token(50))]);
+        // A run without a result, which may even have the same token.
+        fixture.table.remote_run_seen(fixture.now, remote_run(50), &[], &mut effects);
+        assert_eq!(fixture.ask(2, share(USER)), [granted(2, 101)]);
+    }
+}
+
+#[test]
+fn of_two_results_the_newer_one_is_given() {
+    let mut fixture = Fixture::new();
+    assert!(fixture.hear_of(50, USER));
+    assert!(!fixture.hear_of(50, USER), "it is there");
+    assert!(fixture.hear_of(60, USER) && !fixture.hear_of(40, USER));
+    assert_eq!(fixture.ask(2, share(USER)), [told_fresh(2, 60)]);
+    let mut effects = Effects::default();
+    fixture.table.result_superseded(key().id(), true, Token(60), &mut effects);
+    assert_eq!(effects.results_gone, []);
+    fixture.table.result_superseded(key().id(), true, Token(61), &mut effects);
+    assert_eq!(effects.results_gone, [(key().id(), Token(60))]);
+    assert_eq!(fixture.ask(2, share(USER)), [granted(2, 100)]);
+}
+
+#[test]
+fn a_result_of_root_alone_is_roots_where_roots_number_stands_for_all() {
+    assert!(is_result_for(ROOT_ALONE, EVERY_USER) && is_result_for(EVERY_USER, USER));
+    assert!(!is_result_for(ROOT_ALONE, USER) && !is_result_for(USER, EVERY_USER));
+}
