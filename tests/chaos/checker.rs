@@ -163,15 +163,13 @@ fn check_tokens(sections: &[&Section<'_>]) -> Result<(), String> {
     Ok(())
 }
 
-/// Returns how many clients entered beside another one that is inside, with which they share the lock.
-pub fn entered_beside_others(sections: &[Section<'_>]) -> usize {
+/// Returns how many clients entered beside another one that is inside, with which they share this key's lock.
+pub fn entered_beside_others(sections: &[Section<'_>], key: &str) -> usize {
+    let sharers = || sections.iter().filter(|section| section.key == key && section.kind != Kind::Exclusive);
     let has_company = |section: &&Section<'_>| {
-        sections.iter().any(|other| {
-            let is_inside = other.entered < section.entered && section.entered < other.left;
-            other.key == section.key && is_inside
-        })
+        sharers().any(|other| other.entered < section.entered && section.entered < other.left)
     };
-    sections.iter().filter(|section| section.kind != Kind::Exclusive).filter(has_company).count()
+    sharers().filter(has_company).count()
 }
 
 /// Reads the sections in a log.
@@ -424,7 +422,7 @@ mod tests {
 
     #[test]
     fn company_is_that_of_clients_which_share_the_lock() {
-        let company = |kinds| entered_beside_others(&sections(&three(kinds).concat()).unwrap());
+        let company = |kinds| entered_beside_others(&sections(&three(kinds).concat()).unwrap(), "k");
         assert_eq!(company(["shared"; 3]), 2);
         assert_eq!(company(["slots3x1"; 3]), 2);
         assert_eq!(company(["exclusive"; 3]), 0);

@@ -55,8 +55,9 @@ use rng::Rng;
 use setbacks::{Party, Setback};
 
 const HOSTS: usize = 3;
-/// How many clients there are at a time on each host.
+/// How many clients there are at a time on each host, and how many of them are sharers.
 const CLIENTS: usize = 8;
+const SHARERS: usize = 3;
 /// The daemons' leases, in seconds. An election takes up to two of them.
 const TTL_SECS: u64 = 4;
 /// That of etcdctl.
@@ -86,7 +87,7 @@ const fn sharer(
     Role { kind, ..role(options, key, codes) }
 }
 
-const ROLES: [Role; 21] = [
+const ROLES: [Role; 11] = [
     role(&[], "a", &[79]),
     role(&[], "b", &[79]),
     role(&["--queue"], "a", &[]),
@@ -99,6 +100,9 @@ const ROLES: [Role; 21] = [
     role(&["-n"], "d", &[75, 69]),
     role(&["-w", "1"], "a", &[75, 79]),
     role(&["-w", "1", "--queue"], "c", &[75]),
+];
+/// Those of the sharers, which would meet each other too rarely if they also stood in the lines of the other keys.
+const ROLES_OF_SHARERS: [Role; 10] = [
     sharer("shared", &["--shared", "--queue"], "s", &[]),
     sharer("shared", &["--shared", "--queue"], "s", &[]),
     sharer("shared", &["--shared"], "s", &[79]),
@@ -114,6 +118,8 @@ const ROLES: [Role; 21] = [
 const KEYS: [&str; 8] = ["a", "b", "c", "d", "e", "n", "p", "s"];
 /// Those whose sections are often longer than a lease, so that faults meet them.
 const KEYS_OF_LONG: [&str; 5] = ["c", "d", "n", "p", "s"];
+/// Those of readers and of slots.
+const KEYS_OF_SHARERS: [&str; 2] = ["s", "n"];
 /// For those of protocol 1, of which it takes some: they do not queue.
 const KEYS_OF_V1: [&str; 4] = ["a", "b", "d", "p"];
 /// For etcdctl.
@@ -174,15 +180,18 @@ fn draw_micros(key: &str, rng: &mut Rng) -> String {
 
 impl Arena {
     /// One client after the other, until it is over.
-    fn keep_busy(&self, host: &Host, number: usize) {
-        let mut rng = Rng(self.seed ^ ((number as u64) << 32));
+    fn keep_busy(&self, number: usize) {
+        let host = &self.hosts[number % HOSTS];
+        let is_sharer = number / HOSTS < SHARERS;
+        let mut rng = Rng(self.seed ^ ((number as u64 + 16) << 32));
         while !self.record.is_over() {
             std::thread::sleep(Duration::from_millis(rng.below(200)));
             let name = self.record.name();
             match rng.below(32) {
+                _ if is_sharer => self.one_run(host, &name, &ROLES_OF_SHARERS, &mut rng),
                 0..6 => self.one_of_protocol_1(host, &name, &mut rng),
                 6 => self.one_etcdctl(host, &name, &mut rng),
-                _ => self.one_run(host, &name, &mut rng),
+                _ => self.one_run(host, &name, &ROLES, &mut rng),
             }
         }
     }
@@ -192,9 +201,9 @@ impl Arena {
         self.clients.lock().unwrap().insert(name.into(), client);
     }
 
-    fn one_run(&self, host: &Host, name: &str, rng: &mut Rng) {
+    fn one_run(&self, host: &Host, name: &str, roles: &[Role], rng: &mut Rng) {
         self.is_born(name, host, Speaker::KmutexRun);
-        let role = &ROLES[rng.below(ROLES.len() as u64) as usize];
+        let role = &roles[rng.below(roles.len() as u64) as usize];
         let how = if rng.percent(25) { "stubborn" } else { "section" };
         let mut command = host.tool(KMUTEX);
         command.arg("run").args(role.options).args([role.key, "--", "perl", CLIENT, how]);
@@ -472,9 +481,14 @@ impl Arena {
             least(what, secs / 60);
         }
         assert!(sections as u64 > secs / 3, "{sections} sections are too few to prove anything");
-        let shared = checker::entered_beside_others(&checker::sections(log).unwrap());
-        println!("{shared} entered beside others that share the lock");
-        assert!(shared as u64 > secs / 6, "{shared} beside others are too few to prove anything");
+        for key in KEYS_OF_SHARERS {
+            let count = checker::entered_beside_others(&checker::sections(log).unwrap(), key);
+            println!("{count} entered {key} beside others");
+            assert!(
+                count as u64 >= secs / 20,
+                "{count} beside others in {key} are too few to prove anything"
+            );
+        }
     }
 }
 
@@ -542,7 +556,7 @@ fn no_client_enters_beside_another_on_clustered_hosts_whatever_fails() {
     std::thread::scope(|scope| {
         for number in 0..HOSTS * CLIENTS {
             let arena = &arena;
-            scope.spawn(move || arena.keep_busy(&arena.hosts[number % HOSTS], number + 16));
+            scope.spawn(move || arena.keep_busy(number));
         }
         scope.spawn(|| arena.record.ends_if_this_fails(|| arena.inject_daemon_faults()));
         scope.spawn(|| arena.record.ends_if_this_fails(|| arena.inject_etcd_faults()));
