@@ -20,8 +20,10 @@
 //! - The key of an entry is never used again. An entry of this host that it does not know (from a request that was given up
 //!   for lost, and arrived after all) is removed.
 //! - What is held is relied on only while the watch is open and has shown, or a read has confirmed, that its entry is there.
+//! - Of the requests with `--newest` of all hosts, only the newest waits (`newest.rs`).
 //! - When the store goes back, nothing that was read before counts any more ([`Cluster::store_changed`]).
 
+mod newest;
 mod queue;
 mod run_record;
 mod shared_result;
@@ -41,6 +43,7 @@ use crate::table::{
     ArrivalMark, ClusterNotice, Effects, NotificationKind, RequestView, Run, Sharing, Table, Timestamp,
     Verdict,
 };
+pub use newest::{NewestRecord, SeenNewest};
 use queue::{LockQueue, Standing};
 pub use run_record::RunRecord;
 pub use shared_result::{Content, FoundResult, OwnResult, ResultOf, RunUser, SharedResult};
@@ -147,6 +150,8 @@ pub struct QueueSnapshot {
     pub runs: Vec<RunRecord>,
     /// The results of runs, if they were asked for.
     pub results: Vec<SharedResult>,
+    /// The record of the newest request.
+    pub newest: Option<SeenNewest>,
 }
 
 /// What the watch saw of a lock.
@@ -167,6 +172,8 @@ pub enum WatchEvent {
         /// The one that succeeded.
         is_success: bool,
     },
+    /// A host recorded the newest request, or the record is gone.
+    Newest(Option<SeenNewest>),
 }
 
 /// A request to etcd about the queue of one lock. The answer is the [`QueueSnapshot`] afterwards.
@@ -204,6 +211,15 @@ pub enum QueueOp {
         entry_key: EntryKey,
         /// Who it belongs to.
         owner: Box<Owner>,
+    },
+    /// Record the newest request, if the record is as this host has read it.
+    RecordNewest {
+        /// What is recorded.
+        record: NewestRecord,
+        /// The revision of the record that it replaces. 0: there is none.
+        replaced: Revision,
+        /// The first entry of this host, behind all others.
+        entry: Option<(EntryKey, Box<Owner>)>,
     },
     /// Remove this entry, if it is the one that was made at this revision, and all in one:
     Release {
@@ -436,7 +452,8 @@ impl Cluster {
             WatchEvent::Result(_)
             | WatchEvent::Added(_)
             | WatchEvent::Removed(_)
-            | WatchEvent::Outcome(_) => {}
+            | WatchEvent::Outcome(_)
+            | WatchEvent::Newest(_) => {}
         }
         self.queue_event(lock, revision, event);
     }
@@ -463,7 +480,7 @@ impl Cluster {
 
     fn queue_event(&mut self, lock: LockId, revision: Revision, event: WatchEvent) {
         if let Some(queue) = self.queues.get_mut(&lock) {
-            queue.watch_event(revision, event);
+            queue.watch_event(revision, event, self.lease.as_ref());
         } else if let (WatchEvent::Added(entry), Some(lease)) = (&event, &self.lease)
             && lease.owns(&entry.entry_key)
         {
@@ -628,8 +645,9 @@ impl QueueOp {
         match self {
             QueueOp::TryAcquire { owner, .. }
             | QueueOp::Enqueue { owner, .. }
+            | QueueOp::RecordNewest { entry: Some((_, owner)), .. }
             | QueueOp::Release { next: Some((_, owner)), .. } => Some(owner),
-            QueueOp::Read | QueueOp::Release { .. } => None,
+            QueueOp::Read | QueueOp::RecordNewest { .. } | QueueOp::Release { .. } => None,
         }
     }
 }

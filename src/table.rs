@@ -37,6 +37,7 @@
 //! | `resume.rs` | holds that outlive their connection: restored, resumed, ended, broken |
 //! | `nested.rs` | requests under another lock, and the cycles that they could close |
 //! | `remote.rs` | clustered locks: what other hosts hold, and what this host may grant |
+//! | `remote_newest.rs` | requests for clustered locks of which the newest of all hosts wins |
 //! | `remote_runs.rs` | runs of clustered locks that count |
 //! | `view.rs` | a read-only view for status answers |
 //! | `audit.rs` | what must hold of all these parts, for tests and fuzz targets |
@@ -51,6 +52,7 @@ mod nested;
 mod newest;
 mod offers;
 mod remote;
+mod remote_newest;
 mod remote_runs;
 mod request;
 mod resume;
@@ -454,6 +456,9 @@ impl Table {
         }
         if self.refuse_if_cyclic(id, effects) {
             self.remove_request(id);
+            return;
+        }
+        if self.gives_way(id, effects) {
             return;
         }
         debug_assert!(

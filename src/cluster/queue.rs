@@ -3,6 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
+use super::newest::Newest;
 use super::turn::Turn;
 use super::{
     Asked, Entry, EntryKey, Failure, FoundResult, LeaseName, OutcomeRecord, Owner, QueueOp, QueueSnapshot,
@@ -48,6 +49,7 @@ pub(super) struct LockQueue {
     turn: Turn,
     /// Results that came since the table was told of the line last, for clients that want one.
     results: Vec<SharedResult>,
+    newest: Newest,
     /// The place that a request under way gives up for a new one, and the key of that.
     next: Option<(Token, EntryKey)>,
 }
@@ -163,9 +165,13 @@ impl LockQueue {
         }
         (self.last, self.asked, self.mark, self.turn) = (None, None, None, Turn::default());
         self.results = Vec::new();
+        self.newest.forget_store();
     }
 
-    pub(super) fn watch_event(&mut self, revision: Revision, event: WatchEvent) {
+    pub(super) fn watch_event(&mut self, revision: Revision, event: WatchEvent, lease: Option<&LeaseName>) {
+        if let WatchEvent::Newest(seen) = &event {
+            self.newest.recognize(seen.as_ref(), lease);
+        }
         let Some(as_of) = self.as_of else {
             self.missed = self.missed.max(revision);
             return;
@@ -186,6 +192,7 @@ impl LockQueue {
                 }
             }
             WatchEvent::Result(result) => self.note_result(result),
+            WatchEvent::Newest(seen) => self.newest.see(seen, lease),
             // The table knows.
             WatchEvent::Ran(_) | WatchEvent::RunGone { .. } => {}
         }
@@ -212,6 +219,9 @@ impl LockQueue {
             QueueOp::TryAcquire { entry_key, owner, .. } | QueueOp::Enqueue { entry_key, owner } => {
                 Some((entry_key, owner))
             }
+            QueueOp::RecordNewest { entry, .. } => {
+                entry.as_ref().map(|(entry_key, owner)| (entry_key, owner))
+            }
             QueueOp::Release { next, revision, .. } => {
                 self.next = next.as_ref().map(|(next, _)| (Token(revision.0 as u64), next.clone()));
                 self.turn.leaves(mark);
@@ -228,6 +238,7 @@ impl LockQueue {
     pub(super) fn answered(&mut self, id: u64, snapshot: QueueSnapshot, lease: Option<&LeaseName>) -> bool {
         let Some(asked) = self.asked.take_if(|asked| asked.id == id) else { return false };
         self.knows_runs = true;
+        self.newest.recognize(snapshot.newest.as_ref(), lease);
         let mut is_news = self.as_of.is_none_or(|as_of| as_of <= snapshot.revision);
         if is_news {
             self.as_of = Some(snapshot.revision);
@@ -235,6 +246,7 @@ impl LockQueue {
             snapshot.entries.into_iter().for_each(|entry| self.insert(entry));
             self.last = snapshot.last;
             snapshot.results.into_iter().for_each(|result| self.note_result(result));
+            self.newest.see(snapshot.newest, lease);
         }
         self.must_read = self.missed > snapshot.revision;
         self.missed = Revision(0);
@@ -317,6 +329,8 @@ impl LockQueue {
             table.remote_hold_ended(now, lock, outcome, effects);
         }
         self.turn.settle(self.last);
+        // Before a grant: a request that is not the newest of all hosts any more gets nothing.
+        self.newest.tell(table, lock, standing.lease, effects);
         // After the table has been told of the end: the newcomers lose to this grant, and not to that hold.
         let is_undecided = self.grant_admitted(table, now, lock, standing, effects);
         if !is_undecided && (!table.cluster_needs(lock).is_nothing() || self.told.is_some()) {
@@ -508,6 +522,15 @@ impl LockQueue {
             let (entry_key, revision) = (entry.entry_key.clone(), entry.revision);
             return Some(QueueOp::Release { entry_key, revision, record, run, result: None, next });
         }
+        let Some(as_of) = self.as_of.or((!needs.rank).then_some(Revision(0))) else {
+            return Some(QueueOp::Read);
+        };
+        if let Some((record, replaced)) = self.newest.next_record(table, lock, lease, as_of) {
+            // Behind a holder of this host, a request needs no place.
+            let needs_entry = needs.rank && idle.is_none() && !is_held;
+            let entry = needs_entry.then(|| (entry_key, owner()));
+            return Some(QueueOp::RecordNewest { record, replaced, entry });
+        }
         if idle.is_some() {
             return needs.free_or_busy.then_some(QueueOp::Read);
         }
@@ -538,6 +561,7 @@ impl LockQueue {
                 || !table.cluster_needs(lock).is_nothing()
                 || (self.as_of.is_none() && table.is_held_here(lock))
                 || self.idle_entry(table, lock).is_some()
+                || self.newest.has_lapsed(table, lock)
                 || self.has_orphan_entry(lease))
     }
 

@@ -2,10 +2,12 @@
 //! occur there. The checks after each step fail if a client was told what it must never be told.
 //!
 //! - `store`: etcd as far as it matters: a store with revisions, leases, and a history that is compacted.
+//! - `newest`: what must be true of the requests of which only the newest of all hosts waits.
 //! - `world`: hosts, clients, time and chance; links that lose questions or answers, or are cut; hosts that freeze.
 //!
 //! `KMUTEX_SIM_SEED=N` replays one seed.
 
+mod newest;
 mod store;
 mod world;
 
@@ -74,6 +76,10 @@ fn run(seeds: std::ops::Range<u64>) {
         "own result",
         "result of another host",
         "election",
+        "newest",
+        "recorded again",
+        "superseded",
+        "superseded from elsewhere",
     ] {
         assert!(seen.get(what).is_some_and(|&times| times >= 10), "hardly ever: {what}: {seen:?}");
     }

@@ -652,6 +652,9 @@ impl Clustering {
                 owner.host = self.host.clone();
                 owner.since_ms = unix_ms();
             }
+            if let QueueOp::RecordNewest { .. } = &request.op {
+                self.renew_records(now);
+            }
             if let QueueOp::Release { record: Some(record), result, .. } = &mut request.op {
                 *result = self.unsent.for_request(request.lock, record.token);
                 self.renew_records(now);

@@ -73,16 +73,18 @@ pub(super) fn watch(key: &[u8], end: &[u8], from_revision: i64) -> String {
 }
 
 fn compare(compare: &Compare) -> Value {
-    let (key, end, revision) = match compare {
-        Compare::CreateRevision { key, revision } => (key, &[][..], *revision),
-        Compare::Empty { key, end } => (key, &end[..], 0),
+    let (target, key, end, revision) = match compare {
+        Compare::CreateRevision { key, revision } => ("CREATE", key, &[][..], *revision),
+        Compare::ModRevision { key, revision } => ("MOD", key, &[][..], *revision),
+        Compare::Empty { key, end } => ("CREATE", key, &end[..], 0),
     };
+    let field = if target == "MOD" { "mod_revision" } else { "create_revision" };
     json!({
-        "target": "CREATE",
+        "target": target,
         "result": "EQUAL",
         "key": base64(key),
         "range_end": base64(end),
-        "create_revision": revision.to_string(),
+        field: revision.to_string(),
     })
 }
 

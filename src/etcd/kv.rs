@@ -71,6 +71,13 @@ pub enum Compare {
         /// The revision.
         revision: i64,
     },
+    /// The key was last put at this revision. 0: there is no such key.
+    ModRevision {
+        /// The key.
+        key: Vec<u8>,
+        /// The revision.
+        revision: i64,
+    },
     /// There is no key from `key` up to, and without, `end`.
     Empty {
         /// The first.

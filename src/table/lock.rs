@@ -1,5 +1,6 @@
 //! A lock: its holders, and the lists of its waiters.
 
+use super::ArrivalMark;
 use super::list::List;
 use super::request::{RequestId, WaitList};
 use crate::proto::LockId;
@@ -20,6 +21,8 @@ pub(super) struct Lock {
     pub(super) stalled: List,
     /// The request that waits of those of which only the newest does.
     pub(super) newest: Option<RequestId>,
+    /// Of a clustered lock: which of these requests etcd has in the order of those of all hosts.
+    pub(super) ranked: ArrivalMark,
     /// The longest times for which requests for this lock want a success and a failure to count.
     pub(super) fresh_ms: u64,
     pub(super) fresh_failure_ms: u64,
@@ -48,6 +51,7 @@ impl Lock {
             coalescing: List::default(),
             stalled: List::default(),
             newest: None,
+            ranked: ArrivalMark::NONE,
             fresh_ms: 0,
             fresh_failure_ms: 0,
             shares: false,

@@ -20,6 +20,20 @@ impl Table {
         }
     }
 
+    /// A newest request is about to wait at a place that it kept: it gives way if a newer one waits already. Returns `false` if
+    /// it does not.
+    pub(super) fn gives_way(&mut self, id: RequestId, effects: &mut Effects) -> bool {
+        let request = &self.store[id];
+        let is_newer = |other: RequestId| self.store[other].place > request.place;
+        let gives_way = request.asked().is_some_and(|asked| asked.newest)
+            && self.store[request.lock].newest.is_some_and(is_newer);
+        if gives_way {
+            self.notify(id, NotificationKind::NewerRequest, effects);
+            self.remove_request(id);
+        }
+        gives_way
+    }
+
     /// A newest request is about to be granted: an older one, which has let it pass, is superseded.
     pub(super) fn supersede_stalled(&mut self, id: RequestId, effects: &mut Effects) {
         let older = self.store[self.store[id].lock].newest;

@@ -16,7 +16,7 @@ use super::{
 use crate::proto::v2::Mode;
 use crate::proto::{LockId, Outcome, Protocol, Token};
 
-/// What the requests for a lock need of etcd: nothing while the lock is held here.
+/// What the requests for a lock need of etcd: hardly anything while the lock is held here.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ClusterNeeds {
     /// A request waits for its turn: this host needs a place in the lock's queue of hosts.
@@ -25,6 +25,8 @@ pub struct ClusterNeeds {
     pub free_or_busy: bool,
     /// One of these would be content with a run that is over.
     pub fresh: bool,
+    /// Etcd must rank a request among the newest of all hosts before it waits or holds.
+    pub rank: bool,
     /// A once waiter would take the place of a holder that has vanished.
     pub takeover: bool,
     /// A protocol 1 waiter waits for the end of a hold, and the table knows of none: its host has given up the place that
@@ -55,12 +57,15 @@ impl Table {
         let Some(index) = self.store.find(lock) else { return ClusterNeeds::default() };
         let lock = &self.store[index];
         let own = self.own_holder(lock);
+        let rank = self.unranked_of(index).is_some();
         if own.is_some_and(|own| Sharing::from(&self.store[own].terms) == Sharing::Exclusive) {
-            return ClusterNeeds::default();
+            let free_or_busy = !lock.undecided.is_empty();
+            return ClusterNeeds { rank, free_or_busy, ..ClusterNeeds::default() };
         }
-        let is_queued = |id: RequestId| self.is_queued(id);
+        let is_queued = |id: RequestId| self.is_queued(id) && !self.is_unranked(id);
         ClusterNeeds {
-            queue_place: !lock.queue.is_empty()
+            rank,
+            queue_place: self.store.members(lock.queue).any(is_queued)
                 || self.has_next_batch(index)
                 || self.store.members(lock.undecided).any(is_queued),
             free_or_busy: !lock.undecided.is_empty(),
@@ -118,10 +123,15 @@ impl Table {
     pub fn first_in_line(&self, lock: LockId) -> Option<RequestView<'_>> {
         let index = self.store.find(lock)?;
         let lock = &self.store[index];
-        let queued = self.store.members(lock.undecided).find(|&id| self.is_queued(id));
-        let queued = [lock.queue.head(), lock.coalescing.tail(), queued].into_iter().flatten();
+        // A place that is made for an unranked request would be of no use for the others.
+        let is_ranked = |id: &RequestId| !self.is_unranked(*id);
+        let undecided = || self.store.members(lock.undecided).filter(is_ranked);
+        let queued = undecided().find(|&id| self.is_queued(id));
+        let in_queue = self.store.members(lock.queue).find(is_ranked);
+        let queued = [in_queue, lock.coalescing.tail(), queued].into_iter().flatten();
         let by_place = |id: &RequestId| self.store[*id].place;
-        let first = queued.min_by_key(by_place).or(lock.undecided.head()).or(lock.once_waiters.head())?;
+        let first = queued.min_by_key(by_place).or_else(|| undecided().next());
+        let first = first.or(lock.once_waiters.head()).or(lock.undecided.head()).or(lock.queue.head())?;
         Some(self.view(index).request(first))
     }
 
@@ -260,7 +270,7 @@ impl Table {
     pub(super) fn needs_cluster(&self, id: RequestId) -> bool {
         let own = self.own_holder(&self.store[self.store[id].lock]);
         let excludes = |own: RequestId| Sharing::from(&self.store[own].terms) == Sharing::Exclusive;
-        self.is_clustered && !own.is_some_and(excludes)
+        self.is_clustered && (!own.is_some_and(excludes) || self.is_unranked(id))
     }
 
     /// Keeps a request until etcd has answered.
@@ -270,10 +280,15 @@ impl Table {
     }
 
     pub(super) fn wait_or_query(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
-        if self.needs_cluster(id) {
-            self.query_cluster(id, effects);
-        } else {
+        if !self.needs_cluster(id) {
             self.wait(now, id, effects);
+        } else if self.is_unranked(id) && self.refuse_if_cyclic(id, effects) {
+            // Requests of other hosts would have given way to it.
+            let lock = self.store[id].lock;
+            self.remove_request(id);
+            self.request_left(lock, effects);
+        } else {
+            self.query_cluster(id, effects);
         }
     }
 
@@ -323,13 +338,14 @@ impl Table {
 
     fn undecided_before(&self, index: LockIndex, mark: ArrivalMark) -> Vec<RequestId> {
         let undecided = self.store.members(self.store[index].undecided);
-        undecided.filter(|&id| self.store[id].place < mark.0).collect()
+        undecided.filter(|&id| self.store[id].place < mark.0 && !self.is_unranked(id)).collect()
     }
 
     /// Returns the oldest request that shares the lock so and does not hold it.
     fn oldest_request(&self, index: LockIndex, sharing: Sharing) -> Option<RequestId> {
         let lock = &self.store[index];
-        let is_such = |id: &RequestId| Sharing::from(&self.store[*id].terms) == sharing;
+        let is_such =
+            |id: &RequestId| Sharing::from(&self.store[*id].terms) == sharing && !self.is_unranked(*id);
         let lists = [lock.undecided, lock.queue, lock.once_waiters, lock.coalescing];
         let firsts = lists.into_iter().filter_map(|list| self.store.members(list).find(is_such));
         let oldest = firsts.min_by_key(|&id| self.store[id].place)?;

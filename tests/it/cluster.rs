@@ -57,6 +57,12 @@ pub fn steady_hosts<const N: usize>(etcd: &Etcd) -> [Daemon; N] {
     })
 }
 
+pub fn restart_steady(daemon: &mut Daemon, etcd: &Etcd) {
+    let options = steady_options(etcd);
+    daemon.restart(&options.iter().map(String::as_str).collect::<Vec<_>>());
+    daemon.wait_for_log("clustering locks under lease");
+}
+
 /// What `etcdctl lock` calls a key.
 pub fn name(key: &str) -> String {
     format!("kmutex/{}", Key::new(key).unwrap().id())

@@ -125,6 +125,14 @@ fn a_txn_does_one_list_or_the_other() {
     assert_eq!(second.ranges[0][0].create_revision, first.revision);
     assert!(client.txn(&create(first.revision)).unwrap().succeeded);
 
+    let if_put_at = |key: &str, revision: i64| {
+        let compare = vec![Compare::ModRevision { key: key.into(), revision }];
+        client.txn(&Txn { compare, ..Txn::default() }).unwrap().succeeded
+    };
+    let put_again = apply(&client, &[put("a/1", "newer")]).unwrap().revision;
+    assert!(if_put_at("a/1", put_again) && !if_put_at("a/1", first.revision));
+    assert!(if_put_at("b/1", 0) && !if_put_at("a/1", 0));
+
     let if_empty = |key: &str, end: &str| {
         let compare = vec![Compare::Empty { key: key.into(), end: end.into() }];
         client.txn(&Txn { compare, ..Txn::default() }).unwrap().succeeded

@@ -12,6 +12,8 @@ mod cluster;
 #[cfg(feature = "etcd")]
 mod cluster_batches;
 #[cfg(feature = "etcd")]
+mod cluster_newest;
+#[cfg(feature = "etcd")]
 mod cluster_runs;
 #[cfg(feature = "etcd")]
 mod cluster_share;

@@ -4,16 +4,21 @@ use std::collections::BTreeMap;
 
 use super::super::{
     ClusterRequest, Entry, EntryKey, Failure, LeaseName, OutcomeRecord, OwnResult, Owner, QueueOp,
-    QueueSnapshot, ResultOf, Revision, RunRecord, SharedResult, WatchEvent,
+    QueueSnapshot, ResultOf, Revision, RunRecord, SeenNewest, SharedResult, WatchEvent,
 };
 use crate::proto::{LockId, Outcome, Token};
 use crate::table::Timestamp;
+
+/// How long the record of a newest request stays.
+pub(super) const NEWEST_MS: u64 = 2_500;
 
 #[derive(Clone, Default)]
 pub(super) struct Store {
     revision: i64,
     entries: BTreeMap<(LockId, EntryKey), (Entry, Option<String>)>,
     records: BTreeMap<LockId, OutcomeRecord>,
+    /// By lock, with the time at which each is gone.
+    newest: BTreeMap<LockId, (SeenNewest, u64)>,
     /// By lock, and whether they succeeded.
     runs: BTreeMap<(LockId, bool), StoredRun>,
     /// At most one with each record.
@@ -65,6 +70,21 @@ impl Store {
                     }
                     self.revision += 1;
                     self.put(lock, entry_key, Some((**owner).clone()), Some(lease.0.clone()));
+                }
+            }
+            QueueOp::RecordNewest { record, replaced, entry } => {
+                let seen = self.newest.get(&lock).map_or(Revision(0), |(seen, _)| seen.revision);
+                if seen == *replaced {
+                    if !is_leased {
+                        return Err(Failure::LeaseGone);
+                    }
+                    self.revision += 1;
+                    let seen = SeenNewest { revision: self.revision(), record: Some(record.clone()) };
+                    self.newest.insert(lock, (seen.clone(), now + NEWEST_MS));
+                    self.note(lock, WatchEvent::Newest(Some(seen)));
+                    if let Some((entry_key, owner)) = entry {
+                        self.put(lock, entry_key, Some((**owner).clone()), Some(lease.0.clone()));
+                    }
                 }
             }
             QueueOp::Release { entry_key, revision, record, run, result, next } => {
@@ -153,6 +173,14 @@ impl Store {
         !known.is_empty()
     }
 
+    /// The record of the newest request is gone.
+    pub(super) fn forget_newest(&mut self, lock: LockId) {
+        if self.newest.remove(&lock).is_some() {
+            self.revision += 1;
+            self.note(lock, WatchEvent::Newest(None));
+        }
+    }
+
     /// An election gives the leases of the records their whole time again.
     pub(super) fn elect(&mut self, now: u64) {
         self.runs.values_mut().for_each(|run| run.until = now + (run.until - run.put));
@@ -167,7 +195,8 @@ impl Store {
             .collect();
         entries.sort_by_key(|entry| entry.revision);
         let last = self.records.get(&lock).copied();
-        QueueSnapshot { revision: self.revision(), entries, last, ..QueueSnapshot::default() }
+        let newest = self.newest.get(&lock).map(|(seen, _)| seen.clone());
+        QueueSnapshot { revision: self.revision(), entries, last, newest, ..QueueSnapshot::default() }
     }
 
     /// Another program makes an entry, or removes it.
@@ -205,6 +234,9 @@ impl Store {
             self.drop_result(lock, if is_success { ResultOf::Success } else { ResultOf::Failure });
             self.note(lock, WatchEvent::RunGone { is_success });
         }
+        let over: Vec<LockId> =
+            self.newest.iter().filter(|(_, (_, until))| *until <= now).map(|(lock, _)| *lock).collect();
+        over.into_iter().for_each(|lock| self.forget_newest(lock));
         let due: Vec<String> =
             self.leases.iter().filter(|(_, at)| **at <= now).map(|(name, _)| name.clone()).collect();
         due.iter().for_each(|lease| self.revoke(lease));
@@ -229,6 +261,10 @@ impl Store {
         // The events of one revision come together.
         *position = self.history.len();
         Some(news)
+    }
+
+    pub(super) fn history_length(&self) -> usize {
+        self.history.len()
     }
 
     /// Returns the locks in whose queues a lease has entries.

@@ -2,11 +2,13 @@
 
 use std::collections::BTreeMap;
 
+use super::super::queue::LockQueue;
 use super::super::{
     Cluster, ClusterRequest, Failure, FoundResult, LeaseName, OwnResult, QueueOp, QueueSnapshot, Revision,
     RunUser, WatchEvent,
 };
-use super::store::Store;
+use super::newest::NewestRequests;
+use super::store::{NEWEST_MS, Store};
 use crate::proto::v2::{LockRequest, Mode, Share};
 use crate::proto::{Key, LockId, Outcome, Token};
 use crate::table::rng::Rng;
@@ -33,6 +35,7 @@ enum Client {
         since: u64,
         nowait: bool,
         coalesces: bool,
+        newest: bool,
         fresh_ms: u64,
         /// When it was offered the lock.
         offered: Option<u64>,
@@ -57,6 +60,8 @@ struct Host {
     leases_had: u64,
     next_keep: u64,
     watched: usize,
+    /// When its watch last showed it every change.
+    watched_at: u64,
     /// The era of the store in which the watch was opened; `None`: there is no watch.
     watch_era: Option<u64>,
     /// The highest revision that the host saw, and the last entry that it saw being made.
@@ -110,6 +115,8 @@ pub(super) struct World {
     began: BTreeMap<(LockId, Token), (u64, u64)>,
     /// The hosts of the runs, and whether they share their results.
     runs: BTreeMap<(LockId, Token), (usize, bool)>,
+    /// By key.
+    newest: Vec<NewestRequests>,
     calm: bool,
     seen: Seen,
 }
@@ -120,7 +127,7 @@ impl World {
             table: Table::new(table::Config {
                 remember_max: 100,
                 hash_key: seed,
-                first_token: Token(1_000_000),
+                first_token: Token(1_000_000 * (number + 1)),
                 hold_limit: None,
                 is_clustered: true,
             }),
@@ -131,6 +138,7 @@ impl World {
             leases_had: 0,
             next_keep: 0,
             watched: 0,
+            watched_at: 1,
             watch_era: None,
             seen: Revision(0),
             last_added: None,
@@ -157,6 +165,7 @@ impl World {
             occupied: vec![0; KEYS as usize],
             began: BTreeMap::new(),
             runs: BTreeMap::new(),
+            newest: (0..KEYS).map(|_| NewestRequests::default()).collect(),
             calm: seed.is_multiple_of(5),
             seen: Seen::new(),
         }
@@ -193,6 +202,7 @@ impl World {
                 self.turn(host);
             }
         }
+        self.check_newest();
         for (key, occupied) in self.keys.iter().zip(&mut self.occupied) {
             if !self.store.line(key.id()).entries.is_empty() {
                 *occupied = self.step;
@@ -295,6 +305,10 @@ impl World {
             && owner.mode == Mode::Coalesce
         {
             self.note("stepped aside", 1);
+        }
+        if let QueueOp::RecordNewest { record, .. } = &ask.op {
+            let what = if record.rank.is_some() { "recorded again" } else { "recorded" };
+            self.note(what, 1);
         }
         let lease = LeaseName(self.hosts[host].lease.clone().expect("nothing is asked without a lease"));
         let seen = self.hosts[host].seen;
@@ -410,8 +424,11 @@ impl World {
                 }
             }
         }
+        if self.hosts[host].watched_at + NEWEST_MS <= self.now {
+            self.newest.iter_mut().for_each(|requests| requests.missed(host));
+        }
         let this = &mut self.hosts[host];
-        this.watched = position;
+        (this.watched, this.watched_at) = (position, self.now);
         this.seen = this.seen.max(revision);
     }
 
@@ -439,9 +456,13 @@ impl World {
         assert_eq!(self.keys[key].id(), lock);
         let after = match kind {
             NotificationKind::Granted(token) => {
-                let Client::Asking { fresh_ms, sharing, user, .. } = before else {
+                let Client::Asking { fresh_ms, sharing, newest, user, .. } = before else {
                     panic!("a holder is granted a lock")
                 };
+                if newest {
+                    self.newest[key].began(host, client, self.step);
+                    self.note("newest", 1);
+                }
                 self.check_grant(host, key, sharing, token);
                 // Beside others, one may end its run while the next one's offer stands.
                 if sharing == Sharing::Exclusive {
@@ -453,7 +474,7 @@ impl World {
             }
             NotificationKind::Offered => {
                 self.note("offered", 1);
-                let Client::Asking { fresh_ms, coalesces, sharing, user, .. } = before else {
+                let Client::Asking { fresh_ms, coalesces, newest, sharing, user, .. } = before else {
                     panic!("a holder is offered a lock")
                 };
                 Client::Asking {
@@ -461,6 +482,7 @@ impl World {
                     since,
                     nowait: false,
                     coalesces,
+                    newest,
                     fresh_ms,
                     offered: Some(self.now),
                     sharing,
@@ -469,6 +491,9 @@ impl World {
             }
             NotificationKind::Waiting { .. } => {
                 self.note("waiting", 1);
+                if let Client::Asking { newest: true, .. } = before {
+                    self.newest[key].waits(host, client, self.step);
+                }
                 before
             }
             NotificationKind::Finished(outcome, token) => {
@@ -529,6 +554,11 @@ impl World {
                 self.ended[key] = self.step;
                 Client::Idle
             }
+            NotificationKind::NewerRequest => {
+                let is_elsewhere = self.newest[key].gives_way(host, client, self.step);
+                self.note(if is_elsewhere { "superseded from elsewhere" } else { "superseded" }, 1);
+                Client::Idle
+            }
             NotificationKind::SlotsDiffer { slots, .. } => {
                 let Client::Asking { sharing: Sharing::Slots { slots: its, .. }, .. } = before else {
                     panic!("refused for its slots, of which it said none: {before:?}");
@@ -539,7 +569,35 @@ impl World {
             }
             other => panic!("no client is told {other:?} here"),
         };
+        if let (Client::Asking { newest: true, .. }, Client::Idle) = (before, after) {
+            self.newest[key].left(host, client, self.step);
+        }
         self.hosts[host].clients[client] = after;
+    }
+
+    /// Checks that of all hosts one newest request waits, when every host knows all.
+    fn check_newest(&self) {
+        let length = self.store.history_length();
+        let knows_all = |host: &Host| {
+            host.watch_era == Some(self.store.era)
+                && host.watched == length
+                && host.flights.is_empty()
+                && host.lease.is_some()
+                && host.cut_until.max(host.frozen_until) <= self.now
+        };
+        if !self.hosts.iter().all(knows_all) {
+            return;
+        }
+        for (key, requests) in self.keys.iter().zip(&self.newest) {
+            let has_read = |host: &Host| host.cluster.queues.get(&key.id()).is_none_or(LockQueue::is_current);
+            if !self.hosts.iter().all(has_read) {
+                continue;
+            }
+            let waits = |host: usize, client: usize| {
+                matches!(self.hosts[host].clients[client], Client::Asking { offered: None, .. })
+            };
+            assert!(requests.waiting(waits) <= 1, "two of the newest wait at the same time");
+        }
     }
 
     /// Checks that a run has begun since a coalescing request came.
@@ -651,8 +709,11 @@ impl World {
             // Some are stopped for a while.
             Client::Asking { offered: Some(_), .. } if self.rng.percent(10) => self.take(host, client),
             Client::Asking { offered: Some(_), .. } if self.rng.percent(90) => {}
-            Client::Asking { .. } => {
+            Client::Asking { key, newest, .. } => {
                 if self.rng.percent(5) {
+                    if newest {
+                        self.newest[key].left(host, client, self.step);
+                    }
                     self.hosts[host].clients[client] = Client::Idle;
                     self.feed(host, |table, _, effects| table.disconnected(now, id, effects));
                 }
@@ -685,8 +746,48 @@ impl World {
     }
 
     fn ask(&mut self, host: usize, client: usize) {
-        let (now, id) = (Timestamp(self.now), ClientId(client as u32));
+        if self.rng.percent(3) {
+            return self.ask_everywhere();
+        }
         let key = self.rng.below(KEYS) as usize;
+        self.ask_for(host, client, key);
+    }
+
+    /// A newest request comes to each host at the same time.
+    fn ask_everywhere(&mut self) {
+        let key = self.rng.below(KEYS) as usize;
+        for host in 0..HOSTS {
+            let idle = self.hosts[host].clients.iter().position(|client| matches!(client, Client::Idle));
+            if let Some(client) = idle.filter(|_| self.hosts[host].frozen_until <= self.now) {
+                self.newest[key].asks(host, client, self.step);
+                self.hosts[host].clients[client] = Client::Asking {
+                    key,
+                    since: self.step,
+                    nowait: false,
+                    coalesces: false,
+                    newest: true,
+                    fresh_ms: 0,
+                    offered: None,
+                    sharing: Sharing::Exclusive,
+                    user: None,
+                };
+                let asked =
+                    LockRequest { newest: true, ..LockRequest::new(self.keys[key].clone(), Mode::Queue) };
+                self.lock(host, client, asked);
+                self.settle(host);
+            }
+        }
+    }
+
+    fn lock(&mut self, host: usize, client: usize, asked: LockRequest) {
+        let (now, id) = (Timestamp(self.now), ClientId(client as u32));
+        self.feed(host, |table, _, effects| {
+            table.lock(now, id, None, Box::new(asked), effects).expect("it names no other's request");
+        });
+    }
+
+    fn ask_for(&mut self, host: usize, client: usize, key: usize) {
+        let (now, id) = (Timestamp(self.now), ClientId(client as u32));
         let lock = self.keys[key].clone();
         let nowait = self.rng.percent(20);
         let kind = self.rng.below(10);
@@ -706,18 +807,16 @@ impl World {
         };
         let sharing = Sharing::from(&Terms { shared, slots, ..Terms::V1 });
         let nowait = nowait && kind != 0;
+        let newest =
+            (6..8).contains(&kind) && !nowait && sharing == Sharing::Exclusive && self.rng.percent(80);
+        let since = self.step;
+        if newest {
+            self.newest[key].asks(host, client, since);
+        }
         let shares = kind != 0 && sharing == Sharing::Exclusive && self.rng.percent(50);
         let user = shares.then(|| 1 + u64::from(self.rng.percent(20)));
-        self.hosts[host].clients[client] = Client::Asking {
-            key,
-            since: self.step,
-            nowait,
-            coalesces,
-            fresh_ms,
-            offered: None,
-            sharing,
-            user,
-        };
+        self.hosts[host].clients[client] =
+            Client::Asking { key, since, nowait, coalesces, newest, fresh_ms, offered: None, sharing, user };
         if kind == 0 {
             return self.feed(host, |table, _, effects| table.lock_v1(now, id, lock.id(), effects));
         }
@@ -727,19 +826,18 @@ impl World {
             _ => Mode::Coalesce,
         };
         let offers = self.rng.percent(70);
-        let asked = Box::new(LockRequest {
+        let asked = LockRequest {
             nowait,
             offers,
             fresh_ms,
             shared,
             slots,
+            newest,
             share: user.map(|_| Share::Whole),
             sharer: user.unwrap_or_default(),
             ..LockRequest::new(lock, mode)
-        });
-        self.feed(host, |table, _, effects| {
-            table.lock(now, id, None, asked, effects).expect("it names no other's request");
-        });
+        };
+        self.lock(host, client, asked);
     }
 
     fn trouble(&mut self) {
@@ -761,6 +859,12 @@ impl World {
                 let lock = self.keys[self.rng.below(KEYS) as usize].id();
                 let forgotten = self.store.forget(lock);
                 self.note("forgotten", u64::from(forgotten));
+            }
+            30..40 => {
+                // A user deletes it.
+                let key = self.rng.below(KEYS) as usize;
+                self.store.forget_newest(self.keys[key].id());
+                self.newest[key].forget_order();
             }
             8..10 => {
                 self.note("compacted", 1);
@@ -798,6 +902,7 @@ impl World {
                 host.unaware_until = until;
             }
         }
+        self.newest.iter_mut().for_each(NewestRequests::forget_order);
         self.tokens.fill(Token(0));
         self.ended.fill(self.step);
         self.occupied.fill(self.step);

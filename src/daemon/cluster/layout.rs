@@ -8,6 +8,7 @@
 //! PREFIX/<identity>.failure            the last run that failed, likewise
 //! PREFIX/results/<identity>.done       the result of the hold that the record with the same ending is about; likewise
 //!                                      with .success and .failure
+//! PREFIX/<identity>.newest             the newest of the requests with `--newest`
 //! PREFIX/hosts/<lease>                 a host's sign of life, by which it checks its watch
 //! ```
 //!
@@ -18,8 +19,8 @@ use serde::{Deserialize, Serialize};
 
 use super::stored_result;
 use crate::cluster::{
-    Entry, EntryKey, OwnResult, Owner, QueueOp, QueueSnapshot, ResultOf, Revision, RunRecord, SharedResult,
-    WatchEvent,
+    Entry, EntryKey, OwnResult, Owner, QueueOp, QueueSnapshot, ResultOf, Revision, RunRecord, SeenNewest,
+    SharedResult, WatchEvent,
 };
 use crate::daemon::sharers::Sharers;
 use crate::etcd::{self, Compare, KeyValue, LeaseId, Op, Range, Sort, Txn};
@@ -175,6 +176,17 @@ impl Layout {
                 let key = self.entry_of(lock, entry_key);
                 (vec![Compare::CreateRevision { key, revision: 0 }], vec![put(entry_key, owner)])
             }
+            QueueOp::RecordNewest { record, replaced, entry } => {
+                let key = self.of(lock, NEWEST).into_bytes();
+                let mut compare = vec![Compare::ModRevision { key: key.clone(), revision: replaced.0 }];
+                let mut then = vec![Op::Put { key, value: json(record), lease: Some(leases.records) }];
+                if let Some((entry_key, owner)) = entry {
+                    let key = self.entry_of(lock, entry_key);
+                    compare.push(Compare::CreateRevision { key, revision: 0 });
+                    then.push(put(entry_key, owner));
+                }
+                (compare, then)
+            }
             QueueOp::Release { entry_key, revision, record, result, next, .. } => {
                 let key = self.entry_of(lock, entry_key);
                 // A watch sees the result before the end that it belongs to.
@@ -211,6 +223,7 @@ impl Layout {
             match self.parse(&key.key) {
                 Some((_, Part::Entry(entry_key))) => snapshot.entries.extend(entry(entry_key, key)),
                 Some((_, Part::Record)) => snapshot.last = value(&key.value),
+                Some((_, Part::Newest)) => snapshot.newest = Some(newest(key)),
                 Some((_, Part::Run { .. })) | None => {}
             }
         }
@@ -232,6 +245,8 @@ impl Layout {
             (etcd::Event::Put(key), Part::Entry(entry_key)) => WatchEvent::Added(entry(entry_key, key)?),
             (etcd::Event::Put(key), Part::Record) => WatchEvent::Outcome(value(&key.value)?),
             (etcd::Event::Put(key), Part::Run { .. }) => WatchEvent::Ran(self.run(key)?.record),
+            (etcd::Event::Put(key), Part::Newest) => WatchEvent::Newest(Some(newest(key))),
+            (etcd::Event::Delete { .. }, Part::Newest) => WatchEvent::Newest(None),
             (etcd::Event::Delete { .. }, Part::Entry(entry_key)) => WatchEvent::Removed(entry_key),
             (etcd::Event::Delete { .. }, Part::Run { is_success }) => WatchEvent::RunGone { is_success },
             (etcd::Event::Delete { .. }, Part::Record) => return None,
@@ -248,7 +263,7 @@ impl Layout {
     pub(super) fn entry(&self, key: &KeyValue) -> Option<(LockId, Entry)> {
         match self.parse(&key.key)? {
             (lock, Part::Entry(entry_key)) => Some((lock, entry(entry_key, key)?)),
-            (_, Part::Record | Part::Run { .. }) => None,
+            (_, Part::Record | Part::Newest | Part::Run { .. }) => None,
         }
     }
 
@@ -274,6 +289,7 @@ impl Layout {
         let (lock, rest) = split_identity(rest)?;
         match rest {
             done if done == DONE.as_bytes() => Some((lock, Part::Record)),
+            newest if newest == NEWEST.as_bytes() => Some((lock, Part::Newest)),
             run if run == SUCCESS.as_bytes() => Some((lock, Part::Run { is_success: true })),
             run if run == FAILURE.as_bytes() => Some((lock, Part::Run { is_success: false })),
             [b'/', entry_key @ ..] => Some((lock, Part::Entry(EntryKey(entry_key.into())))),
@@ -294,8 +310,12 @@ fn split_identity(key: &[u8]) -> Option<(LockId, &[u8])> {
 enum Part {
     Entry(EntryKey),
     Record,
+    Newest,
     Run { is_success: bool },
 }
+
+/// How the key of the newest request's record ends.
+const NEWEST: &str = ".newest";
 
 /// What the keys of results begin with. They are not between those of a queue, which is read often.
 const RESULTS: &str = "results/";
@@ -313,6 +333,10 @@ fn entry(entry_key: EntryKey, key: &KeyValue) -> Option<Entry> {
         owner
     });
     Some(Entry { entry_key, revision, owner })
+}
+
+fn newest(key: &KeyValue) -> SeenNewest {
+    SeenNewest { revision: Revision(key.mod_revision), record: value(&key.value) }
 }
 
 fn json(value: &impl Serialize) -> Vec<u8> {

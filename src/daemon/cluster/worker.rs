@@ -302,6 +302,9 @@ fn plain_release(entry_key: EntryKey, revision: Revision) -> QueueOp {
 fn source(op: &QueueOp) -> Source {
     match op {
         QueueOp::Read | QueueOp::Release { record: None, run: None, next: None, .. } => Source::Reads,
-        QueueOp::TryAcquire { .. } | QueueOp::Enqueue { .. } | QueueOp::Release { .. } => Source::Writes,
+        QueueOp::TryAcquire { .. }
+        | QueueOp::Enqueue { .. }
+        | QueueOp::RecordNewest { .. }
+        | QueueOp::Release { .. } => Source::Writes,
     }
 }

@@ -20,6 +20,7 @@ fn example_txn() -> Txn {
     Txn {
         compare: vec![
             Compare::CreateRevision { key: b"a".into(), revision: i64::MAX },
+            Compare::ModRevision { key: b"a".into(), revision: 7 },
             Compare::Empty { key: b"a".into(), end: b"b".into() },
         ],
         then: vec![
@@ -41,6 +42,7 @@ fn requests_are_as_the_gateway_reads_them() {
         json!({
             "compare": [
                 { "target": "CREATE", "result": "EQUAL", "key": "YQ==", "range_end": "", "create_revision": "9223372036854775807" },
+                { "target": "MOD", "result": "EQUAL", "key": "YQ==", "range_end": "", "mod_revision": "7" },
                 { "target": "CREATE", "result": "EQUAL", "key": "YQ==", "range_end": "Yg==", "create_revision": "0" },
             ],
             "success": [

@@ -147,6 +147,16 @@ fn a_newer_request_takes_the_place_of_an_older_one_that_waits() {
 }
 
 #[test]
+fn one_that_kept_its_place_from_before_a_restart_gives_way_to_a_newer_one() {
+    let mut fixture = Fixture::new();
+    fixture.ask(1, queue());
+    fixture.ask(2, newest());
+    let kept = fixture.ask(3, LockRequest { place: Some(50), ..newest() });
+    assert_eq!(kept, [(3, NotificationKind::NewerRequest)]);
+    assert_eq!(fixture.release(1, Outcome::Exit(0)), [granted(2, 101)]);
+}
+
+#[test]
 fn a_holder_that_is_replaced_is_asked_to_stop_and_keeps_the_lock_until_it_has() {
     let mut fixture = Fixture::new();
     fixture.ask(1, queue());

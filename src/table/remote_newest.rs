@@ -1,0 +1,83 @@
+//! Requests for clustered locks of which only the newest of all hosts goes on waiting.
+//!
+//! etcd has the order of these requests, and a request is *ranked* when it is part of that. Before that it neither waits nor
+//! holds: it is undecided, also behind a holder of this host. This file does not know what other hosts have: the caller says
+//! which requests are ranked, and which give way.
+
+use super::{ArrivalMark, Effects, LockIndex, NotificationKind, RequestId, Table};
+use crate::proto::LockId;
+
+impl ArrivalMark {
+    /// Returns the mark behind the request with this place.
+    pub fn behind(place: u64) -> ArrivalMark {
+        ArrivalMark(place.saturating_add(1))
+    }
+}
+
+impl Table {
+    /// Returns the place of the newest request of a lock that is not ranked.
+    pub fn unranked(&self, lock: LockId) -> Option<u64> {
+        self.unranked_of(self.store.find(lock)?)
+    }
+
+    pub(super) fn unranked_of(&self, index: LockIndex) -> Option<u64> {
+        let unranked = self.newest_requests(index).filter(|&id| self.is_unranked(id));
+        unranked.map(|id| self.store[id].place).max()
+    }
+
+    /// Returns the place of the ranked request that waits for its turn.
+    pub fn newest_waiter(&self, lock: LockId) -> Option<u64> {
+        let waiter = self.store[self.store.find(lock)?].newest?;
+        (!self.is_unranked(waiter)).then(|| self.store[waiter].place)
+    }
+
+    /// Returns `true` if one of these requests, which does not hold yet, has this place.
+    pub fn has_newest_at(&self, lock: LockId, place: u64) -> bool {
+        let index = self.store.find(lock);
+        index.is_some_and(|index| self.newest_requests(index).any(|id| self.store[id].place == place))
+    }
+
+    /// The requests that came before `mark` are ranked, and no others.
+    pub fn set_ranked(&mut self, lock: LockId, mark: ArrivalMark) {
+        if let Some(index) = self.store.find(lock) {
+            self.store[index].ranked = mark;
+        }
+    }
+
+    /// Returns a mark behind the requests that kept their places from an earlier daemon.
+    pub fn first_mark(&self) -> ArrivalMark {
+        ArrivalMark(self.first_arrival)
+    }
+
+    /// Another host has a newer request than these, which came before `mark`: they are superseded.
+    pub fn supersede_before(&mut self, lock: LockId, mark: ArrivalMark, effects: &mut Effects) {
+        let Some(index) = self.store.find(lock) else { return };
+        let older: Vec<RequestId> =
+            self.newest_requests(index).filter(|&id| self.store[id].place < mark.0).collect();
+        for &id in &older {
+            self.notify(id, NotificationKind::NewerRequest, effects);
+            self.remove_request(id);
+        }
+        if !older.is_empty() {
+            self.request_left(index, effects);
+        }
+    }
+
+    /// Returns the requests that are undecided, and the one that waits.
+    fn newest_requests(&self, index: LockIndex) -> impl Iterator<Item = RequestId> + '_ {
+        let lock = &self.store[index];
+        let undecided = self.store.members(lock.undecided).filter(|&id| self.is_newest(id));
+        undecided.chain(lock.newest)
+    }
+
+    fn is_newest(&self, id: RequestId) -> bool {
+        self.store[id].asked().is_some_and(|asked| asked.newest && !asked.nowait)
+    }
+
+    /// Returns `true` if etcd must rank a request before it waits or holds.
+    pub(super) fn is_unranked(&self, id: RequestId) -> bool {
+        self.is_clustered
+            && self.store[id].place >= self.store[self.store[id].lock].ranked.0
+            && self.is_newest(id)
+    }
+}
