@@ -9,7 +9,7 @@ use kmutex::etcd::{Op, Txn};
 use kmutex::proto::{Key, Outcome, Token};
 use nix::sys::signal::Signal;
 
-use crate::cluster::{host, hosts, name, restart, standing, steady_hosts};
+use crate::cluster::{host, name, standing, steady_hosts, steady_options};
 use crate::etcd_harness::Etcd;
 use crate::harness::*;
 use crate::other_user::OtherUser;
@@ -19,6 +19,7 @@ const FINISHED: i32 = 79;
 /// What callers do in the folder of the first daemon.
 struct Scene {
     folder: PathBuf,
+    key: String,
 }
 
 /// A caller whose output goes to files.
@@ -45,11 +46,11 @@ impl Caller {
 
 impl Scene {
     fn of(daemon: &Daemon) -> Scene {
-        Scene { folder: daemon.folder().to_path_buf() }
+        Scene { folder: daemon.folder().to_path_buf(), key: "k".into() }
     }
 
     fn caller(&self, daemon: &Daemon, name: &str, options: &[&str], script: &str) -> Caller {
-        let mut command = daemon.run(&[options, &["k", "--", "sh", "-c", script]].concat());
+        let mut command = daemon.run(&[options, &[&self.key, "--", "sh", "-c", script]].concat());
         let [out, err] = ["out", "err"].map(|stream| self.folder.join(format!("{name}.{stream}")));
         command.current_dir(&self.folder);
         command.stdout(fs::File::create(&out).unwrap()).stderr(fs::File::create(&err).unwrap());
@@ -67,9 +68,9 @@ impl Scene {
 
     /// A caller that waits for the holder, and whose own command would say so.
     fn waiter(&self, daemon: &Daemon, name: &str, share: &str) -> Caller {
-        let waiting = daemon.counts("k").1;
+        let waiting = daemon.counts(&self.key).1;
         let caller = self.caller(daemon, name, &[share], "echo run >> runs; echo ran; exit 9");
-        daemon.wait_for_counts("k", 1, waiting + 1);
+        daemon.wait_for_counts(&self.key, 1, waiting + 1);
         // What the daemon answers now comes behind its decision about the caller.
         daemon.status();
         caller
@@ -82,6 +83,11 @@ impl Scene {
     fn runs(&self) -> usize {
         fs::read_to_string(self.folder.join("runs")).unwrap_or_default().lines().count()
     }
+}
+
+fn restart(daemon: &mut Daemon, etcd: &Etcd) {
+    let options = steady_options(etcd);
+    daemon.restart(&options.iter().map(String::as_str).collect::<Vec<_>>());
 }
 
 /// What the result of a run that ended so is called.
@@ -181,7 +187,7 @@ fn runs_without_share_put_no_result_into_etcd_and_their_waiters_are_told() {
 #[ignore = "needs etcd"]
 fn a_remembered_result_is_replayed_on_all_hosts_until_one_forgets_it() {
     let etcd = Etcd::single();
-    let [a, mut b, c]: [Daemon; 3] = hosts(&etcd);
+    let [a, mut b, c, late]: [Daemon; 4] = steady_hosts(&etcd);
     let scene = Scene::of(&a);
     let script = "echo run >> runs; printf 'a\\0b'; wc -l < runs; echo error >&2; exit $(cat status)";
     let ask = |daemon: &Daemon, options: &[&str]| {
@@ -206,7 +212,6 @@ fn a_remembered_result_is_replayed_on_all_hosts_until_one_forgets_it() {
     fs::write(scene.folder.join("status"), "3").unwrap();
     let failure = ["--fresh-failure", "1h"];
     assert_eq!(ask(&c, &failure), of_run(3, 2));
-    let late = host(&etcd);
     for daemon in [&a, &late] {
         assert_eq!(ask(daemon, &failure), of_run(3, 2));
         assert_eq!(ask(daemon, &fresh), of_run(0, 1));
@@ -291,27 +296,39 @@ fn a_result_is_for_the_same_user_and_roots_for_all_only_if_both_hosts_say_so() {
     };
     let across = ["--share-across-users"];
     let [strict, other_strict, open, other_open] = [host(&[]), host(&[]), host(&across), host(&across)];
-    for (from, to, is_given) in [
+    let pairs = [
         (&strict, &other_strict, false),
         (&strict, &open, false),
         (&open, &strict, false),
         (&open, &other_open, true),
-    ] {
-        let scene = Scene::of(from);
+    ];
+    for (number, (from, to, is_given)) in pairs.into_iter().enumerate() {
+        let scene = Scene { key: format!("k-{number}"), ..Scene::of(from) };
         let mut holder = scene.holder(from, &["--share", "--fresh", "1h"], "echo of root; exit 0");
         let other = |then: &str| -> Command {
             let mut command = user.command(user.kmutex());
-            command.args(["run", "--trust-uid", "0", "--share", "--fresh", "1h", "k", "sh", "-c", then]);
+            command.args([
+                "run",
+                "--trust-uid",
+                "0",
+                "--share",
+                "--fresh",
+                "1h",
+                &scene.key,
+                "sh",
+                "-c",
+                then,
+            ]);
             command.env("KMUTEX_SOCK", to.sock());
             command
         };
         let mut own = scene.waiter(to, "own", "--share");
         let its = std::thread::scope(|scope| {
             let waiter = scope.spawn(|| finish(&mut other("exit 9")));
-            to.wait_for_counts("k", 1, 2);
+            to.wait_for_counts(&scene.key, 1, 2);
             to.status();
             scene.go();
-            assert_eq!((holder.process.wait(), own.process.wait()), (0, 0));
+            assert_eq!((holder.process.wait(), own.process.wait()), (0, 0), "{:?}", holder.output());
             waiter.join().unwrap()
         });
         assert_eq!(own.output().0, b"of root\n");
@@ -323,8 +340,6 @@ fn a_result_is_for_the_same_user_and_roots_for_all_only_if_both_hosts_say_so() {
         let later = finish(&mut other("echo its own; exit 9"));
         let expected = if is_given { (0, "of root\n") } else { (9, "its own\n") };
         assert_eq!((later.code, later.stdout.as_str()), expected);
-        wait_until("nothing stands in line", || standing(&etcd, "k") == 0);
-        finish(&mut to.kmutex(&["forget", "k"])).assert_silent(0);
     }
 }
 
@@ -332,7 +347,9 @@ fn a_result_is_for_the_same_user_and_roots_for_all_only_if_both_hosts_say_so() {
 #[ignore = "needs etcd"]
 fn if_the_holders_daemon_and_the_holder_are_killed_a_waiter_of_another_host_takes_over() {
     let etcd = Etcd::single();
-    let [mut a, b]: [Daemon; 2] = hosts(&etcd);
+    // Its lease is over soon.
+    let mut a = host(&etcd);
+    let [b]: [Daemon; 1] = steady_hosts(&etcd);
     let scene = Scene::of(&a);
     let mut holder = scene.holder(&a, &["--share", "--close"], "echo of the holder");
     let mut far = scene.waiter(&b, "far", "--share");
@@ -348,7 +365,7 @@ fn if_the_holders_daemon_and_the_holder_are_killed_a_waiter_of_another_host_take
 #[ignore = "needs etcd"]
 fn a_release_that_the_daemon_did_not_survive_is_one_without_a_result() {
     let mut etcd = Etcd::single();
-    let [mut a, b]: [Daemon; 2] = hosts(&etcd);
+    let [mut a, b]: [Daemon; 2] = steady_hosts(&etcd);
     let scene = Scene::of(&a);
     let mut holder = scene.holder(&a, &["--share", "--fresh", "1h"], "echo first");
     let mut far = scene.waiter(&b, "far", "--share");
@@ -383,6 +400,55 @@ fn a_result_that_etcd_refuses_does_not_hold_up_the_release() {
         wait_until("nothing stands in line", || standing(&etcd, "k") == 0);
     }
     finish(&mut a.run(&["-n", "k", "true"])).assert_silent(0);
+}
+
+#[test]
+#[ignore = "needs etcd"]
+fn when_the_store_went_back_no_result_of_before_is_given() {
+    let mut etcd = Etcd::single();
+    let [a, b] = [host(&etcd), host(&etcd)];
+    let scene = Scene::of(&a);
+    let ask = |daemon: &Daemon| {
+        let mut caller =
+            scene.caller(daemon, "caller", &["--share", "--fresh", "1h"], "echo run >> runs; wc -l < runs");
+        (caller.process.wait(), String::from_utf8(caller.output().0).unwrap())
+    };
+    assert_eq!([ask(&a), ask(&b)], [(0, "1\n".into()), (0, "1\n".into())]);
+    etcd.replace_data(|data| fs::remove_dir_all(data).unwrap());
+    for daemon in [&a, &b] {
+        daemon.wait_for_log("the store went back");
+    }
+    // A run in the new store, of which both hosts hear, has no result.
+    finish(&mut a.run(&["--fresh", "1h", "k", "true"])).assert_silent(0);
+    wait_until("the run to be known", || {
+        finish(&mut b.kmutex(&["status", "k"])).stdout.contains("last success: done")
+    });
+    assert_eq!(ask(&b), (0, "2\n".into()));
+    assert_eq!(ask(&a), (0, "2\n".into()));
+}
+
+#[test]
+#[ignore = "needs etcd"]
+fn callers_over_tcp_share_among_themselves_on_all_hosts() {
+    let etcd = Etcd::single();
+    let endpoint = etcd.endpoints()[0].to_string();
+    let [(a, to_a), (b, to_b)] = [(), ()].map(|()| {
+        let addr = crate::share::free_addr();
+        let daemon = Daemon::with(&["--sock", &addr, "--etcd", &endpoint, "--etcd-ttl", "10"]);
+        daemon.wait_for_log("clustering locks under lease");
+        (daemon, addr)
+    });
+    let scene = Scene::of(&a);
+    let mut holder = scene.holder(&a, &["--share", "--sock", &to_a], "printf 'a\\0b'; exit 3");
+    let script = "echo ran; exit 9";
+    let mut over_tcp = scene.caller(&b, "tcp", &["--share", "--sock", &to_b], script);
+    let mut local = scene.caller(&b, "local", &["--share"], script);
+    b.wait_for_counts("k", 1, 2);
+    b.status();
+    scene.go();
+    assert_eq!((holder.process.wait(), over_tcp.process.wait()), (3, 3));
+    assert_eq!(over_tcp.output().0, b"a\0b");
+    local.assert_none("another user's");
 }
 
 /// A row of one piece of standard output.

@@ -507,6 +507,12 @@ fn over_tcp_a_result_of_up_to_64_kib_is_passed_on() {
     }
 }
 
+/// A TCP address whose port was free a moment ago.
+#[cfg(feature = "etcd")]
+pub fn free_addr() -> String {
+    format!("127.0.0.1:{}", free_port())
+}
+
 /// A port that was free a moment ago.
 fn free_port() -> u16 {
     std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
