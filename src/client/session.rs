@@ -547,8 +547,13 @@ impl Session {
     /// # Errors
     /// [`Error::Closed`] when the daemon is gone.
     pub fn send(&mut self, request: &Request) -> Result<(), Error> {
+        let process = self.process_in(request);
+        if self.is_local && process.is_none() && matches!(request, Request::Child { .. }) {
+            // It has ended, and needs no lock.
+            return Ok(());
+        }
         let message = self.message(request);
-        match self.process_in(request) {
+        match process {
             None => self.transport.write_all(&message, self.answer_wait),
             Some(process) => self.transport.write_with(&message, process.as_fd(), self.answer_wait),
         }

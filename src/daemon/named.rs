@@ -98,6 +98,9 @@ fn discard(descriptor: OwnedFd) {
     }
 }
 
+/// Why a process is not named that has ended.
+pub(super) const ENDED: &str = "the process has ended";
+
 /// Checks that a client may leave its lock to a process, and finds out how to find that again.
 ///
 /// # Errors
@@ -107,13 +110,13 @@ pub(super) fn check(descriptor: OwnedFd, peer: Peer) -> Result<Named, &'static s
     let Some(pid) = number.filter(|_| namespace().is_some()) else {
         return match is_alive(&descriptor) {
             true => Ok(Named::Foreign(descriptor)),
-            false => Err("the process has ended"),
+            false => Err(ENDED),
         };
     };
     let facts = Facts::of(pid);
     // The number was that of this process while the facts were read.
     if !is_alive(&descriptor) {
-        return Err("the process has ended");
+        return Err(ENDED);
     }
     let (Some(facts), Some(started)) = (facts, start_time(pid)) else {
         return Ok(Named::Foreign(descriptor));

@@ -279,6 +279,11 @@ fn a_process_is_named_by_its_descriptor_and_not_by_its_number() {
     });
     wire.request_with(b"", &request("k"), ended.pid());
     assert_eq!(wire.answer_of("error")["code"], "not_permitted");
+    // A holder names its command when it may have ended. That is no error: the client has its status.
+    wire.request(r#"{"type":"lock","key":"other","inherits":false}"#).answer_of("granted");
+    wire.request_with(b"", &format!(r#"{{"type":"child","pid":{}}}"#, ended.pid()), ended.pid());
+    assert_eq!(wire.request(r#"{"type":"ping"}"#).answer()["type"], "pong");
+    assert_eq!(daemon.counts("other"), (1, 0));
     ended.wait();
 }
 

@@ -205,6 +205,8 @@ impl Server {
                         self.set_child(client, Some(child));
                         self.record_hold(client);
                     }
+                    // It ended while the request was on its way. The lock lasts as long as the connection.
+                    Err((_, named::ENDED)) => {}
                     Err((code, why)) => self.refuse(client, code, format!("child: {why}")),
                 }
             }
