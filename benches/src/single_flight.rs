@@ -3,7 +3,6 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -58,15 +57,11 @@ fn coalesced(program: &Path, socks: &[PathBuf]) -> Result<u64> {
         copy = copy.display()
     );
     let next = source.with_extension("new");
-    let last = AtomicU64::new(0);
-    let request = |number: u64| -> Result<()> {
-        // The changes are made in order, and each before its request.
-        while last.load(Ordering::Acquire) != number - 1 {
-            thread::yield_now();
-        }
+    let change = |number: u64| -> Result<()> {
         fs::write(&next, number.to_string())?;
-        fs::rename(&next, &source)?;
-        last.store(number, Ordering::Release);
+        Ok(fs::rename(&next, &source)?)
+    };
+    let request = |number: u64| -> Result<()> {
         let mut command = Command::new(program);
         let sock = &socks[number as usize % socks.len()];
         command.args(["run", "--coalesce", "--sock"]).arg(sock).args(["build", "sh", "-c", &job]);
@@ -83,13 +78,14 @@ fn coalesced(program: &Path, socks: &[PathBuf]) -> Result<u64> {
     };
     let began = Instant::now();
     thread::scope(|scope| {
-        let requests: Vec<_> = (1..=REQUESTS)
-            .map(|number| {
-                let due = SPREAD.mul_f64(number as f64 / REQUESTS as f64);
-                thread::sleep(due.saturating_sub(began.elapsed()));
-                scope.spawn(move || request(number))
-            })
-            .collect();
+        let request = &request;
+        let mut requests = Vec::new();
+        for number in 1..=REQUESTS {
+            let due = SPREAD.mul_f64(number as f64 / REQUESTS as f64);
+            thread::sleep(due.saturating_sub(began.elapsed()));
+            change(number)?;
+            requests.push(scope.spawn(move || request(number)));
+        }
         requests.into_iter().try_for_each(|request| request.join().map_err(|_| "a request panicked")?)
     })?;
     Ok(fs::read_to_string(&runs)?.lines().count() as u64)
