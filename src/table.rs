@@ -349,7 +349,7 @@ impl Table {
     /// Tells a request's client something, if the request has a client.
     fn notify(&self, id: RequestId, kind: NotificationKind, effects: &mut Effects) {
         let request = &self.store[id];
-        if let Some(client) = request.client {
+        if let Some(client) = request.client() {
             let lock = self.store[request.lock].id;
             effects.notifications.push(Notification { client, lock, kind });
         }
@@ -364,8 +364,8 @@ impl Table {
         let request = &self.store[id];
         let lock = &self.store[request.lock];
         // Coalescing requests never overtake each other: a newcomer waits with them for the next run.
-        (lock.queue.is_empty() || lock.queue.head() == Some(id))
-            && (lock.coalescing.is_empty() || lock.coalescing.tail() == Some(id))
+        (lock.extra().queue.is_empty() || lock.extra().queue.head() == Some(id))
+            && (lock.extra().coalescing.is_empty() || lock.extra().coalescing.tail() == Some(id))
             && self.holders_admit(lock, request)
     }
 
@@ -389,7 +389,13 @@ impl Table {
             return false;
         }
         let lock = &self.store[request.lock];
-        let lists = [lock.holders, lock.queue, lock.once_waiters, lock.undecided, lock.stalled];
+        let lists = [
+            lock.holders,
+            lock.extra().queue,
+            lock.extra().once_waiters,
+            lock.extra().undecided,
+            lock.extra().stalled,
+        ];
         let mut requests = lists.into_iter().flat_map(|list| self.store.members(list));
         let other = requests.find(|&other| other != id && self.must_agree(other));
         let differs = other.is_some_and(|other| self.store[other].terms.slots != slots);
@@ -397,7 +403,7 @@ impl Table {
             let slots = self.store[other].terms.slots;
             self.notify(
                 id,
-                NotificationKind::SlotsDiffer { slots, other: self.store[other].client },
+                NotificationKind::SlotsDiffer { slots, other: self.store[other].client() },
                 effects,
             );
         }
@@ -437,7 +443,7 @@ impl Table {
             self.holders.insert(token, id);
         }
         self.nested_granted(id);
-        effects.record.extend(self.store[id].client.map(JournalEntry::Granted));
+        effects.record.extend(self.store[id].client().map(JournalEntry::Granted));
         self.notify(id, NotificationKind::Granted(token), effects);
         debug_assert_eq!(self.store.token_of(id), Some(token), "a granted request holds");
     }
@@ -474,7 +480,7 @@ impl Table {
     /// Before a wait: there is a holder, or a queued request comes first.
     fn must_wait(&self, id: RequestId) -> bool {
         let lock = &self.store[self.store[id].lock];
-        !lock.holders.is_empty() || !lock.queue.is_empty() || !lock.coalescing.is_empty()
+        !lock.holders.is_empty() || !lock.extra().queue.is_empty() || !lock.extra().coalescing.is_empty()
     }
 
     fn notify_waiting(&self, id: RequestId, effects: &mut Effects) {
@@ -482,8 +488,10 @@ impl Table {
         let lock = &self.store[request.lock];
         let ahead = match request.wait_list {
             // It is the last one, unless it kept a place from before a restart.
-            WaitList::Queue if lock.queue.tail() == Some(id) => lock.queued - 1,
-            WaitList::Queue => self.store.members(lock.queue).take_while(|&other| other != id).count() as u32,
+            WaitList::Queue if lock.extra().queue.tail() == Some(id) => lock.extra().queued - 1,
+            WaitList::Queue => {
+                self.store.members(lock.extra().queue).take_while(|&other| other != id).count() as u32
+            }
             WaitList::V1 | WaitList::Once | WaitList::Coalesce => 0,
         };
         self.notify(id, NotificationKind::Waiting { ahead, place: request.place }, effects);
@@ -510,10 +518,10 @@ impl Table {
         let token = request.token().expect("only a holder's hold ends");
         let (lock, began, protocol) = (request.lock, request.began, request.terms.protocol);
         // Another host records its runs itself.
-        if self.store[lock].remote_holder.take_if(|remote| *remote == id).is_none() {
+        if self.store[lock].take_remote_holder(id).is_none() {
             self.remember(now, id, outcome, effects);
         }
-        if self.store[id].client.is_none() {
+        if self.store[id].client().is_none() {
             self.orphans.remove(&token);
         }
         if protocol == Protocol::V2 {
@@ -521,7 +529,23 @@ impl Table {
         }
         self.remove_request(id);
         debug_assert!(!self.orphans.contains_key(&token), "an ended hold leaves nothing behind");
+        if !self.store[lock].is_plain() {
+            self.finish_and_admit(now, lock, began, outcome, token, effects);
+        }
+        debug_assert!(!self.has_idle_queue(lock), "the head of a queue waits for a free lock");
+        self.store.remove_if_unused(lock);
+    }
 
+    /// A hold is over: tells the waiters that it is the work of, and admits the next ones.
+    fn finish_and_admit(
+        &mut self,
+        now: Timestamp,
+        lock: LockIndex,
+        began: ArrivalMark,
+        outcome: Outcome,
+        token: Token,
+        effects: &mut Effects,
+    ) {
         self.finish_waiters(lock, WaitList::V1, outcome, token, effects);
         if outcome == Outcome::Vanished {
             self.promote_oldest_waiter(now, lock, effects);
@@ -532,8 +556,6 @@ impl Table {
             self.finish_fresh_waiters(now, lock, effects);
         }
         self.admit_queue(now, lock, effects);
-        debug_assert!(!self.has_idle_queue(lock), "the head of a queue waits for a free lock");
-        self.store.remove_if_unused(lock);
     }
 
     /// After the end of a hold: the head of the queue waits although the lock is free.
@@ -541,7 +563,7 @@ impl Table {
         let lock = &self.store[lock];
         !self.is_clustered
             && lock.holders.is_empty()
-            && !(lock.queue.is_empty() && lock.coalescing.is_empty())
+            && !(lock.extra().queue.is_empty() && lock.extra().coalescing.is_empty())
     }
 
     /// Tells every waiter of a line that the holder finished, and removes it.
@@ -568,7 +590,7 @@ impl Table {
         token: Token,
         effects: &mut Effects,
     ) {
-        while let Some(id) = self.store[lock].coalescing.head()
+        while let Some(id) = self.store[lock].extra().coalescing.head()
             && self.store[id].place < began.0
         {
             self.notify(id, NotificationKind::Finished(outcome, token), effects);
@@ -595,7 +617,7 @@ impl Table {
         let heads = lists.iter().filter_map(|&list| lock.waiters(list).head());
         let oldest = heads.min_by_key(|&id| self.store[id].place)?;
         match self.store[oldest].wait_list {
-            WaitList::Coalesce => lock.coalescing.tail(),
+            WaitList::Coalesce => lock.extra().coalescing.tail(),
             _ => Some(oldest),
         }
     }
@@ -636,7 +658,7 @@ impl Table {
         self.next_arrival += 1;
         let lock = self.store.find_or_add(lock);
         let id = self.store.insert(Request {
-            client: None,
+            owner: None,
             lock,
             links: Links::default(),
             stage: Stage::New,

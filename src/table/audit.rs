@@ -6,9 +6,10 @@ impl Table {
     /// Panics when the table's parts contradict each other.
     pub fn audit(&self) {
         let requests = self.store.audit();
-        let without_client = requests.iter().filter(|(_, request)| request.client.is_none());
-        let remote =
-            requests.iter().filter(|(id, request)| self.store[request.lock].remote_holder == Some(*id));
+        let without_client = requests.iter().filter(|(_, request)| request.client().is_none());
+        let remote = requests
+            .iter()
+            .filter(|(id, request)| self.store[request.lock].extra().remote_holder == Some(*id));
         assert_eq!(
             without_client.count(),
             self.orphans.len() + remote.count(),

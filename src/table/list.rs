@@ -13,6 +13,9 @@ pub(super) struct List {
 }
 
 impl List {
+    /// A list without members.
+    pub(super) const EMPTY: List = List { head: None, tail: None };
+
     pub(super) fn head(&self) -> Option<RequestId> {
         self.head
     }

@@ -14,7 +14,7 @@ impl Table {
             return;
         }
         let lock = self.store[id].lock;
-        if let Some(older) = self.store[lock].newest.replace(id).filter(|&older| older != id) {
+        if let Some(older) = self.store[lock].extra_mut().newest.replace(id).filter(|&older| older != id) {
             self.notify(older, NotificationKind::NewerRequest, effects);
             self.remove_request(older);
         }
@@ -26,7 +26,7 @@ impl Table {
         let request = &self.store[id];
         let is_newer = |other: RequestId| self.store[other].place > request.place;
         let gives_way = request.asked().is_some_and(|asked| asked.newest)
-            && self.store[request.lock].newest.is_some_and(is_newer);
+            && self.store[request.lock].extra().newest.is_some_and(is_newer);
         if gives_way {
             self.notify(id, NotificationKind::NewerRequest, effects);
             self.remove_request(id);
@@ -36,7 +36,7 @@ impl Table {
 
     /// A newest request is about to be granted: an older one, which has let it pass, is superseded.
     pub(super) fn supersede_stalled(&mut self, id: RequestId, effects: &mut Effects) {
-        let older = self.store[self.store[id].lock].newest;
+        let older = self.store[self.store[id].lock].extra().newest;
         if older.is_some_and(|older| self.store[older].place < self.store[id].place) {
             self.supersede(id, effects);
         }
@@ -67,7 +67,7 @@ impl Table {
             let replaces = request.asked().is_some_and(|asked| asked.replace_after_ms.is_some());
             replaces && request.stage == Stage::Waiting && request.deadline == Timestamp::NEVER
         };
-        if self.store[lock].newest.is_some_and(is_due) {
+        if self.store[lock].extra().newest.is_some_and(is_due) {
             self.stop_holders(lock, effects);
         }
     }
@@ -89,7 +89,7 @@ impl Table {
         self.store.members(lock.holders).all(|holder| {
             let request = &self.store[holder];
             let its = request.details.as_ref().and_then(|details| details.uid);
-            let is_remote = lock.remote_holder == Some(holder);
+            let is_remote = lock.extra().remote_holder == Some(holder);
             is_remote || request.terms.protocol == Protocol::V1 || (uid.is_some() && its == uid)
         })
     }

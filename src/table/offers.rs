@@ -68,13 +68,13 @@ impl Table {
         self.clear_deadline(id);
         let lock = self.store[id].lock;
         let is_newest = self.store[id].asked().is_some_and(|asked| asked.newest);
-        if is_newest && self.store[lock].newest.is_some() {
+        if is_newest && self.store[lock].extra().newest.is_some() {
             self.notify(id, NotificationKind::NewerRequest, effects);
             self.remove_request(id);
         } else {
             self.store.move_to(id, Stage::Stalled);
             if is_newest {
-                self.store[lock].newest = Some(id);
+                self.store[lock].extra_mut().newest = Some(id);
             }
         }
         self.offer_ended(now, lock, effects);
@@ -109,7 +109,7 @@ impl Table {
     /// Returns `true` if no queued request is older.
     fn precedes_queue(&self, id: RequestId) -> bool {
         let request = &self.store[id];
-        let head = self.store[request.lock].queue.head();
+        let head = self.store[request.lock].extra().queue.head();
         head.is_none_or(|head| request.place < self.store[head].place)
     }
 
@@ -127,7 +127,8 @@ impl Table {
             WaitList::Coalesce => self.store[*id].place < began.0,
             WaitList::Queue | WaitList::V1 => false,
         };
-        let done: Vec<RequestId> = self.store.members(self.store[lock].stalled).filter(is_done).collect();
+        let done: Vec<RequestId> =
+            self.store.members(self.store[lock].extra().stalled).filter(is_done).collect();
         for id in done {
             self.notify(id, NotificationKind::Finished(outcome, token), effects);
             self.remove_request(id);

@@ -59,18 +59,19 @@ impl Table {
         let own = self.own_holder(lock);
         let rank = self.unranked_of(index).is_some();
         if own.is_some_and(|own| Sharing::from(&self.store[own].terms) == Sharing::Exclusive) {
-            let free_or_busy = !lock.undecided.is_empty();
+            let free_or_busy = !lock.extra().undecided.is_empty();
             return ClusterNeeds { rank, free_or_busy, ..ClusterNeeds::default() };
         }
         let is_queued = |id: RequestId| self.is_queued(id) && !self.is_unranked(id);
         ClusterNeeds {
             rank,
-            queue_place: self.store.members(lock.queue).any(is_queued)
+            queue_place: self.store.members(lock.extra().queue).any(is_queued)
                 || self.has_next_batch(index)
-                || self.store.members(lock.undecided).any(is_queued),
-            free_or_busy: !lock.undecided.is_empty(),
-            fresh: !lock.undecided.is_empty() && (lock.fresh_ms > 0 || lock.fresh_failure_ms > 0),
-            takeover: lock.holders.is_empty() && !lock.once_waiters.is_empty(),
+                || self.store.members(lock.extra().undecided).any(is_queued),
+            free_or_busy: !lock.extra().undecided.is_empty(),
+            fresh: !lock.extra().undecided.is_empty()
+                && (lock.extra().fresh_ms > 0 || lock.extra().fresh_failure_ms > 0),
+            takeover: lock.holders.is_empty() && !lock.extra().once_waiters.is_empty(),
             holder: lock.holders.is_empty() && !lock.waiters(WaitList::V1).is_empty(),
         }
     }
@@ -78,8 +79,8 @@ impl Table {
     /// Returns `true` if a coalescing request waits for a run that has not begun.
     fn has_next_batch(&self, index: LockIndex) -> bool {
         let lock = &self.store[index];
-        let began = lock.remote_holder.map_or(ArrivalMark::NONE, |holder| self.store[holder].began);
-        lock.coalescing.tail().is_some_and(|newest| self.store[newest].place >= began.0)
+        let began = lock.extra().remote_holder.map_or(ArrivalMark::NONE, |holder| self.store[holder].began);
+        lock.extra().coalescing.tail().is_some_and(|newest| self.store[newest].place >= began.0)
     }
 
     /// Returns `true` if a grant to this host would be the run of a batch, and any other host's batch would do as well.
@@ -87,8 +88,8 @@ impl Table {
         let Some(index) = self.store.find(lock) else { return false };
         let lock = &self.store[index];
         let is_coalescing = |id: RequestId| self.store[id].wait_list == WaitList::Coalesce;
-        lock.queue.is_empty()
-            && lock.undecided.is_empty()
+        lock.extra().queue.is_empty()
+            && lock.extra().undecided.is_empty()
             && self.oldest_request(index, Sharing::Exclusive).is_some_and(is_coalescing)
     }
 
@@ -99,13 +100,13 @@ impl Table {
 
     /// Returns the first holder, or request that the lock is offered to, of this host.
     fn own_holder(&self, lock: &Lock) -> Option<RequestId> {
-        self.store.members(lock.holders).find(|&id| lock.remote_holder != Some(id))
+        self.store.members(lock.holders).find(|&id| lock.extra().remote_holder != Some(id))
     }
 
     /// Returns the tokens under which this host holds a lock, or offers it to waiters.
     pub fn held_here(&self, lock: LockId) -> impl Iterator<Item = Token> + '_ {
         let lock = self.store.find(lock).map(|index| &self.store[index]);
-        let (list, remote) = lock.map(|lock| (lock.holders, lock.remote_holder)).unwrap_or_default();
+        let (list, remote) = lock.map(|lock| (lock.holders, lock.extra().remote_holder)).unwrap_or_default();
         let holders = self.store.members(list).filter(move |id| remote != Some(*id));
         holders.filter_map(|holder| match self.store[holder].stage {
             Stage::Holding(token) => Some(token),
@@ -125,13 +126,16 @@ impl Table {
         let lock = &self.store[index];
         // A place that is made for an unranked request would be of no use for the others.
         let is_ranked = |id: &RequestId| !self.is_unranked(*id);
-        let undecided = || self.store.members(lock.undecided).filter(is_ranked);
+        let undecided = || self.store.members(lock.extra().undecided).filter(is_ranked);
         let queued = undecided().find(|&id| self.is_queued(id));
-        let in_queue = self.store.members(lock.queue).find(is_ranked);
-        let queued = [in_queue, lock.coalescing.tail(), queued].into_iter().flatten();
+        let in_queue = self.store.members(lock.extra().queue).find(is_ranked);
+        let queued = [in_queue, lock.extra().coalescing.tail(), queued].into_iter().flatten();
         let by_place = |id: &RequestId| self.store[*id].place;
         let first = queued.min_by_key(by_place).or_else(|| undecided().next());
-        let first = first.or(lock.once_waiters.head()).or(lock.undecided.head()).or(lock.queue.head())?;
+        let first = first
+            .or(lock.extra().once_waiters.head())
+            .or(lock.extra().undecided.head())
+            .or(lock.extra().queue.head())?;
         Some(self.view(index).request(first))
     }
 
@@ -199,12 +203,12 @@ impl Table {
     /// The line of a lock is known. Nothing happens if no request of this host is for the lock.
     pub fn line_seen(&mut self, now: Timestamp, lock: LockId, line: &SeenLine<'_>, effects: &mut Effects) {
         let Some(index) = self.store.find(lock) else { return };
-        if let (Some((_, _, began)), Some(id)) = (line.other, self.store[index].remote_holder) {
+        if let (Some((_, _, began)), Some(id)) = (line.other, self.store[index].extra().remote_holder) {
             // An answer may show that more requests came before it began.
             self.store[id].began = self.store[id].began.max(began);
         } else if let Some((token, sharing, began)) = line.other {
             let id = self.store.insert(Request {
-                client: None,
+                owner: None,
                 lock: index,
                 links: Links::default(),
                 stage: Stage::Holding(token),
@@ -216,7 +220,7 @@ impl Table {
                 deadline: Timestamp::NEVER,
                 details: None,
             });
-            self.store[index].remote_holder = Some(id);
+            self.store[index].extra_mut().remote_holder = Some(id);
         }
         self.decide(now, index, line.mark, line.verdict, effects);
         self.remove_if_deserted(index);
@@ -231,7 +235,7 @@ impl Table {
         effects: &mut Effects,
     ) {
         if let Some(index) = self.store.find(lock)
-            && let Some(id) = self.store[index].remote_holder
+            && let Some(id) = self.store[index].extra().remote_holder
         {
             self.end_hold_unrecorded(now, id, outcome, effects);
         }
@@ -303,8 +307,9 @@ impl Table {
     /// A lock goes with the last request of this host; the hold of another host is no reason to keep it.
     fn remove_if_deserted(&mut self, index: LockIndex) {
         if self.store[index].requests == 1
-            && let Some(id) = self.store[index].remote_holder.take()
+            && let Some(id) = self.store[index].extra().remote_holder
         {
+            self.store[index].take_remote_holder(id);
             self.remove_request(id);
         }
         self.store.remove_if_unused(index);
@@ -337,7 +342,7 @@ impl Table {
     }
 
     fn undecided_before(&self, index: LockIndex, mark: ArrivalMark) -> Vec<RequestId> {
-        let undecided = self.store.members(self.store[index].undecided);
+        let undecided = self.store.members(self.store[index].extra().undecided);
         undecided.filter(|&id| self.store[id].place < mark.0 && !self.is_unranked(id)).collect()
     }
 
@@ -346,12 +351,13 @@ impl Table {
         let lock = &self.store[index];
         let is_such =
             |id: &RequestId| Sharing::from(&self.store[*id].terms) == sharing && !self.is_unranked(*id);
-        let lists = [lock.undecided, lock.queue, lock.once_waiters, lock.coalescing];
+        let lists =
+            [lock.extra().undecided, lock.extra().queue, lock.extra().once_waiters, lock.extra().coalescing];
         let firsts = lists.into_iter().filter_map(|list| self.store.members(list).find(is_such));
         let oldest = firsts.min_by_key(|&id| self.store[id].place)?;
         let is_coalescing =
             self.store[oldest].wait_list == WaitList::Coalesce && self.store[oldest].stage == Stage::Waiting;
-        if is_coalescing { lock.coalescing.tail() } else { Some(oldest) }
+        if is_coalescing { lock.extra().coalescing.tail() } else { Some(oldest) }
     }
 }
 

@@ -27,7 +27,7 @@ impl Table {
 
     /// Returns the place of the ranked request that waits for its turn.
     pub fn newest_waiter(&self, lock: LockId) -> Option<u64> {
-        let waiter = self.store[self.store.find(lock)?].newest?;
+        let waiter = self.store[self.store.find(lock)?].extra().newest?;
         (!self.is_unranked(waiter)).then(|| self.store[waiter].place)
     }
 
@@ -40,7 +40,7 @@ impl Table {
     /// The requests that came before `mark` are ranked, and no others.
     pub fn set_ranked(&mut self, lock: LockId, mark: ArrivalMark) {
         if let Some(index) = self.store.find(lock) {
-            self.store[index].ranked = mark;
+            self.store[index].extra_mut().ranked = mark;
         }
     }
 
@@ -66,8 +66,8 @@ impl Table {
     /// Returns the requests that are undecided, and the one that waits.
     fn newest_requests(&self, index: LockIndex) -> impl Iterator<Item = RequestId> + '_ {
         let lock = &self.store[index];
-        let undecided = self.store.members(lock.undecided).filter(|&id| self.is_newest(id));
-        undecided.chain(lock.newest)
+        let undecided = self.store.members(lock.extra().undecided).filter(|&id| self.is_newest(id));
+        undecided.chain(lock.extra().newest)
     }
 
     fn is_newest(&self, id: RequestId) -> bool {
@@ -77,7 +77,7 @@ impl Table {
     /// Returns `true` if etcd must rank a request before it waits or holds.
     pub(super) fn is_unranked(&self, id: RequestId) -> bool {
         self.is_clustered
-            && self.store[id].place >= self.store[self.store[id].lock].ranked.0
+            && self.store[id].place >= self.store[self.store[id].lock].extra().ranked.0
             && self.is_newest(id)
     }
 }

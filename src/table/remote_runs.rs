@@ -21,7 +21,7 @@ impl Table {
 
     /// Returns `true` if a request for a lock may want the result of a run on another host.
     pub fn awaits_result(&self, lock: LockId) -> bool {
-        self.store.find(lock).is_some_and(|index| self.store[index].shares)
+        self.store.find(lock).is_some_and(|index| self.store[index].extra().shares)
     }
 
     /// A host has given the result of a run, which is about to be remembered, to the user with this number. Returns `false` if that
@@ -101,7 +101,7 @@ impl Table {
 
     fn finish_undecided_if_fresh(&mut self, now: Timestamp, lock: LockId, effects: &mut Effects) {
         let Some(index) = self.store.find(lock) else { return };
-        let undecided: Vec<_> = self.store.members(self.store[index].undecided).collect();
+        let undecided: Vec<_> = self.store.members(self.store[index].extra().undecided).collect();
         for id in undecided {
             self.finish_if_fresh(now, id, effects);
         }

@@ -2,9 +2,9 @@
 
 use std::num::NonZeroU32;
 
-use super::{ArrivalMark, ClientId, Timestamp};
+use super::{ArrivalMark, ClientId, HoldState, Timestamp};
 use crate::proto::v2::{LockRequest, Mode};
-use crate::proto::{Nonce, Outcome, Protocol, Token};
+use crate::proto::{LockId, Nonce, Outcome, Protocol, Token};
 
 /// The terms of a request that matter while it holds the lock.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -58,6 +58,22 @@ impl RequestId {
 
     pub(super) fn index(self) -> usize {
         self.0.get() as usize - 1
+    }
+}
+
+/// A client's number as a request keeps it. (Never zero, so that an `Option` of it is no larger, in each of very many requests.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Owner(NonZeroU32);
+
+impl From<ClientId> for Owner {
+    fn from(client: ClientId) -> Owner {
+        Owner(client.0.checked_add(1).and_then(NonZeroU32::new).expect("fewer clients than descriptors"))
+    }
+}
+
+impl From<Owner> for ClientId {
+    fn from(owner: Owner) -> ClientId {
+        ClientId(owner.0.get() - 1)
     }
 }
 
@@ -124,7 +140,7 @@ pub(super) struct Links {
 /// One client's request for one lock, from the request to the release.
 pub(super) struct Request {
     /// `None`: the holder has not resumed since a restart of the daemon, or it is another host's.
-    pub(super) client: Option<ClientId>,
+    pub(super) owner: Option<Owner>,
     pub(super) lock: LockIndex,
     pub(super) links: Links,
     pub(super) stage: Stage,
@@ -155,6 +171,11 @@ pub(super) struct Details {
 }
 
 impl Request {
+    /// Returns the client, if the request has one.
+    pub(super) fn client(&self) -> Option<ClientId> {
+        self.owner.map(ClientId::from)
+    }
+
     pub(super) fn asked(&self) -> Option<&LockRequest> {
         self.details.as_ref()?.asked.as_deref()
     }
@@ -181,6 +202,19 @@ impl Request {
             | Stage::Offered(_)
             | Stage::Stalled => None,
         }
+    }
+
+    /// Returns the hold of a holder; `lock`: what it holds.
+    pub(super) fn hold(&self, lock: LockId) -> Option<HoldState> {
+        let details = self.details.as_deref();
+        Some(HoldState {
+            lock,
+            token: self.token()?,
+            terms: self.terms,
+            nonce: details.and_then(|details| details.nonce),
+            uid: details.and_then(|details| details.uid),
+            until: (self.deadline != Timestamp::NEVER).then_some(self.deadline),
+        })
     }
 
     /// Returns the outcome of a hold that ended without a release.

@@ -50,7 +50,7 @@ impl Table {
             }
         };
         let id = self.store.insert(Request {
-            client: None,
+            owner: None,
             lock,
             links: Links::default(),
             stage: Stage::Holding(held.token),
@@ -116,7 +116,7 @@ impl Table {
     /// Takes a lock from all its holders of this host, and grants it to the next waiter.
     pub fn break_lock(&mut self, now: Timestamp, lock: LockId, effects: &mut Effects) {
         let Some(index) = self.store.find(lock) else { return };
-        let remote = self.store[index].remote_holder;
+        let remote = self.store[index].extra().remote_holder;
         let is_here = |id: &RequestId| self.store.token_of(*id).is_some() && Some(*id) != remote;
         // Listed first: a holder that is admitted on the way keeps the lock.
         let holders: Vec<RequestId> = self.store.members(self.store[index].holders).filter(is_here).collect();
@@ -145,12 +145,12 @@ impl Table {
         self.nested_gone(id);
         let request = &mut self.store[id];
         request.details.as_mut().expect("only protocol 2 has nonces").asked = Some(asked);
-        if request.client.is_none() && request.deadline != Timestamp::NEVER {
+        if request.client().is_none() && request.deadline != Timestamp::NEVER {
             // The holder came back within its time.
             self.deadlines.remove(&(request.deadline, id));
             request.deadline = Timestamp::NEVER;
         }
-        match (request.client, token) {
+        match (request.client(), token) {
             (Some(_), _) => {
                 self.notify(id, NotificationKind::Superseded, effects);
                 self.store.detach(id);

@@ -247,11 +247,11 @@ impl Table {
         let (fresh_ms, fresh_failure_ms) = (asked.fresh_ms.max(asked.stale_ms), asked.fresh_failure_ms);
         if asked.share.is_some() {
             let index = self.store[id].lock;
-            self.store[index].shares = true;
+            self.store[index].extra_mut().shares = true;
         }
         if fresh_ms > 0 || fresh_failure_ms > 0 {
             let index = self.store[id].lock;
-            let lock = &mut self.store[index];
+            let lock = self.store[index].extra_mut();
             lock.fresh_ms = lock.fresh_ms.max(fresh_ms);
             lock.fresh_failure_ms = lock.fresh_failure_ms.max(fresh_failure_ms);
         }
@@ -268,8 +268,8 @@ impl Table {
         let request = &self.store[id];
         let lock = &self.store[request.lock];
         let counts_for_ms = match outcome {
-            Outcome::Exit(0) => lock.fresh_ms,
-            Outcome::Exit(_) | Outcome::Signal(_) => lock.fresh_failure_ms,
+            Outcome::Exit(0) => lock.extra().fresh_ms,
+            Outcome::Exit(_) | Outcome::Signal(_) => lock.extra().fresh_failure_ms,
             Outcome::Unknown | Outcome::Vanished => 0,
         };
         let Some(token) = request.token().filter(|_| counts_for_ms > 0) else { return };
@@ -292,10 +292,11 @@ impl Table {
 
     /// A run is remembered: tells the queued requests that it counts for.
     pub(super) fn finish_fresh_waiters(&mut self, now: Timestamp, lock: LockIndex, effects: &mut Effects) {
-        if self.store[lock].fresh_ms == 0 && self.store[lock].fresh_failure_ms == 0 {
+        let lock = self.store[lock].extra();
+        if lock.fresh_ms == 0 && lock.fresh_failure_ms == 0 {
             return;
         }
-        let lists = [self.store[lock].queue, self.store[lock].stalled];
+        let lists = [lock.queue, lock.stalled];
         let waiters: Vec<RequestId> = lists.into_iter().flat_map(|list| self.store.members(list)).collect();
         for id in waiters {
             self.finish_if_fresh(now, id, effects);

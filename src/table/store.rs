@@ -92,7 +92,7 @@ impl Store {
 
     /// Adds a request, which has no client yet, to the list of its stage.
     pub(super) fn insert(&mut self, request: Request) -> RequestId {
-        debug_assert!(request.client.is_none(), "Store::attach gives a request its client");
+        debug_assert!(request.client().is_none(), "Store::attach gives a request its client");
         self[request.lock].requests += 1;
         let id = RequestId::new(self.requests.insert(request));
         self.link(id);
@@ -103,7 +103,7 @@ impl Store {
     pub(super) fn remove(&mut self, id: RequestId) -> Request {
         self.unlink(id);
         let request = self.requests.remove(id.index());
-        if let Some(client) = request.client {
+        if let Some(client) = request.client() {
             self.request_of[client.0 as usize] = None;
         }
         self[request.lock].requests -= 1;
@@ -120,7 +120,7 @@ impl Store {
     /// Gives a request without a client to a client without a request.
     pub(super) fn attach(&mut self, id: RequestId, client: ClientId) {
         debug_assert!(self.request_of(client).is_none(), "a client has one request at a time");
-        self[id].client = Some(client);
+        self[id].owner = Some(client.into());
         let number = client.0 as usize;
         if number >= self.request_of.len() {
             self.request_of.resize(number + 1, None);
@@ -130,7 +130,7 @@ impl Store {
 
     /// Takes a request from its client, if it has one.
     pub(super) fn detach(&mut self, id: RequestId) -> Option<ClientId> {
-        let client = self[id].client.take()?;
+        let client = ClientId::from(self[id].owner.take()?);
         self.request_of[client.0 as usize] = None;
         Some(client)
     }
@@ -138,17 +138,21 @@ impl Store {
     /// Waiting requests stand in the order of arrival, holders in the order of their grants and offers.
     fn link(&mut self, id: RequestId) {
         let Request { lock, stage, wait_list, terms, .. } = self.requests[id.index()];
+        if stage == Stage::New {
+            return;
+        }
         let weight = u64::from(terms.weight_or_one());
         let lock = &mut self.locks[lock.get()];
         match stage {
-            Stage::New => {}
+            Stage::New => unreachable!("a new request is in no list"),
             Stage::Deferred => self.deferred.insert_by_place(&mut self.requests, id),
-            Stage::Undecided => lock.undecided.insert_by_place(&mut self.requests, id),
+            Stage::Undecided => lock.extra_mut().undecided.insert_by_place(&mut self.requests, id),
             Stage::Waiting => {
+                let lock = lock.extra_mut();
                 lock.queued += u32::from(wait_list == WaitList::Queue);
                 lock.waiters_mut(wait_list).insert_by_place(&mut self.requests, id);
             }
-            Stage::Stalled => lock.stalled.insert_by_place(&mut self.requests, id),
+            Stage::Stalled => lock.extra_mut().stalled.insert_by_place(&mut self.requests, id),
             Stage::Holding(_) | Stage::Offered(_) => {
                 lock.holding += u32::from(matches!(stage, Stage::Holding(_)));
                 lock.weight_held += weight;
@@ -161,16 +165,17 @@ impl Store {
         let Request { lock, stage, wait_list, terms, .. } = self.requests[id.index()];
         let weight = u64::from(terms.weight_or_one());
         let lock = &mut self.locks[lock.get()];
-        lock.newest.take_if(|newest| *newest == id);
+        lock.forget_newest(id);
         let list = match stage {
             Stage::New => return,
             Stage::Deferred => &mut self.deferred,
-            Stage::Undecided => &mut lock.undecided,
+            Stage::Undecided => &mut lock.extra_mut().undecided,
             Stage::Waiting => {
+                let lock = lock.extra_mut();
                 lock.queued -= u32::from(wait_list == WaitList::Queue);
                 lock.waiters_mut(wait_list)
             }
-            Stage::Stalled => &mut lock.stalled,
+            Stage::Stalled => &mut lock.extra_mut().stalled,
             Stage::Holding(_) | Stage::Offered(_) => {
                 lock.holding -= u32::from(matches!(stage, Stage::Holding(_)));
                 lock.weight_held -= weight;
@@ -261,12 +266,12 @@ impl Store {
             let is_its = |request: &Request| request.stage == Stage::Waiting && request.wait_list == list;
             let waiters = self.audit_list(lock.waiters(list), is_its);
             if list == WaitList::Queue {
-                assert_eq!(lock.queued as usize, waiters.len(), "the count of the queue is wrong");
+                assert_eq!(lock.extra().queued as usize, waiters.len(), "the count of the queue is wrong");
             }
             listed.extend(waiters);
         }
-        listed.extend(self.audit_list(lock.stalled, |request| request.stage == Stage::Stalled));
-        listed.extend(self.audit_list(lock.undecided, |request| request.stage == Stage::Undecided));
+        listed.extend(self.audit_list(lock.extra().stalled, |request| request.stage == Stage::Stalled));
+        listed.extend(self.audit_list(lock.extra().undecided, |request| request.stage == Stage::Undecided));
         let is_here = |id: &RequestId| self[*id].lock == index;
         assert!(listed.iter().all(is_here), "a request is listed by the lock of another request");
         let deferred = deferred.iter().filter(|id| is_here(id)).count();
@@ -288,10 +293,10 @@ impl Store {
         for (number, id) in self.request_of.iter().enumerate() {
             if let Some(id) = id {
                 let client = Some(ClientId(number as u32));
-                assert_eq!(self[*id].client, client, "a client has the request of another client");
+                assert_eq!(self[*id].client(), client, "a client has the request of another client");
             }
         }
-        let with_client = self.requests.iter().filter(|(_, request)| request.client.is_some()).count();
+        let with_client = self.requests.iter().filter(|(_, request)| request.client().is_some()).count();
         assert_eq!(self.request_of.iter().flatten().count(), with_client, "a client lacks its request");
     }
 }

@@ -112,6 +112,12 @@ fn finished(client: u32, outcome: Outcome, token: u64) -> (u32, NotificationKind
 }
 
 #[test]
+fn a_lock_that_is_held_and_no_more_is_small() {
+    assert!(size_of::<Lock>() <= 56, "a lock takes {} bytes", size_of::<Lock>());
+    assert!(size_of::<Request>() <= 88, "a request takes {} bytes", size_of::<Request>());
+}
+
+#[test]
 fn both_protocols_ask_for_the_same_lock() {
     let mut fixture = Fixture::new();
     assert_eq!(fixture.v1(1), [granted(1, 100)]);

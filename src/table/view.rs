@@ -49,9 +49,15 @@ impl Table {
         Some((view, view.request(id)))
     }
 
+    /// Returns what a client holds, if it holds a lock, and since when it has held it.
+    pub fn hold_of(&self, client: ClientId) -> Option<(HoldState, Timestamp)> {
+        let request = &self.store[self.store.request_of(client)?];
+        Some((request.hold(self.store[request.lock].id)?, request.since))
+    }
+
     /// Returns the client that holds a lock under this token, if it is connected.
     pub fn holder_of(&self, token: Token) -> Option<ClientId> {
-        self.store[self.holders.get(token)?].client
+        self.store[self.holders.get(token)?].client()
     }
 
     pub(super) fn view(&self, index: LockIndex) -> LockView<'_> {
@@ -70,11 +76,11 @@ impl<'a> LockView<'a> {
         // The first of a list knows the key, unless it speaks protocol 1 (then its whole list does) or has not resumed yet.
         let lists = [
             self.lock.holders,
-            self.lock.once_waiters,
-            self.lock.queue,
-            self.lock.coalescing,
-            self.lock.undecided,
-            self.lock.stalled,
+            self.lock.extra().once_waiters,
+            self.lock.extra().queue,
+            self.lock.extra().coalescing,
+            self.lock.extra().undecided,
+            self.lock.extra().stalled,
         ];
         let first = lists.into_iter().flat_map(|list| self.store.members(list).take(LISTED_MAX));
         first.filter_map(|id| self.store[id].asked()).map(|asked| asked.key.as_str()).next()
@@ -104,31 +110,21 @@ impl<'a> LockView<'a> {
         let (store, this) = (self.store, *self);
         let waiters = [WaitList::Queue, WaitList::Coalesce, WaitList::Once, WaitList::V1]
             .map(|list| self.lock.waiters(list));
-        let lists = waiters.into_iter().chain([self.lock.undecided, self.lock.stalled]);
+        let lists = waiters.into_iter().chain([self.lock.extra().undecided, self.lock.extra().stalled]);
         let offered = store.members(self.lock.holders).filter(|&id| store.token_of(id).is_none());
         offered.chain(lists.flat_map(move |list| store.members(list))).map(move |id| this.request(id))
     }
 
     pub(super) fn request(&self, id: RequestId) -> RequestView<'a> {
         let request = &self.store[id];
-        let details = request.details.as_deref();
-        let uid = details.and_then(|details| details.uid);
-        let held = request.token().map(|token| HoldState {
-            lock: self.lock.id,
-            token,
-            terms: request.terms,
-            nonce: details.and_then(|details| details.nonce),
-            uid,
-            until: (request.deadline != Timestamp::NEVER).then_some(request.deadline),
-        });
         RequestView {
-            client: request.client,
-            uid,
+            client: request.client(),
+            uid: request.uid(),
             since: request.since,
             asked: request.asked(),
-            held,
+            held: request.hold(self.lock.id),
             terms: request.terms,
-            is_remote: self.lock.remote_holder == Some(id),
+            is_remote: self.lock.extra().remote_holder == Some(id),
         }
     }
 }
