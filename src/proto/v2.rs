@@ -1,5 +1,7 @@
 //! Protocol 2: one JSON object a line, after a preamble that stands where protocol 1 has a key.
 
+use std::borrow::Cow;
+use std::io::Write;
 use std::num::NonZeroU32;
 
 use serde::{Deserialize, Serialize};
@@ -527,12 +529,17 @@ pub struct LockUser {
     pub orphan: bool,
 }
 
+/// A text as it stands in the line, if there is nothing in it to unescape. (serde borrows no `Option<Cow<str>>`.)
+#[derive(Deserialize)]
+struct Text<'a>(#[serde(borrow)] Cow<'a, str>);
+
 /// Every field of every request. One flat struct, because serde would copy a tagged enum twice on the daemon's hot path.
 #[derive(Deserialize)]
 struct Frame<'a> {
     #[serde(rename = "type", borrow)]
-    kind: std::borrow::Cow<'a, str>,
-    key: Option<String>,
+    kind: Cow<'a, str>,
+    #[serde(borrow)]
+    key: Option<Text<'a>>,
     nonce: Option<Nonce>,
     #[serde(default)]
     mode: Mode,
@@ -588,12 +595,16 @@ pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
     if line.trim_ascii_start().first() != Some(&b'{') {
         return Err(error(ErrorCode::BadFrame, "the line is not a JSON object"));
     }
-    let frame: Frame<'_> = serde_json::from_slice(line).map_err(|e| match e.classify() {
+    // All at once, which is quicker than text by text.
+    let Ok(line) = std::str::from_utf8(line) else {
+        return Err(error(ErrorCode::BadFrame, "the line is not a JSON object: it is not UTF-8"));
+    };
+    let frame: Frame<'_> = serde_json::from_str(line).map_err(|e| match e.classify() {
         serde_json::error::Category::Data => error(ErrorCode::BadRequest, e.to_string()),
         _ => error(ErrorCode::BadFrame, format!("the line is not a JSON object: {e}")),
     })?;
     match &*frame.kind {
-        "lock" => Ok(Request::Lock(Box::new(frame.into_lock()?))),
+        "lock" => Ok(Request::Lock(frame.into_lock()?)),
         "release" => Ok(Request::Release { outcome: frame.outcome.unwrap_or(Outcome::Unknown) }),
         "take" => Ok(Request::Take),
         "child" => match frame.pid.and_then(Pid::new) {
@@ -641,7 +652,7 @@ pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
 }
 
 impl Frame<'_> {
-    fn into_lock(self) -> Result<LockRequest, Answer> {
+    fn into_lock(self) -> Result<Box<LockRequest>, Answer> {
         let Some(text) = self.key else {
             return Err(error(ErrorCode::BadRequest, "lock: key is missing"));
         };
@@ -679,8 +690,9 @@ impl Frame<'_> {
             Some(weight) if (1..=slots).contains(&weight) => NonZeroU32::new(weight),
             Some(_) => return Err(error(ErrorCode::BadRequest, "lock: weight is not from 1 to slots")),
         };
-        Ok(LockRequest {
-            key: key(text)?,
+        let key = key(text)?;
+        Ok(Box::new(LockRequest {
+            key,
             nonce: self.nonce,
             mode: self.mode,
             shared: self.shared,
@@ -703,11 +715,11 @@ impl Frame<'_> {
             stale_ms: self.stale_ms,
             sharer: 0,
             who: self.who,
-        })
+        }))
     }
 }
 
-fn key(text: String) -> Result<Key, Answer> {
+fn key(Text(text): Text<'_>) -> Result<Key, Answer> {
     Key::new(text).map_err(|e| error(ErrorCode::BadKey, e.to_string()))
 }
 
@@ -742,8 +754,21 @@ pub fn encode_proven(request: &Request, nonce: Nonce, buffer: &mut Vec<u8>) {
     buffer.extend_from_slice(format!(",\"proof\":\"{}\"}}\n", String::from(nonce)).as_bytes());
 }
 
+/// Appends an answer and its newline to a buffer, as [`encode`] does.
+pub fn encode_answer(answer: &Answer, buffer: &mut Vec<u8>) {
+    match answer {
+        // A daemon answers little else, and serde takes several times as long for it.
+        Answer::Released => buffer.extend_from_slice(b"{\"type\":\"released\"}\n"),
+        Answer::Granted { token, lease: None, stale: None } => {
+            writeln!(buffer, r#"{{"type":"granted","token":{token}}}"#)
+                .expect("memory takes what is written");
+        }
+        _ => encode(answer, buffer),
+    }
+}
+
 /// Appends a message and its newline to a buffer in memory.
-pub fn encode(message: &impl Serialize, mut buffer: impl std::io::Write) {
+pub fn encode(message: &impl Serialize, mut buffer: impl Write) {
     serde_json::to_writer(&mut buffer, message).expect("a message has no part that JSON lacks");
     buffer.write_all(b"\n").expect("memory takes what is written");
 }

@@ -438,3 +438,19 @@ fn a_newer_daemons_error_is_still_an_error() {
     let answer = decode_answer(br#"{"type":"error","code":"too_hot","message":"m","since":1}"#);
     assert_eq!(answer, Ok(error(ErrorCode::Other, "m")));
 }
+
+#[test]
+fn the_most_frequent_answers_are_written_as_serde_writes_them() {
+    let lease = Some(LeaseTerms { good_ms: 1, margin_ms: 2 });
+    for answer in [
+        Answer::Released,
+        Answer::Granted { token: Token(0), lease: None, stale: None },
+        Answer::Granted { token: Token(u64::MAX), lease: None, stale: None },
+        Answer::Granted { token: Token(7), lease, stale: None },
+        Answer::Offered,
+    ] {
+        let mut written = b"before it\n".to_vec();
+        encode_answer(&answer, &mut written);
+        assert_eq!(written.strip_prefix(b"before it\n"), Some(&*line(&answer)));
+    }
+}
