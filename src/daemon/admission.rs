@@ -169,7 +169,7 @@ impl Admission {
 }
 
 /// Root and the daemon's own user could stop the daemon anyway.
-fn is_administrator(uid: u32) -> bool {
+pub(super) fn is_administrator(uid: u32) -> bool {
     uid == 0 || uid == Uid::effective().as_raw()
 }
 

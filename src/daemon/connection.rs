@@ -13,13 +13,13 @@ use std::rc::Rc;
 use nix::sys::socket::{MsgFlags, recv, send};
 use smallvec::SmallVec;
 
-use super::admission::Access;
+use super::admission::{Access, is_administrator};
 use super::identity::{Identity, Standing};
 use super::named::{self, Named};
 use crate::addr::Peer;
 use crate::passing;
 use crate::proto::v2::Share;
-use crate::proto::{Nonce, Pid, v2};
+use crate::proto::{Nonce, Pid, Protocol, v2};
 use crate::table::{ClientId, Timestamp};
 #[cfg(feature = "tls")]
 use crate::tls::ServerSession;
@@ -39,10 +39,13 @@ pub(super) struct Connection {
     fd: OwnedFd,
     /// Distinguishes this connection's events from those of an earlier connection with the same client number.
     pub(super) generation: u32,
-    pub(super) protocol: Protocol,
+    /// It begins with protocol 1, and a preamble switches it to protocol 2.
+    protocol: Protocol,
     pub(super) access: Access,
     /// Its lock may be inherited by a command, whose descendants may keep this connection open.
     pub(super) inherits: bool,
+    /// Its user is root or the daemon's own.
+    is_administrator: bool,
     /// What few connections have.
     extra: Option<Box<Extra>>,
     /// Its request shares the result of a run.
@@ -54,31 +57,43 @@ pub(super) struct Connection {
     pub(super) dirty: bool,
     /// What the loop is woken for.
     pub(super) interest: Interest,
-    /// `input` holds whole requests, which are handled when the output was sent. Until then nothing is read.
+    /// `unhandled` holds whole requests, which are handled when the output was sent. Until then nothing is read.
     pub(super) postponed: bool,
     /// Its next request is handled when the daemon has looked up a user. Until then nothing is read.
     pub(super) awaits_user: bool,
     /// It holds nothing and waits for nothing any more. It is closed once `output` was sent, or cannot be sent.
     pub(super) closing: bool,
     /// `peer` is known, which it is on a Unix socket. (The two fields are not an `Option` because that would take four
-    /// more bytes of each of very many connections. The same is true of `deadline`.)
+    /// more bytes of each of very many connections.)
     has_peer: bool,
     peer: Peer,
-    /// When what this client holds was first recorded.
-    pub(super) recorded: Timestamp,
-    /// When it is closed unless the message that it has begun is complete by then, or, if its requests are postponed, unless
-    /// it has read something by then; [`Timestamp::NEVER`] if there is no limit.
-    pub(super) deadline: Timestamp,
-    /// Who a client over TCP is, where that matters.
-    pub(super) identity: Option<Box<Identity>>,
-    /// What was read and not handled: the beginning of a message whose end has not arrived yet, or postponed requests.
-    pub(super) input: Buffer,
+    /// It is read with recvmsg(2), for the descriptors that may come.
+    takes_descriptors: bool,
+    /// What was read and not handled.
+    pub(super) unhandled: Option<Box<Unhandled>>,
     output: Buffer,
 }
 
-/// What only connections have whose lock a command inherits, or that is taken for another process.
+/// What was read and not handled: the beginning of a message whose end has not arrived yet, or postponed requests.
+pub(super) struct Unhandled {
+    pub(super) bytes: Buffer,
+    /// When the connection is closed unless the message is complete by then, or, if its requests are postponed, unless the client has
+    /// read something by then; [`Timestamp::NEVER`] if there is no limit.
+    pub(super) deadline: Timestamp,
+}
+
+impl Default for Unhandled {
+    fn default() -> Unhandled {
+        Unhandled { bytes: Buffer::new(), deadline: Timestamp::NEVER }
+    }
+}
+
+/// What only few connections have at a time: one over TCP, one whose lock a command inherits, or is taken for another process, or
+/// was resumed, and one that is being sent a status.
 #[derive(Default)]
 struct Extra {
+    /// Who a client over TCP is, where that matters.
+    identity: Option<Box<Identity>>,
     /// The nonce of the lock request that a command inherits. Each further request must show it: the command does not know
     /// it, and so cannot ask for anything with the rights of the user who connected.
     guard: Option<Nonce>,
@@ -86,16 +101,17 @@ struct Extra {
     child: Option<Named>,
     /// The descriptor that has arrived with a request that is handled later.
     received: Option<OwnedFd>,
+    /// When the hold that the client has resumed was first recorded. Any other hold was recorded when it was granted.
+    recorded: Option<Timestamp>,
+    /// The table's cursor of the status that is being sent.
+    status: Option<u32>,
 }
 
-/// The protocol of a connection. It begins with protocol 1, and a preamble switches it to protocol 2.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Protocol {
-    V1,
-    V2 {
-        /// The table's cursor of the status that is being sent.
-        status: Option<u32>,
-    },
+impl Extra {
+    #[cfg(feature = "tls")]
+    fn tls(&mut self) -> Option<&mut ServerSession> {
+        self.identity.as_mut()?.tls.as_mut()
+    }
 }
 
 /// What the loop is woken for.
@@ -129,6 +145,7 @@ impl Connection {
             protocol: Protocol::V1,
             access,
             inherits: false,
+            is_administrator: peer.is_some_and(|peer| is_administrator(peer.uid)),
             forwarded: false,
             extra: None,
             share: None,
@@ -139,12 +156,27 @@ impl Connection {
             closing: false,
             has_peer: peer.is_some(),
             peer: peer.unwrap_or(Peer { pid: 0, uid: 0 }),
-            recorded: Timestamp(0),
-            deadline: Timestamp::NEVER,
-            identity: None,
-            input: Buffer::new(),
+            takes_descriptors: peer.is_some(),
+            unhandled: None,
             output: Buffer::new(),
         }
+    }
+
+    pub(super) fn protocol(&self) -> Protocol {
+        self.protocol
+    }
+
+    /// The client has sent the preamble.
+    pub(super) fn begin_v2(&mut self) {
+        self.protocol = Protocol::V2;
+        self.takes_descriptors = self.has_peer;
+    }
+
+    /// The client has locked by protocol 1, and so passes no descriptor. If it does so nevertheless, the kernel closes that within
+    /// recv(2), which may take as long as the client likes ([`named::read`]): only an administrator, who can stop the daemon
+    /// anyway, is read so.
+    pub(super) fn speaks_v1(&mut self) {
+        self.takes_descriptors &= !self.is_administrator;
     }
 
     /// Returns the process and user at the other end; `None` over TCP.
@@ -204,33 +236,72 @@ impl Connection {
         self.extra.as_mut()?.received.take()
     }
 
+    /// Returns when the hold that the client has resumed was first recorded.
+    pub(super) fn recorded(&self) -> Option<Timestamp> {
+        self.extra.as_ref()?.recorded
+    }
+
+    /// `None`: the client has not resumed what it holds.
+    pub(super) fn set_recorded(&mut self, recorded: Option<Timestamp>) {
+        if self.extra.is_some() || recorded.is_some() {
+            self.extra.get_or_insert_default().recorded = recorded;
+        }
+    }
+
+    /// Returns the table's cursor of the status that is being sent.
+    pub(super) fn status(&self) -> Option<u32> {
+        self.extra.as_ref()?.status
+    }
+
+    /// `None`: the status is complete.
+    pub(super) fn set_status(&mut self, status: Option<u32>) {
+        if self.extra.is_some() || status.is_some() {
+            self.extra.get_or_insert_default().status = status;
+        }
+    }
+
+    /// Returns who a client over TCP is, where that matters.
+    pub(super) fn identity(&self) -> Option<&Identity> {
+        self.extra.as_ref()?.identity.as_deref()
+    }
+
+    /// The same, to change it.
+    pub(super) fn identity_mut(&mut self) -> Option<&mut Identity> {
+        self.extra.as_mut()?.identity.as_deref_mut()
+    }
+
+    pub(super) fn set_identity(&mut self, identity: Option<Box<Identity>>) {
+        if identity.is_some() {
+            self.extra.get_or_insert_default().identity = identity;
+        }
+    }
+
     /// Returns the name that a client over TCP has shown to be its own.
     pub(super) fn name(&self) -> Option<&str> {
-        self.identity.as_ref()?.name()
+        self.identity()?.name()
     }
 
     /// Returns `true` if the client speaks TLS.
     #[cfg(feature = "tls")]
     pub(super) fn is_tls(&self) -> bool {
-        self.identity.as_ref().is_some_and(|identity| identity.tls.is_some())
+        self.identity().is_some_and(|identity| identity.tls.is_some())
     }
 
     /// Returns `true` if its TLS session has something to send.
     #[cfg(feature = "tls")]
     pub(super) fn wants_write(&self) -> bool {
-        let tls = self.identity.as_ref().and_then(|identity| identity.tls.as_ref());
+        let tls = self.identity().and_then(|identity| identity.tls.as_ref());
         tls.is_some_and(ServerSession::wants_write)
     }
 
     /// Returns `true` if nothing is to be read for now.
     pub(super) fn is_paused(&self) -> bool {
-        self.awaits_user
-            || self.identity.as_ref().is_some_and(|identity| identity.standing == Standing::Verifying)
+        self.awaits_user || self.identity().is_some_and(|identity| identity.standing == Standing::Verifying)
     }
 
     /// Reads what has arrived, without waiting, and the descriptor that came with it: of a process, or of the output of its command.
     pub(super) fn read(&self, buffer: &mut [u8]) -> nix::Result<(usize, Option<OwnedFd>)> {
-        match self.has_peer {
+        match self.takes_descriptors {
             true => named::read(self.fd.as_fd(), buffer, self.share.is_some()),
             false => Ok((recv(self.fd.as_raw_fd(), buffer, MsgFlags::MSG_DONTWAIT)?, None)),
         }
@@ -244,10 +315,11 @@ impl Connection {
     /// Returns `true` if `bytes` are the middle of a line that began earlier. Then there is nothing to decode, and a long
     /// line that arrives byte by byte is not searched from its beginning each time.
     pub(super) fn continues_line(&self, bytes: &[u8]) -> bool {
-        matches!(self.protocol, Protocol::V2 { .. })
-            && !self.postponed
-            && !self.input.is_empty()
-            && self.input.len() + bytes.len() < v2::FRAME_BYTES_MAX
+        let Some(unhandled) = self.unhandled.as_ref().filter(|_| self.protocol == Protocol::V2) else {
+            return false;
+        };
+        !self.postponed
+            && unhandled.bytes.len() + bytes.len() < v2::FRAME_BYTES_MAX
             && memchr::memchr(b'\n', bytes).is_none()
     }
 
@@ -259,7 +331,7 @@ impl Connection {
     /// Ends the stream in good order, as far as the kernel takes that without waiting.
     pub(super) fn end(&mut self) {
         #[cfg(feature = "tls")]
-        if let Some(tls) = self.identity.as_mut().and_then(|identity| identity.tls.as_mut()) {
+        if let Some(tls) = self.extra.as_deref_mut().and_then(Extra::tls) {
             tls.end();
             // If the kernel takes no more, the client sees the connection end without that.
             let _ = tls.flush(&mut Socket(&self.fd));
@@ -269,7 +341,7 @@ impl Connection {
     /// Sends as much of the output as the kernel takes, without waiting.
     pub(super) fn send(&mut self) -> Sent {
         #[cfg(feature = "tls")]
-        if let Some(tls) = self.identity.as_mut().and_then(|identity| identity.tls.as_mut()) {
+        if let Some(tls) = self.extra.as_deref_mut().and_then(Extra::tls) {
             return send_encrypted(tls, &self.fd, &mut self.output);
         }
         if self.output.is_empty() {
@@ -372,5 +444,15 @@ impl io::Write for Socket<'_> {
 impl AsFd for Connection {
     fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
         self.fd.as_fd()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_idle_connection_is_small() {
+        assert!(size_of::<Connection>() <= 72, "{} bytes", size_of::<Connection>());
     }
 }

@@ -21,6 +21,9 @@ const INPUT_TOTAL_MAX: usize = 16 * 1024 * 1024;
 /// How much output the daemon keeps for all clients that do not read, in bytes.
 const OUTPUT_TOTAL_MAX: usize = 16 * 1024 * 1024;
 
+/// The room for answers of protocol 2 that a connection begins with, while it has any to send.
+const OUTPUT_BYTES: usize = 128;
+
 #[derive(Default)]
 pub(super) struct Connections {
     slab: Slab<Connection>,
@@ -54,7 +57,7 @@ impl Connections {
         self.all_read(client);
         self.attached.remove(&client);
         let connection = self.slab.remove(client.0 as usize);
-        self.input_total -= connection.input.len();
+        self.input_total -= connection.unhandled.as_ref().map_or(0, |unhandled| unhandled.bytes.len());
         connection
     }
 
@@ -84,8 +87,13 @@ impl Connections {
     /// Appends an answer of protocol 2 to the client's output.
     pub(super) fn answer(&mut self, client: ClientId, answer: &Answer) {
         self.answer.clear();
-        v2::encode(answer, &mut self.answer);
-        self.slab[client.0 as usize].output().extend_from_slice(&self.answer);
+        v2::encode_answer(answer, &mut self.answer);
+        let output = self.slab[client.0 as usize].output();
+        if output.is_empty() {
+            // Two answers often go together.
+            output.reserve(OUTPUT_BYTES);
+        }
+        output.extend_from_slice(&self.answer);
         self.mark_dirty(client);
     }
 
@@ -155,21 +163,23 @@ impl Connections {
         deadline: Timestamp,
         now: Timestamp,
     ) -> bool {
+        let is_kept = self.buffer(client, rest);
         self.set_deadline(client, deadline.min(now.plus(CLIENT_WAIT)));
-        self.buffer(client, rest)
+        is_kept
     }
 
     /// Keeps requests until the client has read the answers to those before them. Returns `false` if that is too much.
     pub(super) fn postpone(&mut self, client: ClientId, rest: &[u8], now: Timestamp) -> bool {
         self[client].postponed = true;
         self.mark_dirty(client);
+        let is_kept = self.buffer(client, rest);
         self.set_deadline(client, now.plus(CLIENT_WAIT));
-        self.buffer(client, rest)
+        is_kept
     }
 
     /// Keeps more input. Returns `false` if that is too much.
     pub(super) fn buffer(&mut self, client: ClientId, bytes: &[u8]) -> bool {
-        self[client].input.extend_from_slice(bytes);
+        self[client].unhandled.get_or_insert_default().bytes.extend_from_slice(bytes);
         self.input_total += bytes.len();
         self.input_total <= INPUT_TOTAL_MAX
     }
@@ -177,12 +187,11 @@ impl Connections {
     /// Takes what was kept of the input, and the deadline for the rest of a message.
     pub(super) fn take_input(&mut self, client: ClientId) -> (Buffer, Timestamp) {
         let connection = &mut self[client];
-        let earlier = std::mem::take(&mut connection.input);
-        let deadline = connection.deadline;
         connection.postponed = false;
-        self.input_total -= earlier.len();
-        self.set_deadline(client, Timestamp::NEVER);
-        (earlier, deadline)
+        let Some(earlier) = connection.unhandled.take() else { return (Buffer::new(), Timestamp::NEVER) };
+        self.input_total -= earlier.bytes.len();
+        self.deadlines.remove(&(earlier.deadline, client));
+        (earlier.bytes, earlier.deadline)
     }
 
     /// The client has read everything so far. Its postponed requests can be handled.
@@ -234,7 +243,8 @@ impl Connections {
     }
 
     fn set_deadline(&mut self, client: ClientId, deadline: Timestamp) {
-        let old = std::mem::replace(&mut self[client].deadline, deadline);
+        let Some(unhandled) = &mut self[client].unhandled else { return };
+        let old = std::mem::replace(&mut unhandled.deadline, deadline);
         if old != Timestamp::NEVER {
             self.deadlines.remove(&(old, client));
         }

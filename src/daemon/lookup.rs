@@ -215,21 +215,26 @@ impl<'a> Lookup<'a> {
 
     /// Returns what to record of the lock that a client holds; `None` if it holds none.
     pub(super) fn record_of_client(&self, client: ClientId) -> Option<HoldRecord> {
-        let (_, request) = self.table.request_of(client)?;
-        self.record_of(&request)
+        let (held, granted) = self.table.hold_of(client)?;
+        Some(self.record(client, held, granted))
     }
 
     fn record_of(&self, request: &RequestView<'_>) -> Option<HoldRecord> {
         let held = request.held?;
-        let Some(client) = request.client else {
-            return self.orphans.record(held.token).cloned();
-        };
+        match request.client {
+            Some(client) => Some(self.record(client, held, request.since)),
+            None => self.orphans.record(held.token).cloned(),
+        }
+    }
+
+    fn record(&self, client: ClientId, held: HoldState, granted: Timestamp) -> HoldRecord {
         let connection = &self.connections[client];
         // The daemon does not know the process of a client on another machine, and a process id that the client sends means
         // nothing on this host.
         let pid = connection.process();
         let child = connection.child().and_then(Named::known);
-        Some(HoldRecord { held, pid, child, granted: request.since, recorded: connection.recorded })
+        let recorded = connection.recorded().unwrap_or(granted);
+        HoldRecord { held, pid, child, granted, recorded }
     }
 
     /// Returns everything that is to be recorded.

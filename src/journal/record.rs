@@ -1,7 +1,10 @@
 //! The layout of a journal: its header, and its records of one size, to bytes and back.
 
 use std::num::NonZeroU32;
+use std::sync::LazyLock;
 use std::time::Duration;
+
+use crc32fast::Hasher;
 
 use super::{ClusterLease, Era, HoldRecord, Place, Process, RunRecord};
 use crate::proto::{LockId, Nonce, Outcome, Pid, Protocol, Token};
@@ -75,7 +78,7 @@ pub(super) fn header(era: &Era, place: &Place) -> [u8; RECORD_BYTES] {
     bytes[16..32].copy_from_slice(&era.boot);
     bytes[32..48].copy_from_slice(place);
     bytes[48..56].copy_from_slice(&era.namespace.to_le_bytes());
-    let sum = crc32fast::hash(&bytes[..84]);
+    let sum = checksum(&bytes[..84]);
     bytes[84..].copy_from_slice(&sum.to_le_bytes());
     bytes
 }
@@ -85,7 +88,15 @@ pub(super) fn namespace_in(header: &[u8; RECORD_BYTES]) -> u64 {
 }
 
 pub(super) fn is_whole(header: &[u8; RECORD_BYTES]) -> bool {
-    header[84..] == crc32fast::hash(&header[..84]).to_le_bytes()
+    header[84..] == checksum(&header[..84]).to_le_bytes()
+}
+
+fn checksum(bytes: &[u8]) -> u32 {
+    // What the processor can do for this is found out once.
+    static FRESH: LazyLock<Hasher> = LazyLock::new(Hasher::new);
+    let mut hasher = FRESH.clone();
+    hasher.update(bytes);
+    hasher.finalize()
 }
 
 /// Writes a record behind `records`.
@@ -111,7 +122,7 @@ pub(super) fn encode(entry: Entry<'_>, records: &mut Vec<u8>) {
         Entry::RunForgotten(token) => encode_mark(RUN_FORGOTTEN, token.0, bytes),
         Entry::Lease(lease) => encode_mark(LEASE, lease.number().unwrap_or(0), bytes),
     }
-    let sum = crc32fast::hash(&bytes[4..]);
+    let sum = checksum(&bytes[4..]);
     put(bytes, 0, sum.to_le_bytes());
 }
 
@@ -168,7 +179,7 @@ fn encode_run(record: &RunRecord, bytes: &mut [u8; RECORD_BYTES]) {
 }
 
 pub(super) fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
-    if bytes[..4] != crc32fast::hash(&bytes[4..]).to_le_bytes() {
+    if bytes[..4] != checksum(&bytes[4..]).to_le_bytes() {
         return None;
     }
     let u32_at = |at: usize| u32::from_le_bytes(bytes[at..at + 4].try_into().expect("four bytes"));

@@ -288,6 +288,26 @@ fn a_process_is_named_by_its_descriptor_and_not_by_its_number() {
 }
 
 #[test]
+fn a_client_of_protocol_1_passes_no_descriptor_until_it_goes_on_with_protocol_2() {
+    const KEY: &[u8; 16] = b"0123456789abcdef";
+    let daemon = Daemon::start();
+    let open_files = || fs::read_dir(format!("/proc/{}/fd", daemon.pid())).unwrap().count();
+    let mut wire = daemon.wire();
+    wire.send(KEY).expect("O");
+    let before = open_files();
+    let file = fs::File::open("/dev/null").unwrap();
+    for _ in 0..3 {
+        wire.send_with("R", file.as_fd());
+        wire.send(KEY).expect("O");
+    }
+    assert_eq!(open_files(), before, "the daemon has kept what was passed");
+    wire.send("R").send(PREAMBLE).answer_of("hello");
+    let me = Pid::this();
+    let request = format!(r#"{{"type":"lock","key":"k","exec":true,"child":{me}}}"#);
+    wire.request_with(b"", &request, me).answer_of("granted");
+}
+
+#[test]
 #[ignore = "needs root, to make namespaces"]
 fn in_a_user_namespace_without_user_ids_no_daemon_is_trusted() {
     let world = World::new();

@@ -5,9 +5,9 @@ use std::time::Duration;
 use ::log::warn;
 
 use super::{Server, TURN_MAX};
-use crate::daemon::connection::Protocol;
 use crate::daemon::log;
 use crate::daemon::recorder::Grant;
+use crate::proto::Protocol;
 use crate::table::{ClientId, Effects, JournalEntry, Notification, NotificationKind, Table, Timestamp};
 
 /// How often the log says that runs are forgotten.
@@ -76,9 +76,9 @@ impl Server {
         if log::is_verbose() {
             log::notification(self.lookup(), notification);
         }
-        match self.connections[notification.client].protocol {
+        match self.connections[notification.client].protocol() {
             Protocol::V1 => self.notify_v1(notification),
-            Protocol::V2 { .. } => self.notify_v2(notification),
+            Protocol::V2 => self.notify_v2(notification),
         }
         match notification.kind {
             NotificationKind::Expired => self.close_after_flush(notification.client, "hold limit exceeded"),
@@ -110,7 +110,7 @@ impl Server {
                 // The client is told of the grant next, behind its present output.
                 let output_before = self.connections[client].output().len();
                 self.recorder.granted(Grant { client, output_before });
-                self.connections[client].recorded = self.now;
+                self.connections[client].set_recorded(None);
                 self.record_hold(client);
             }
             JournalEntry::Resumed(client) => {
@@ -120,7 +120,7 @@ impl Server {
                     let token = held.token;
                     self.forget_orphan(token);
                 }
-                self.connections[client].recorded = self.now;
+                self.connections[client].set_recorded(Some(self.now));
                 self.record_hold(client);
             }
             JournalEntry::Ended(token) => {

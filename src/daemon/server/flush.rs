@@ -6,12 +6,13 @@ use ::log::{debug, warn};
 use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::{Server, v2};
-use crate::daemon::connection::{Interest, Protocol, Sent};
+use crate::daemon::connection::{Interest, Sent};
 use crate::daemon::lookup::Lookup;
 use crate::daemon::named::Named;
 use crate::daemon::recorder::Grant;
 use crate::daemon::source::Source;
 use crate::daemon::{failpoint, log};
+use crate::proto::Protocol;
 use crate::table::ClientId;
 
 /// How long a turn may take until it stops sending.
@@ -70,9 +71,9 @@ impl Server {
         if connection.closing {
             return;
         }
-        let protocol = connection.protocol;
+        let protocol = connection.protocol();
         self.connections.truncate_output(grant.client, grant.output_before);
-        if let Protocol::V2 { .. } = protocol {
+        if protocol == Protocol::V2 {
             self.connections.answer(grant.client, &v2::cannot_record());
         }
         self.close_after_flush(grant.client, "its lock cannot be recorded");
@@ -182,7 +183,7 @@ impl Server {
         }
         let mut connection = self.connections.remove(client);
         connection.end();
-        if let Some(identity) = connection.identity.as_deref_mut() {
+        if let Some(identity) = connection.identity_mut() {
             self.gate.closed(id, identity);
         }
         self.closing -= 1;

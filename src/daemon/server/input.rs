@@ -7,9 +7,10 @@ use nix::sys::epoll::{EpollEvent, EpollFlags};
 
 use super::{Server, TURN_MAX};
 use crate::daemon::admission::{ANSWERED_MAX, Access};
-use crate::daemon::connection::{ConnectionId, Protocol};
+use crate::daemon::connection::ConnectionId;
 use crate::daemon::log;
 use crate::daemon::source::Source;
+use crate::proto::Protocol;
 use crate::table::{ClientId, Timestamp};
 
 /// How many requests of one connection are handled before the other connections have their turn.
@@ -135,7 +136,7 @@ impl Server {
             }
             return;
         }
-        if connection.input.is_empty() {
+        if connection.unhandled.is_none() {
             return self.handle_requests(client, bytes, Timestamp::NEVER);
         }
         let (mut input, deadline) = self.connections.take_input(client);
@@ -177,9 +178,9 @@ impl Server {
                 }
                 return;
             }
-            let taken = match self.connections[client].protocol {
+            let taken = match self.connections[client].protocol() {
                 Protocol::V1 => self.received_v1(client, &mut rest),
-                Protocol::V2 { .. } => self.received_v2(client, &mut rest),
+                Protocol::V2 => self.received_v2(client, &mut rest),
             };
             if !taken {
                 break;

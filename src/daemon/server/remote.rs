@@ -11,6 +11,13 @@ impl Server {
     /// Lets the clustering do what is due: handle what its threads report, give up what its lease no longer covers, and
     /// ask etcd what the table needs.
     pub(super) fn poll_cluster(&mut self) {
+        if self.cluster.is_some() {
+            self.poll_clustering();
+        }
+    }
+
+    /// The same, of a daemon that has a clustering.
+    fn poll_clustering(&mut self) {
         while let Some(cluster) = &mut self.cluster
             && let Some(replies) = cluster.poll(&mut self.table, self.now, &mut self.effects)
         {

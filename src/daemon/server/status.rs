@@ -3,7 +3,6 @@
 use std::collections::btree_map::Entry;
 
 use super::Server;
-use crate::daemon::connection::Protocol;
 use crate::daemon::listing::{Listing, Step};
 use crate::daemon::lookup::Viewer;
 use crate::daemon::remote::RemoteRequest;
@@ -36,10 +35,11 @@ impl Server {
     }
 
     pub(super) fn status(&mut self, client: ClientId) {
-        match &mut self.connections[client].protocol {
-            Protocol::V2 { status: status @ None } => *status = Some(0),
-            _ => return self.refuse(client, ErrorCode::WrongState, STATUS_UNDER_WAY),
+        let connection = &mut self.connections[client];
+        if connection.status().is_some() {
+            return self.refuse(client, ErrorCode::WrongState, STATUS_UNDER_WAY);
         }
+        connection.set_status(Some(0));
         self.connections.mark_dirty(client);
     }
 
@@ -95,7 +95,7 @@ impl Server {
                 }
             }
         }
-        let Protocol::V2 { status: Some(cursor) } = self.connections[client].protocol else { return None };
+        let cursor = self.connections[client].status()?;
         let next = self.table.next_lock(cursor as usize);
         let (lock, status) = match next {
             Some((lock, next)) => {
@@ -103,13 +103,13 @@ impl Server {
             }
             None => (None, None),
         };
-        self.connections[client].protocol = Protocol::V2 { status };
+        self.connections[client].set_status(status);
         Some(lock)
     }
 
     /// Returns `true` if part of a status can be sent as soon as the client has read what it was sent.
     pub(super) fn has_more_status(&self, client: ClientId) -> bool {
-        matches!(self.connections[client].protocol, Protocol::V2 { status: Some(_) })
+        self.connections[client].status().is_some()
             || self.listings.get(&client).is_some_and(Listing::is_ready)
     }
 }

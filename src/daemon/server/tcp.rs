@@ -52,7 +52,7 @@ impl Server {
     pub(super) fn admit(&mut self, client: ClientId, from: (std::net::IpAddr, bool)) -> bool {
         match self.gate.admit(client, from.0, from.1, self.now) {
             Ok(identity) => {
-                self.connections[client].identity = identity;
+                self.connections[client].set_identity(identity);
                 true
             }
             Err(e) => {
@@ -168,7 +168,7 @@ impl Server {
     }
 
     fn authenticated(&mut self, client: ClientId, name: Option<Box<str>>) {
-        let Some(identity) = &mut self.connections[client].identity else { return };
+        let Some(identity) = self.connections[client].identity_mut() else { return };
         let Some(name) = name else {
             warn!(
                 "{} gave a wrong name or secret, from {}",
@@ -188,7 +188,7 @@ impl Server {
     /// The client says who it is.
     pub(super) fn authenticate(&mut self, client: ClientId, name: String, secret: Secret) {
         let id = self.connections.id(client);
-        let Some(identity) = &mut self.connections[client].identity else {
+        let Some(identity) = self.connections[client].identity_mut() else {
             // On a Unix socket the kernel says who it is; elsewhere the daemon does not want to know.
             return self.connections.answer(client, &Answer::Welcome);
         };
@@ -229,7 +229,7 @@ impl Server {
     }
 
     pub(super) fn identity(&self, client: ClientId) -> Option<&Identity> {
-        self.connections[client].identity.as_deref()
+        self.connections[client].identity()
     }
 
     /// Closes a client that speaks another protocol, such as a browser. Clients of TLS are told so in theirs.
@@ -264,7 +264,7 @@ impl Server {
     #[cfg(feature = "tls")]
     pub(super) fn received_tls(&mut self, client: ClientId, bytes: &[u8]) {
         let connection = &mut self.connections[client];
-        let Some(identity) = &mut connection.identity else { return };
+        let Some(identity) = connection.identity_mut() else { return };
         let Some(tls) = &mut identity.tls else { return };
         if !tls.has_begun() && !is_hello(bytes) {
             return self.refuse_plain(client, bytes);
@@ -295,7 +295,7 @@ impl Server {
     /// Closes a client that does not speak TLS to a port that does. A kmutex client is told why.
     #[cfg(feature = "tls")]
     fn refuse_plain(&mut self, client: ClientId, bytes: &[u8]) {
-        if let Some(identity) = &mut self.connections[client].identity {
+        if let Some(identity) = self.connections[client].identity_mut() {
             // What follows is not encrypted.
             identity.tls = None;
         }

@@ -2,7 +2,6 @@
 
 use super::{Server, v2};
 use crate::daemon::admission::Access;
-use crate::daemon::connection::Protocol;
 use crate::daemon::log;
 use crate::proto::v1::{OWNER, RELEASE, Request, State, decode, foreign};
 use crate::proto::{LockId, Outcome, v2::PREAMBLE};
@@ -21,7 +20,7 @@ impl Server {
         let Some(request) = decode(state, input) else { return false };
         match request {
             Request::Lock(LockId(PREAMBLE)) => {
-                self.connections[client].protocol = Protocol::V2 { status: None };
+                self.connections[client].begin_v2();
                 self.connections.answer(client, &v2::hello(self.stated_peer_timeout(client)));
                 if let Access::None(limit) = self.connections[client].access {
                     self.too_many(client, limit);
@@ -39,6 +38,7 @@ impl Server {
                 self.close_after_flush(client, "cannot be decided yet");
             }
             Request::Lock(lock) => {
+                self.connections[client].speaks_v1();
                 self.apply(|table, now, effects| table.lock_v1(now, client, lock, effects));
             }
             Request::Release => {

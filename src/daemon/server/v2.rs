@@ -135,9 +135,7 @@ impl Server {
         let key = match request {
             // A hold of before is the client's own, whatever has been reserved since.
             Request::Lock(asked) if asked.holds.is_none() => &asked.key,
-            Request::Break { .. }
-                if connection.identity.as_deref().is_some_and(|it| self.gate.is_admin(it)) =>
-            {
+            Request::Break { .. } if connection.identity().is_some_and(|it| self.gate.is_admin(it)) => {
                 return Decision::Permitted;
             }
             Request::Break { key } | Request::Forget { key } => key,
