@@ -53,8 +53,8 @@ pub struct Client {
     tokens: Arc<Tokens>,
     agents: Agents,
     requests: Agent,
-    /// Of its own, so that [`Client::hang_up`] ends nothing but watches.
-    watches: Mutex<Agent>,
+    /// Of its own, so that [`Client::hang_up`] ends nothing but watches; and how often it did.
+    watches: Mutex<(Agent, u64)>,
 }
 
 impl Client {
@@ -74,7 +74,7 @@ impl Client {
             store: Arc::default(),
             tokens: Arc::new(Tokens::new(config.user.clone())),
             requests: agents.for_requests(),
-            watches: Mutex::new(agents.for_watches()),
+            watches: Mutex::new((agents.for_watches(), 0)),
             agents,
         })
     }
@@ -193,7 +193,7 @@ impl Client {
     /// If no endpoint opens it. If etcd refuses this watch, its first message says so.
     pub fn watch(&self, key: &[u8], end: &[u8], from_revision: i64) -> Result<Watch, Error> {
         let body = codec::watch(key, end, from_revision);
-        let agent = self.watches().clone();
+        let (agent, hang_ups) = self.watches().clone();
         self.each_endpoint(|endpoint| {
             let open = |token: Option<&str>| {
                 let (path, leaderless, timeout) = ("/v3/watch", Leaderless::GivesUp, self.agents.timeout);
@@ -201,17 +201,27 @@ impl Client {
                 let response = http::open(&agent, request)?;
                 let (tokens, token) = (Arc::clone(&self.tokens), token.map(String::from));
                 let store = (Arc::clone(&self.store), self.store.seen());
-                Ok(Watch::new(endpoint.clone(), response.into_body(), (tokens, token), store))
+                Ok(Watch::new(endpoint.clone(), response.into_body(), (tokens, token), store, hang_ups))
             };
             self.tokens.with_token(|user| self.authenticate(endpoint, user), open)
         })
     }
 
     /// Ends all watches at once, also watches that are being opened: their readers get an error. Watches that are
-    /// opened afterwards are not touched.
-    pub fn hang_up(&self) {
-        let old = std::mem::replace(&mut *self.watches(), self.agents.for_watches());
+    /// opened afterwards are not touched. Returns how often it was called, which those watches return as
+    /// [`Watch::hang_ups`].
+    pub fn hang_up(&self) -> u64 {
+        let (new, mut watches) = (self.agents.for_watches(), self.watches());
+        let hang_ups = watches.1 + 1;
+        let (old, _) = std::mem::replace(&mut *watches, (new, hang_ups));
+        drop(watches);
         old.shutdown();
+        hang_ups
+    }
+
+    /// Returns how often [`Client::hang_up`] was called.
+    pub fn hang_ups(&self) -> u64 {
+        self.watches().1
     }
 
     fn call<T>(
@@ -281,7 +291,7 @@ impl Client {
         http::call(&self.requests, request)
     }
 
-    fn watches(&self) -> MutexGuard<'_, Agent> {
+    fn watches(&self) -> MutexGuard<'_, (Agent, u64)> {
         // Each change is one assignment, so a thread that panicked has left it whole.
         self.watches.lock().unwrap_or_else(PoisonError::into_inner)
     }

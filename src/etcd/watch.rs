@@ -28,6 +28,8 @@ pub struct Watch {
     store: (Arc<Store>, Seen),
     /// How many messages in a row have told nothing.
     empty: u32,
+    /// How often watches had been ended when it was opened.
+    hang_ups: u64,
 }
 
 impl Watch {
@@ -36,10 +38,16 @@ impl Watch {
         body: Body,
         (tokens, token): (Arc<Tokens>, Option<String>),
         store: (Arc<Store>, Seen),
+        hang_ups: u64,
     ) -> Watch {
         // There is a limit for each message, not for all of them together.
         let body = body.into_with_config().limit(u64::MAX).reader();
-        Watch { endpoint, lines: BufReader::new(body), tokens, token, store, empty: 0 }
+        Watch { endpoint, lines: BufReader::new(body), tokens, token, store, empty: 0, hang_ups }
+    }
+
+    /// Returns how often [`super::Client::hang_up`] had been called when this was opened. If it was called since, this watch ends.
+    pub fn hang_ups(&self) -> u64 {
+        self.hang_ups
     }
 
     /// Waits for the next message, without a limit: etcd is silent while nothing happens, and also when it hangs.
