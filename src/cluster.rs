@@ -19,12 +19,13 @@
 //!   result has the same token ([`FoundResult`]). No result is kept here for longer than the table takes to decide.
 //! - The key of an entry is never used again. An entry of this host that it does not know (from a request that was given up
 //!   for lost, and arrived after all) is removed.
-//! - What is held is relied on only while the watch is open and has shown, or a read has confirmed, that its entry is there.
+//! - What is held is relied on for as long as the last renewal of the lease that counts says. `reliance.rs` has the rule.
 //! - Of the requests with `--newest` of all hosts, only the newest waits (`newest.rs`).
 //! - When the store goes back, nothing that was read before counts any more ([`Cluster::store_changed`]).
 
 mod newest;
 mod queue;
+mod reliance;
 mod run_record;
 mod shared_result;
 #[cfg(test)]
@@ -45,6 +46,8 @@ use crate::table::{
 };
 pub use newest::{NewestRecord, SeenNewest};
 use queue::{LockQueue, Standing};
+use reliance::{Held, Reliance};
+pub use reliance::{PresenceRequest, Renewal};
 pub use run_record::RunRecord;
 pub use shared_result::{Content, FoundResult, OwnResult, ResultOf, RunUser, SharedResult};
 
@@ -253,11 +256,10 @@ pub enum Failure {
 pub struct Cluster {
     /// `None`: this host has no lease at the moment, so it cannot ask anything.
     lease: Option<LeaseName>,
-    /// Until when the lease can be relied on, by its last keep-alive.
-    kept_until: Timestamp,
-    /// Until when what is held here can be relied on: as long, as far as it was confirmed to be there.
-    good_until: Timestamp,
+    reliance: Reliance,
     is_watching: bool,
+    /// The revision up to which the watch has shown each change.
+    shown: Revision,
     /// Since when there is no lease or no watch.
     unusable_since: Option<Timestamp>,
     /// [`PATIENCE`] has run out since then.
@@ -285,9 +287,9 @@ impl Cluster {
     pub fn new(first_entry: u64, now: Timestamp) -> Cluster {
         Cluster {
             lease: None,
-            kept_until: Timestamp(0),
-            good_until: Timestamp(0),
+            reliance: Reliance::default(),
             is_watching: false,
+            shown: Revision(0),
             unusable_since: Some(now),
             is_overdue: false,
             queues: BTreeMap::new(),
@@ -303,28 +305,61 @@ impl Cluster {
         }
     }
 
-    /// The host has a lease, new or kept alive, which can be relied on until `good_until`.
-    pub fn leased(&mut self, table: &Table, lease: LeaseName, good_until: Timestamp) {
-        if self.lease.as_ref() != Some(&lease) {
-            self.lease = Some(lease);
-            (self.kept_until, self.good_until) = (good_until, good_until);
+    /// The host has a lease, new or renewed. Returns `true` if the watch must be opened anew: contact with etcd was interrupted, and its
+    /// connection may have died without a sign.
+    pub fn leased(&mut self, table: &Table, now: Timestamp, renewal: Renewal) -> bool {
+        if self.lease.as_ref() != Some(&renewal.lease) {
+            self.lease = Some(renewal.lease);
+            self.reliance.reset();
         }
-        self.kept_until = self.kept_until.max(good_until);
-        self.extend(table);
+        if !renewal.is_prompt {
+            self.watch_ended(now);
+        }
+        let held = held(table);
+        let is_shown = |(lock, _): &Held| self.queues.get(lock).is_some_and(LockQueue::is_current);
+        let is_shown = self.is_watching && renewal.revision <= self.shown && held.iter().all(is_shown);
+        self.relies_on(|reliance| reliance.renewed(renewal.good_until, held, is_shown));
         self.can_ask_again();
+        !renewal.is_prompt
+    }
+
+    /// A [`PresenceRequest`] was answered with the tokens of this host's entries in the queues of its locks, or failed.
+    pub fn presence_answered(
+        &mut self,
+        table: &mut Table,
+        now: Timestamp,
+        (id, answer): (u64, Option<BTreeSet<(LockId, Token)>>),
+        effects: &mut Effects,
+    ) {
+        let held = held(table);
+        for (lock, token) in self.relies_on(|reliance| reliance.answered(id, answer.as_ref(), held)) {
+            table.revoke(now, lock, token, effects);
+            self.queues.entry(lock).or_default().forget_entries(self.shown);
+            self.dirty_locks.insert(lock);
+        }
+    }
+
+    /// Returns the requests to read what is held that are due.
+    pub fn take_presence_requests(&mut self) -> Vec<PresenceRequest> {
+        self.reliance.take_requests()
+    }
+
+    /// While nothing can be relied on, nothing is granted: if that is over, all queues are looked at.
+    fn relies_on<T>(&mut self, change: impl FnOnce(&mut Reliance) -> T) -> T {
+        let before = self.reliance.good_until();
+        let changed = change(&mut self.reliance);
+        if before.is_none() && self.reliance.good_until().is_some() {
+            self.dirty_locks.extend(self.queues.keys());
+        }
+        changed
     }
 
     /// The lease is gone, or may soon be: this host has lost what it held.
     pub fn lost_lease(&mut self, table: &mut Table, now: Timestamp, effects: &mut Effects) {
         self.lease = None;
+        self.reliance.reset();
         self.is_unusable(now);
-        let mut held = Vec::new();
-        let mut cursor = 0;
-        while let Some((lock, next)) = table.next_lock(cursor) {
-            held.extend(table.held_here(lock.id()).map(|token| (lock.id(), token)));
-            cursor = next;
-        }
-        for (lock, token) in held {
+        for (lock, token) in held(table) {
             table.revoke(now, lock, token, effects);
         }
         for (lock, queue) in &mut self.queues {
@@ -338,7 +373,7 @@ impl Cluster {
     pub fn store_changed(&mut self, table: &mut Table, now: Timestamp, effects: &mut Effects) {
         self.lost_lease(table, now, effects);
         self.is_watching = false;
-        self.last_run_event = Revision(0);
+        (self.shown, self.last_run_event) = (Revision(0), Revision(0));
         table.drop_runs(effects);
         self.queues.values_mut().for_each(LockQueue::forget_store);
     }
@@ -359,7 +394,12 @@ impl Cluster {
 
     /// Returns until when what is held here can be relied on. `None`: it cannot.
     pub fn good_until(&self) -> Option<Timestamp> {
-        self.lease.as_ref().map(|_| self.good_until)
+        self.reliance.good_until()
+    }
+
+    /// Returns `true` if the lease was renewed for longer than this, whether that counts or not.
+    pub fn is_renewed(&self, now: Timestamp) -> bool {
+        self.reliance.is_renewed(now)
     }
 
     /// Returns when [`Cluster::poll`] has something to do even if nothing happens.
@@ -399,18 +439,6 @@ impl Cluster {
         self.unusable_since.get_or_insert(now);
     }
 
-    /// What is held is relied on for as long as the lease was kept, if all of it was confirmed to be there.
-    fn extend(&mut self, table: &Table) {
-        if self.kept_until > self.good_until {
-            let is_confirmed = |(lock, queue): (&LockId, &LockQueue)| {
-                !table.is_held_here(*lock) || (self.is_watching && queue.is_current())
-            };
-            if self.queues.iter().all(is_confirmed) {
-                self.good_until = self.kept_until;
-            }
-        }
-    }
-
     /// Takes note of what changed in the table.
     pub fn notify(&mut self, notice: ClusterNotice) {
         let lock = match notice {
@@ -423,6 +451,11 @@ impl Cluster {
             }
         };
         self.dirty_locks.insert(lock);
+    }
+
+    /// The watch has shown each change up to this revision.
+    pub fn watch_shown(&mut self, revision: Revision) {
+        self.shown = self.shown.max(revision);
     }
 
     /// The watch saw this of a lock, at this revision.
@@ -503,6 +536,7 @@ impl Cluster {
     /// A watch is open, which sees everything after this revision. What happened before it is not known.
     pub fn watch_opened(&mut self, table: &mut Table, revision: Revision) {
         self.is_watching = true;
+        self.shown = revision;
         table.doubt_runs();
         for (lock, queue) in &mut self.queues {
             queue.forget_entries(revision);
@@ -558,8 +592,9 @@ impl Cluster {
             self.dirty_locks.append(&mut self.pending);
         }
         self.refused_by.clear();
+        let may_grant = self.is_watching && self.good_until().is_some_and(|until| until > now);
         for lock in std::mem::take(&mut self.dirty_locks) {
-            let standing = Standing { lease: self.lease.as_ref(), is_watching: self.is_watching };
+            let standing = Standing { lease: self.lease.as_ref(), may_grant };
             let queue = self.queues.entry(lock).or_default();
             queue.update_table(table, now, lock, standing, &mut self.found, effects);
             queue.drop_results();
@@ -580,7 +615,6 @@ impl Cluster {
         if self.is_away() && !self.requests.is_empty() {
             self.retry_at = Some(now.plus(PAUSE));
         }
-        self.extend(table);
     }
 
     /// Forgets a queue, but not yet the entry that a client is to be told of.
@@ -637,6 +671,17 @@ impl Cluster {
         let (known_runs, wants_results) = (table.known_runs(lock), table.awaits_result(lock));
         self.requests.push(ClusterRequest { id: self.next_id, lock, op, known_runs, wants_results });
     }
+}
+
+/// Returns every hold of this host.
+fn held(table: &Table) -> BTreeSet<Held> {
+    let mut held = BTreeSet::new();
+    let mut cursor = 0;
+    while let Some((lock, next)) = table.next_lock(cursor) {
+        held.extend(table.held_here(lock.id()).map(|token| (lock.id(), token)));
+        cursor = next;
+    }
+    held
 }
 
 impl QueueOp {
@@ -730,4 +775,6 @@ struct Asked {
     id: u64,
     /// Behind the clients that had come when it was made.
     mark: ArrivalMark,
+    /// What it reads may be of a store that went back since.
+    is_doubtful: bool,
 }

@@ -17,7 +17,8 @@ use crate::table::{ArrivalMark, Effects, Run, SeenLine, Sharing, Table, Timestam
 #[derive(Clone, Copy)]
 pub(super) struct Standing<'a> {
     pub(super) lease: Option<&'a LeaseName>,
-    pub(super) is_watching: bool,
+    /// What is granted can be relied on, and the watch is open.
+    pub(super) may_grant: bool,
 }
 
 #[derive(Debug, Default)]
@@ -149,11 +150,14 @@ impl LockQueue {
         self.leaving.clear();
     }
 
-    /// What happened up to this revision is not known.
+    /// What happened up to this revision is not known: the queue must be read, by a request that is made after this.
     pub(super) fn forget_entries(&mut self, revision: Revision) {
         self.as_of = None;
         self.missed = revision;
         self.must_read = true;
+        if let Some(asked) = &mut self.asked {
+            asked.is_doubtful = true;
+        }
     }
 
     /// Nothing that was read, or is being read, is true any more.
@@ -213,7 +217,7 @@ impl LockQueue {
     }
 
     pub(super) fn asked(&mut self, id: u64, mark: ArrivalMark, op: &QueueOp) {
-        self.asked = Some(Asked { id, mark });
+        self.asked = Some(Asked { id, mark, is_doubtful: false });
         let made = match op {
             QueueOp::Read => None,
             QueueOp::TryAcquire { entry_key, owner, .. } | QueueOp::Enqueue { entry_key, owner } => {
@@ -248,7 +252,7 @@ impl LockQueue {
             snapshot.results.into_iter().for_each(|result| self.note_result(result));
             self.newest.see(snapshot.newest, lease);
         }
-        self.must_read = self.missed > snapshot.revision;
+        self.must_read = asked.is_doubtful || self.missed > snapshot.revision;
         self.missed = Revision(0);
         if self.must_read {
             self.as_of = None;
@@ -369,7 +373,7 @@ impl LockQueue {
         let Some(entry) = self.idle_entry(table, lock) else { return false };
         let (token, sharing) = (token(entry), entry.sharing());
         match sharing.verdict(self.before(entry)) {
-            Verdict::Admitted if !standing.is_watching => return true,
+            Verdict::Admitted if !standing.may_grant => return true,
             Verdict::Admitted => {
                 if self.steps_aside(table, lock, token)
                     || !table.cluster_granted(now, lock, (token, sharing), effects)

@@ -5,7 +5,7 @@
 //! - `newest`: what must be true of the requests of which only the newest of all hosts waits.
 //! - `world`: hosts, clients, time and chance; links that lose questions or answers, or are cut; hosts that freeze.
 //!
-//! `KMUTEX_SIM_SEED=N` replays one seed.
+//! `KMUTEX_SIM_SEED=N` replays one seed; `KMUTEX_SIM_SEEDS=N..M` runs others than the usual ones.
 
 mod newest;
 mod store;
@@ -28,7 +28,13 @@ fn clustered_hosts_keep_their_promises() {
 #[test]
 #[ignore = "takes a minute"]
 fn clustered_hosts_keep_their_promises_with_many_more_seeds() {
-    run(SEEDS);
+    run(std::env::var("KMUTEX_SIM_SEEDS").map_or(SEEDS, |range| parse_range(&range)));
+}
+
+fn parse_range(range: &str) -> std::ops::Range<u64> {
+    let parse = |number: &str| number.parse().expect("KMUTEX_SIM_SEEDS has numbers");
+    let (first, end) = range.split_once("..").expect("KMUTEX_SIM_SEEDS is N..M");
+    parse(first)..parse(end)
 }
 
 fn run(seeds: std::ops::Range<u64>) {
@@ -60,12 +66,17 @@ fn run(seeds: std::ops::Range<u64>) {
         "lost answer",
         "late question",
         "cut",
+        "cut again",
         "frozen",
         "compacted",
         "other program",
         "rolled back",
         "emptied",
         "noticed",
+        "restarted",
+        "dead watch",
+        "renewed unawares",
+        "read again",
         "fresh",
         "batch",
         "stepped aside",

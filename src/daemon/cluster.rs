@@ -29,7 +29,9 @@ use super::remote::{FORGET_REFUSED, RemoteReply, RemoteRequest, RemoteResult};
 use super::sharers::Sharers;
 use super::source::Source;
 use crate::clock;
-use crate::cluster::{Cluster, Entry, Failure, FoundResult, LeaseName, OwnResult, QueueOp, RunUser};
+use crate::cluster::{
+    Cluster, Entry, Failure, FoundResult, LeaseName, OwnResult, QueueOp, Renewal, Revision, RunUser,
+};
 use crate::etcd::{self, Client, Kind, LeaseId};
 use crate::journal::ClusterLease;
 use crate::proto::v2::{Answer, ErrorCode, LeaseTerms, LockUser, ShortText, error};
@@ -118,6 +120,8 @@ struct WatchState {
     /// When this host last wrote something that the watch must see, and its revision, if it is known and was not seen yet.
     checked: Timestamp,
     sign: Option<i64>,
+    /// How often this host has ended watches, so that they were opened anew.
+    hang_ups: u64,
 }
 
 /// A lease is not relied on for this last part of its time: a quarter, in which holders stop.
@@ -218,7 +222,11 @@ impl Clustering {
         effects: &mut Effects,
     ) -> Option<Vec<RemoteReply>> {
         if self.cluster.good_until().is_some_and(|until| until <= now) {
-            warn!("etcd: the lease was not kept in time; what is held is lost");
+            let why = match self.cluster.is_renewed(now) {
+                true => "the lease was renewed, but what is held could not be read in time",
+                false => "the lease was not kept in time",
+            };
+            warn!("etcd: {why}; what is held is lost");
             return Some(vec![self.lose_lease(table, now, effects)]);
         }
         if let Some(index) = self.revokes.iter().position(|revoke| revoke.at <= now) {
@@ -406,7 +414,7 @@ impl Clustering {
         let until = Instant::now() + ttl;
         self.threads.lease_command(LeaseCommand::Quarantine(until));
         (self.records, self.watch) = (None, WatchState::default());
-        self.threads.reopen_watch();
+        self.hang_up(now);
         RemoteReply::RecordLease(ClusterLease::None)
     }
 
@@ -449,8 +457,8 @@ impl Clustering {
         match event {
             Event::Leased { lease, .. } if self.abandoned == Some(lease) => None,
             Event::Leased { .. } if now < self.quarantined_until => None,
-            Event::Leased { lease, sent, ttl_secs, revision, .. } => {
-                self.lease_kept(table, lease, sent, ttl_secs, revision)
+            Event::Leased { lease, sent, ttl_secs, revision, is_prompt, .. } => {
+                self.lease_kept(table, now, (lease, sent, ttl_secs), (revision, is_prompt))
             }
             Event::LeaseGone(lease) => self.lease_gone(table, now, lease, effects),
             Event::Answer { lock, id, lease, answer, source, trouble, .. } => {
@@ -485,10 +493,9 @@ impl Clustering {
     fn lease_kept(
         &mut self,
         table: &Table,
-        lease: LeaseId,
-        sent: Timestamp,
-        ttl_secs: u64,
-        revision: i64,
+        now: Timestamp,
+        (lease, sent, ttl_secs): (LeaseId, Timestamp, u64),
+        (revision, is_prompt): (i64, bool),
     ) -> Option<RemoteReply> {
         self.troubles.ended(trouble::Source::Lease);
         if self.watch.is_open {
@@ -497,18 +504,39 @@ impl Clustering {
         let relied_on = Duration::from_secs(ttl_secs).saturating_sub(margin(self.ttl_secs));
         let good_until = sent.plus(relied_on);
         let is_new = self.lease.replace(lease) != Some(lease);
-        self.cluster.leased(table, name(lease), good_until);
-        let until = TimeSpec::from_duration(Duration::from_millis(good_until.0.max(1)));
-        if let Err(e) = self.alarm.set(Expiration::OneShot(until), TimerSetTimeFlags::TFD_TIMER_ABSTIME) {
-            warn!("cannot set a timer: {e}");
+        let renewal = Renewal { lease: name(lease), good_until, revision: Revision(revision), is_prompt };
+        if self.cluster.leased(table, now, renewal) {
+            self.hang_up(now);
         }
-        self.check_watch(lease, sent, revision);
+        self.read_presence();
+        self.check_watch(lease, now, revision);
         is_new.then(|| {
             info!("etcd: clustering locks under lease {:016x}, of {ttl_secs} s", lease.0);
             // A resumed lease may have entries that this daemon does not know.
             self.threads.command(Command::ListEntries(lease));
             RemoteReply::RecordLease(ClusterLease::Id(lease.0 as u64))
         })
+    }
+
+    /// Has read whether what is held is there, and wakes the loop when it cannot be relied on any more.
+    fn read_presence(&mut self) {
+        for request in self.cluster.take_presence_requests() {
+            if let Some(lease) = self.lease {
+                self.threads.read_presence(request, lease);
+            }
+        }
+        let Some(good_until) = self.cluster.good_until() else { return };
+        let until = TimeSpec::from_duration(Duration::from_millis(good_until.0.max(1)));
+        if let Err(e) = self.alarm.set(Expiration::OneShot(until), TimerSetTimeFlags::TFD_TIMER_ABSTIME) {
+            warn!("cannot set a timer: {e}");
+        }
+    }
+
+    /// Has the watch opened anew. What the old one may still say counts for nothing.
+    fn hang_up(&mut self, now: Timestamp) {
+        self.watch.is_open = false;
+        self.cluster.watch_ended(now);
+        self.watch.hang_ups = self.threads.reopen_watch();
     }
 
     /// etcd has this lease no more.
@@ -585,6 +613,10 @@ impl Clustering {
     fn observe(&mut self, event: Event, table: &mut Table, now: Timestamp, effects: &mut Effects) {
         match event {
             Event::Trouble(source, error) => self.troubles.began(source, &error),
+            Event::Presence { id, answer, .. } => {
+                self.cluster.presence_answered(table, now, (id, answer), effects);
+                self.read_presence();
+            }
             Event::Entries(locks) => self.cluster.has_entries(locks),
             Event::NoEntries(lease) => {
                 if self.lease == Some(lease) {
@@ -601,7 +633,9 @@ impl Clustering {
             }
             Event::Revoked { lease, is_done } => self.revoked(lease, is_done, now),
             Event::SignOfLife(Some(revision)) => self.watch.sign = Some(revision),
-            Event::SignOfLife(None) => self.threads.reopen_watch(),
+            Event::SignOfLife(None) => self.hang_up(now),
+            // It was ended meanwhile.
+            Event::WatchOpened { hang_ups, .. } if hang_ups < self.watch.hang_ups => {}
             Event::WatchOpened { revision, .. } => {
                 self.watch.is_open = true;
                 self.watch.seen = self.watch.seen.max(revision.0);
@@ -615,6 +649,7 @@ impl Clustering {
                 for event in events {
                     self.cluster.watch_event(table, now, event, effects);
                 }
+                self.cluster.watch_shown(Revision(revision));
             }
             Event::WatchEnded(error) => {
                 self.watch.is_open = false;
@@ -690,7 +725,7 @@ impl Clustering {
         if let Some(sign) = watch.sign.take() {
             if watch.seen < sign {
                 debug!("etcd: the watch is silent, opening it anew");
-                self.threads.reopen_watch();
+                self.hang_up(now);
             }
         } else if is_silent && now >= watch.checked.plus(Duration::from_secs(self.ttl_secs * 2)) {
             watch.checked = now;

@@ -156,13 +156,13 @@ fn a_store_that_goes_on_is_not_taken_for_one_that_went_back() {
 }
 
 /// Answers each request with the same text, however wrong that is, and counts the connections.
-struct Liar {
-    url: String,
+pub struct Liar {
+    pub url: String,
     connections: Arc<AtomicUsize>,
 }
 
 impl Liar {
-    fn new(answer: impl Fn(TcpStream) + Send + Sync + 'static) -> Liar {
+    pub fn new(answer: impl Fn(TcpStream) + Send + Sync + 'static) -> Liar {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
         let connections = Arc::new(AtomicUsize::new(0));

@@ -14,6 +14,8 @@ mod cluster_batches;
 #[cfg(feature = "etcd")]
 mod cluster_newest;
 #[cfg(feature = "etcd")]
+mod cluster_overtaken;
+#[cfg(feature = "etcd")]
 mod cluster_runs;
 #[cfg(feature = "etcd")]
 mod cluster_share;

@@ -1,6 +1,6 @@
 //! A model of etcd, as far as the hosts can tell.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::{
     ClusterRequest, Entry, EntryKey, Failure, LeaseName, OutcomeRecord, OwnResult, Owner, QueueOp,
@@ -30,6 +30,8 @@ pub(super) struct Store {
     compacted: usize,
     /// How many times the store went back.
     pub(super) era: u64,
+    /// It is being started, and answers nothing until then.
+    pub(super) down_until: u64,
 }
 
 #[derive(Clone)]
@@ -212,11 +214,39 @@ impl Store {
         self.entries.contains_key(&(lock, other()))
     }
 
-    /// Goes back to an earlier store. Leases begin anew there, as they do when etcd starts.
-    pub(super) fn go_back_to(&mut self, mut earlier: Store, lease_end: u64) {
-        earlier.leases.values_mut().for_each(|end| *end = lease_end);
-        earlier.era = self.era + 1;
-        *self = earlier;
+    /// Goes back to an earlier store, which is started then.
+    pub(super) fn go_back_to(&mut self, earlier: Store) {
+        *self = Store { era: self.era + 1, ..earlier };
+    }
+
+    /// Is started anew, which takes until `up`. Leases have their whole time again then.
+    pub(super) fn restart(&mut self, up: u64, ttl: u64) {
+        self.down_until = up;
+        self.leases.values_mut().for_each(|end| *end = up + ttl);
+    }
+
+    /// Grants or renews a lease.
+    pub(super) fn renew(&mut self, lease: &LeaseName, is_new: bool, end: u64) -> Result<Revision, Failure> {
+        match self.leases.get_mut(&lease.0) {
+            Some(until) => *until = end,
+            None if is_new => drop(self.leases.insert(lease.0.clone(), end)),
+            None => return Err(Failure::LeaseGone),
+        }
+        Ok(self.revision())
+    }
+
+    /// Something is written that concerns no lock.
+    pub(super) fn sign_of_life(&mut self) -> Revision {
+        self.revision += 1;
+        self.revision()
+    }
+
+    /// Returns the entries of a lease in the queues of these locks, by their tokens.
+    pub(super) fn presence(&self, locks: &[LockId], lease: &LeaseName) -> BTreeSet<(LockId, Token)> {
+        let is_its =
+            |lock: &LockId, of: &Option<String>| locks.contains(lock) && of.as_ref() == Some(&lease.0);
+        let entries = self.entries.iter().filter(|((lock, _), (_, of))| is_its(lock, of));
+        entries.map(|((lock, _), (entry, _))| (*lock, Token(entry.revision.0 as u64))).collect()
     }
 
     /// Returns `true` if this happened.
@@ -226,6 +256,9 @@ impl Store {
 
     /// Ends the leases that have expired, and returns how many.
     pub(super) fn expire(&mut self, now: u64) -> u64 {
+        if now < self.down_until {
+            return 0;
+        }
         let over: Vec<_> =
             self.runs.iter().filter(|(_, run)| run.until <= now).map(|(key, _)| *key).collect();
         for (lock, is_success) in over {

@@ -1,11 +1,11 @@
 //! The hosts and their clients, and what becomes of them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::super::queue::LockQueue;
 use super::super::{
-    Cluster, ClusterRequest, Failure, FoundResult, LeaseName, OwnResult, QueueOp, QueueSnapshot, Revision,
-    RunUser, WatchEvent,
+    Cluster, ClusterRequest, Failure, FoundResult, LeaseName, OwnResult, PresenceRequest, QueueOp,
+    QueueSnapshot, Renewal, Revision, RunUser, WatchEvent,
 };
 use super::newest::NewestRequests;
 use super::store::{NEWEST_MS, Store};
@@ -19,6 +19,9 @@ const CLIENTS: u32 = 6;
 const KEYS: u64 = 3;
 const TTL: u64 = 1_000;
 const MARGIN: u64 = 250;
+
+/// How long etcd takes to start, at the most.
+const START_MAX: u64 = 100;
 
 /// How long an offer stands.
 const OFFER_MS: u64 = 1_000;
@@ -37,8 +40,8 @@ enum Client {
         coalesces: bool,
         newest: bool,
         fresh_ms: u64,
-        /// When it was offered the lock.
-        offered: Option<u64>,
+        /// When it was offered the lock, and the era of the store that the host knew.
+        offered: Option<(u64, u64)>,
         sharing: Sharing,
         /// The user whose results it shares.
         user: Option<u64>,
@@ -48,6 +51,8 @@ enum Client {
         sharing: Sharing,
         user: Option<u64>,
         token: Token,
+        /// The host could not know until then that the store went back.
+        unaware_until: u64,
     },
 }
 
@@ -58,12 +63,19 @@ struct Host {
     effects: Effects,
     lease: Option<String>,
     leases_had: u64,
-    next_keep: u64,
-    watched: usize,
+    /// When the keeper of the lease asks next, if it does not wait for an answer.
+    next_keep: Option<u64>,
+    /// When it sent what was answered last. `None`: an attempt has failed since.
+    renewed: Option<u64>,
+    watch: Option<Watch>,
+    /// The era of the store in which the last watch was opened.
+    era: u64,
+    /// The revision of the last renewal; when the host last wrote something that the watch must see, and its revision.
+    renewed_at: Revision,
+    checked: u64,
+    sign: Option<Revision>,
     /// When its watch last showed it every change.
     watched_at: u64,
-    /// The era of the store in which the watch was opened; `None`: there is no watch.
-    watch_era: Option<u64>,
     /// The highest revision that the host saw, and the last entry that it saw being made.
     seen: Revision,
     last_added: Option<(Revision, LockId, WatchEvent)>,
@@ -84,17 +96,54 @@ struct Host {
     kept: BTreeMap<(LockId, Token), u64>,
 }
 
+/// A watch that the host takes for open.
+struct Watch {
+    era: u64,
+    position: usize,
+    /// Up to where it has shown everything.
+    shown: Revision,
+    /// Its connection is gone without a sign, and shows nothing more than what was on its way.
+    is_dead: bool,
+    on_its_way: Vec<(Revision, LockId, WatchEvent)>,
+}
+
+#[derive(Clone)]
+enum Question {
+    Queue(ClusterRequest),
+    Presence(PresenceRequest),
+    Grant,
+    Renew,
+}
+
+#[derive(Clone)]
+enum Reply {
+    Queue(QueueSnapshot),
+    Presence(Revision, BTreeSet<(LockId, Token)>),
+    Renewed(Revision),
+}
+
+impl Reply {
+    fn revision(&self) -> Revision {
+        match self {
+            Reply::Queue(snapshot) => snapshot.revision,
+            Reply::Presence(revision, _) | Reply::Renewed(revision) => *revision,
+        }
+    }
+}
+
 /// A question on its way, or its answer.
+#[derive(Clone)]
 struct Flight {
-    ask: ClusterRequest,
+    question: Question,
     lease: LeaseName,
+    sent: u64,
     /// What the host had seen when it sent the request.
     seen: Revision,
     /// When etcd gets it. `None`: it has, or never will.
     arrives: Option<u64>,
     /// When the host hears of it. `None`: it has given up waiting.
     returns: Option<u64>,
-    answer: Result<QueueSnapshot, Failure>,
+    answer: Result<Reply, Failure>,
 }
 
 pub(super) struct World {
@@ -103,8 +152,11 @@ pub(super) struct World {
     now: u64,
     step: u64,
     store: Store,
-    /// The store some time ago, to which it may go back.
+    /// The store some time ago, and a moment ago, to which it may go back.
     earlier: Store,
+    recent: Store,
+    /// Other programs write to the store until then, and not about locks.
+    busy_until: u64,
     hosts: Vec<Host>,
     keys: Vec<Key>,
     /// By key: the last token, the last step at which a hold had an end, the last at which anybody stood in line.
@@ -136,10 +188,14 @@ impl World {
             effects: Effects::default(),
             lease: None,
             leases_had: 0,
-            next_keep: 0,
-            watched: 0,
+            next_keep: Some(0),
+            renewed: Some(0),
+            watch: None,
+            era: 0,
+            renewed_at: Revision(0),
+            checked: 0,
+            sign: None,
             watched_at: 1,
-            watch_era: None,
             seen: Revision(0),
             last_added: None,
             quarantined_until: 0,
@@ -158,6 +214,8 @@ impl World {
             step: 0,
             store: Store::default(),
             earlier: Store::default(),
+            recent: Store::default(),
+            busy_until: 0,
             hosts: (0..HOSTS as u64).map(host).collect(),
             keys: (0..KEYS).map(|n| Key::new(format!("key {n}")).unwrap()).collect(),
             tokens: vec![Token(0); KEYS as usize],
@@ -191,6 +249,9 @@ impl World {
     fn step(&mut self) {
         self.step += 1;
         self.now += self.rng.below(8);
+        if self.now < self.busy_until && self.now >= self.store.down_until && self.rng.percent(60) {
+            self.store.sign_of_life();
+        }
         let expired = self.store.expire(self.now);
         self.note("expired", expired);
         if expired > 0 {
@@ -212,19 +273,36 @@ impl World {
 
     /// Questions arrive at etcd.
     fn carry(&mut self, host: usize) {
+        let now = self.now;
         for flight in &mut self.hosts[host].flights {
-            if flight.arrives.is_some_and(|at| at <= self.now) {
-                flight.arrives = None;
-                flight.answer = self.store.carry_out(&flight.ask, &flight.lease, self.now);
-                if let QueueOp::Release { .. } = flight.ask.op {
-                    // For other hosts, this is when it ends.
-                    let key = self.keys.iter().position(|key| key.id() == flight.ask.lock).unwrap();
-                    self.ended[key] = self.step;
+            if flight.arrives.is_none_or(|at| at > now) {
+                continue;
+            }
+            flight.arrives = None;
+            if now < self.store.down_until {
+                flight.answer = Err(Failure::NotDone);
+                continue;
+            }
+            let end = now + TTL;
+            flight.answer = match &flight.question {
+                Question::Queue(ask) => self.store.carry_out(ask, &flight.lease, now).map(Reply::Queue),
+                Question::Presence(request) => {
+                    let there = self.store.presence(&request.locks, &flight.lease);
+                    Ok(Reply::Presence(self.store.revision(), there))
                 }
-                // What is said after the host has given up is not heard.
-                if flight.returns.is_none() {
-                    *self.seen.entry("late question").or_default() += 1;
-                }
+                Question::Grant => self.store.renew(&flight.lease, true, end).map(Reply::Renewed),
+                Question::Renew => self.store.renew(&flight.lease, false, end).map(Reply::Renewed),
+            };
+            if let Question::Queue(ClusterRequest { lock, op: QueueOp::Release { .. }, .. }) =
+                &flight.question
+            {
+                // For other hosts, this is when it ends.
+                let key = self.keys.iter().position(|key| key.id() == *lock).unwrap();
+                self.ended[key] = self.step;
+            }
+            // What is said after the host has given up is not heard.
+            if flight.returns.is_none() {
+                *self.seen.entry("late question").or_default() += 1;
             }
         }
     }
@@ -236,45 +314,67 @@ impl World {
         if self.hosts[host].cluster.good_until().is_some_and(|until| until.0 <= now) {
             self.lose_lease(host);
         }
-        if self.hosts[host].watch_era.is_some_and(|era| era != self.store.era) {
+        let cut = self.hosts[host].cut_until > now;
+        if !cut && self.hosts[host].watch.as_ref().is_some_and(|w| w.era != self.store.era && !w.is_dead) {
             // etcd was restarted, which ends its connections.
-            self.hosts[host].watch_era = None;
-            self.hosts[host].cluster.watch_ended(Timestamp(now));
+            self.hang_up(host);
         }
         self.keep_lease(host);
-        let cut = self.hosts[host].cut_until > now;
-        if !cut && self.rng.percent(30) {
+        if !cut && now >= self.store.down_until && self.rng.percent(30) {
             self.watch(host);
         }
-        let mut flights = std::mem::take(&mut self.hosts[host].flights);
         let mut has_changed = false;
-        flights.retain_mut(|flight| {
-            if flight.returns.is_some_and(|at| at <= now) {
-                flight.returns = None;
-                let answer = flight.answer.clone();
-                let revision = answer.as_ref().map_or(Revision(i64::MAX), |snapshot| snapshot.revision);
-                if revision < flight.seen {
-                    self.store_changed(host);
-                    has_changed = true;
-                }
-                if has_changed {
-                    return flight.arrives.is_some();
-                }
-                if answer.is_ok() {
-                    self.hosts[host].seen = self.hosts[host].seen.max(revision);
-                }
-                if answer == Err(Failure::LeaseGone) {
-                    self.lose_lease(host);
-                }
-                let about = (flight.ask.lock, flight.ask.id);
+        let mut flights = std::mem::take(&mut self.hosts[host].flights);
+        let returned = flights.extract_if(.., |flight| flight.returns.is_some_and(|at| at <= now));
+        let returned: Vec<Flight> = returned.collect();
+        self.hosts[host].flights.append(&mut flights);
+        for flight in returned {
+            if flight.arrives.is_some() {
+                self.hosts[host].flights.push(Flight { returns: None, ..flight.clone() });
+            }
+            if flight.answer.as_ref().is_ok_and(|reply| reply.revision() < flight.seen) {
+                self.store_changed(host);
+                has_changed = true;
+            }
+            if !has_changed {
+                self.land(host, flight);
+            }
+        }
+        self.settle(host);
+    }
+
+    /// A host gets an answer, or gives up waiting for it.
+    fn land(&mut self, host: usize, Flight { question, lease, sent, answer, .. }: Flight) {
+        let now = Timestamp(self.now);
+        if let Ok(reply) = &answer {
+            let this = &mut self.hosts[host];
+            this.seen = this.seen.max(reply.revision());
+        }
+        match (question, answer) {
+            (Question::Grant | Question::Renew, answer) => self.renewed(host, lease, sent, answer),
+            (Question::Presence(PresenceRequest { id, .. }), answer) => {
+                let there = match answer {
+                    Ok(Reply::Presence(_, there)) => Some(there),
+                    _ => None,
+                };
+                self.note("read again", u64::from(there.is_some()));
                 self.feed(host, |table, cluster, effects| {
-                    cluster.answered(table, Timestamp(now), about, answer, effects);
+                    cluster.presence_answered(table, now, (id, there), effects);
                 });
             }
-            flight.arrives.is_some() || flight.returns.is_some()
-        });
-        self.hosts[host].flights = flights;
-        self.settle(host);
+            (Question::Queue(ask), answer) => {
+                if matches!(answer, Err(Failure::LeaseGone)) {
+                    self.lose_lease(host);
+                }
+                let answer = answer.map(|reply| match reply {
+                    Reply::Queue(snapshot) => snapshot,
+                    _ => unreachable!("it asked for a queue"),
+                });
+                self.feed(host, |table, cluster, effects| {
+                    cluster.answered(table, now, (ask.lock, ask.id), answer, effects);
+                });
+            }
+        }
     }
 
     fn settle(&mut self, host: usize) {
@@ -292,25 +392,34 @@ impl World {
         let Host { cluster, own_results, .. } = &mut self.hosts[host];
         own_results.retain(|&(lock, token), _| cluster.is_untold(lock, token));
         for ask in cluster.take_requests() {
-            self.send(host, ask);
+            self.send(host, Question::Queue(ask));
+        }
+        for request in self.hosts[host].cluster.take_presence_requests() {
+            self.send(host, Question::Presence(request));
         }
     }
 
-    fn send(&mut self, host: usize, mut ask: ClusterRequest) {
-        if let QueueOp::Release { record: Some(record), result, .. } = &mut ask.op {
-            let own = self.hosts[host].own_results.get(&(ask.lock, record.token));
+    fn send(&mut self, host: usize, mut question: Question) {
+        if let Question::Queue(ClusterRequest { lock, op, .. }) = &mut question
+            && let QueueOp::Release { record: Some(record), result, .. } = op
+        {
+            let own = self.hosts[host].own_results.get(&(*lock, record.token));
             *result = own.cloned().map(Box::new);
         }
-        if let QueueOp::Release { record: None, next: Some((_, owner)), .. } = &ask.op
+        if let Question::Queue(ClusterRequest { op, .. }) = &question
+            && let QueueOp::Release { record: None, next: Some((_, owner)), .. } = op
             && owner.mode == Mode::Coalesce
         {
             self.note("stepped aside", 1);
         }
-        if let QueueOp::RecordNewest { record, .. } = &ask.op {
+        if let Question::Queue(ClusterRequest { op: QueueOp::RecordNewest { record, .. }, .. }) = &question {
             let what = if record.rank.is_some() { "recorded again" } else { "recorded" };
             self.note(what, 1);
         }
-        let lease = LeaseName(self.hosts[host].lease.clone().expect("nothing is asked without a lease"));
+        let lease = LeaseName(match question {
+            Question::Grant => format!("{host}{:03}", self.hosts[host].leases_had),
+            _ => self.hosts[host].lease.clone().expect("nothing is asked without a lease"),
+        });
         let seen = self.hosts[host].seen;
         let soon = self.now + 1 + self.rng.below(20);
         let back = soon + self.rng.below(20);
@@ -322,51 +431,104 @@ impl World {
             0..3 => (Some(soon), Some(back.max(soon + 1) + 100), Err(Failure::Unknown)),
             3..6 => (Some(soon + 400), Some(soon + 100), Err(Failure::Unknown)),
             6..9 => (None, Some(soon + 100), Err(Failure::Unknown)),
+            // It is done, and the host hears of it late.
+            9..12 => (Some(soon), Some(back + 300), Err(Failure::Unknown)),
             _ => (Some(soon), Some(back), Err(Failure::Unknown)),
         };
         if (0..3).contains(&kind) {
             self.note("lost answer", 1);
         }
+        let flight = Flight { question, lease, sent: self.now, seen, arrives, returns, answer };
+        let flights = &mut self.hosts[host].flights;
         if (0..6).contains(&kind) {
             // It arrives, and only that; the host hears nothing of it.
-            let (ask, lease, answer) = (ask.clone(), lease.clone(), answer.clone());
-            self.hosts[host].flights.push(Flight { ask, lease, seen, arrives, returns: None, answer });
+            flights.push(Flight { returns: None, ..flight.clone() });
+            flights.push(Flight { arrives: None, ..flight });
+        } else {
+            flights.push(flight);
         }
-        let arrives = arrives.filter(|_| !(0..6).contains(&kind));
-        self.hosts[host].flights.push(Flight { ask, lease, seen, arrives, returns, answer });
     }
 
+    /// The keeper of the lease asks for one, or for its renewal, if it is time.
     fn keep_lease(&mut self, host: usize) {
         let now = self.now;
-        if self.hosts[host].cut_until > now || self.hosts[host].next_keep > now {
-            return;
-        }
-        if self.hosts[host].quarantined_until > now {
-            return;
-        }
-        if self.store.revision() < self.hosts[host].seen {
-            return self.store_changed(host);
-        }
         let this = &mut self.hosts[host];
-        this.next_keep = now + TTL / 3;
-        let name = match &this.lease {
-            Some(name) if self.store.leases.contains_key(name) => name.clone(),
-            Some(_) => return self.lose_lease(host),
-            None => {
-                this.leases_had += 1;
-                let name = format!("{host}{:03}", this.leases_had);
-                this.lease = Some(name.clone());
-                name
+        if this.next_keep.is_none_or(|at| at > now) || this.quarantined_until > now {
+            return;
+        }
+        this.next_keep = None;
+        let is_new = this.lease.is_none();
+        this.leases_had += u64::from(is_new);
+        self.send(host, if is_new { Question::Grant } else { Question::Renew });
+    }
+
+    /// The lease was renewed, or granted, or it was not.
+    fn renewed(&mut self, host: usize, lease: LeaseName, sent: u64, answer: Result<Reply, Failure>) {
+        let now = self.now;
+        let this = &mut self.hosts[host];
+        this.next_keep = Some(sent + TTL / 3);
+        let revision = match answer {
+            Ok(reply) => reply.revision(),
+            Err(failure) => {
+                (this.next_keep, this.renewed) = (Some(now + 20), None);
+                if failure == Failure::LeaseGone && this.lease.as_ref() == Some(&lease.0) {
+                    self.lose_lease(host);
+                }
+                return;
             }
         };
-        self.store.leases.insert(name.clone(), now + TTL);
+        let is_new = this.lease.is_none() && lease.0 == format!("{host}{:03}", this.leases_had);
+        if !is_new && this.lease.as_ref() != Some(&lease.0) {
+            this.next_keep = Some(now);
+            return;
+        }
+        this.lease = Some(lease.0.clone());
+        let is_prompt = this.renewed.is_some_and(|before| sent <= before + TTL / 2);
+        this.renewed = Some(sent);
+        let renewal = Renewal { lease, good_until: Timestamp(sent + TTL - MARGIN), revision, is_prompt };
+        if this.watch.as_ref().is_some_and(|watch| watch.era != self.store.era) {
+            self.note("renewed unawares", 1);
+        }
+        let mut must_reopen = false;
+        self.feed(host, |table, cluster, _| must_reopen = cluster.leased(table, Timestamp(now), renewal));
+        if must_reopen {
+            self.hang_up(host);
+        }
+        self.check_watch(host, revision);
+        if !self.calm && self.rng.percent(4) {
+            self.note("cut again", 1);
+            self.hosts[host].cut_until = now + self.rng.below(2 * TTL);
+        }
+    }
+
+    /// As the daemon does it: now and then it writes something that the watch must see.
+    fn check_watch(&mut self, host: usize, revision: Revision) {
         let this = &mut self.hosts[host];
-        this.cluster.leased(&this.table, LeaseName(name), Timestamp(now + TTL - MARGIN));
+        let Some(watch) = &this.watch else { return };
+        let is_silent = this.renewed_at > watch.shown;
+        this.renewed_at = revision;
+        if let Some(sign) = this.sign.take() {
+            if watch.shown < sign {
+                self.note("silent", 1);
+                self.hang_up(host);
+            }
+        } else if is_silent && self.now >= this.checked + 2 * TTL {
+            this.checked = self.now;
+            this.sign = Some(self.store.sign_of_life());
+        }
+    }
+
+    /// The watch has ended, or the host ends it.
+    fn hang_up(&mut self, host: usize) {
+        let this = &mut self.hosts[host];
+        (this.watch, this.sign) = (None, None);
+        this.cluster.watch_ended(Timestamp(self.now));
     }
 
     fn lose_lease(&mut self, host: usize) {
         let now = Timestamp(self.now);
-        self.hosts[host].next_keep = 0;
+        let this = &mut self.hosts[host];
+        this.next_keep = this.next_keep.map(|_| 0);
         if let Some(lease) = self.hosts[host].lease.take()
             && self.rng.percent(30)
             && self.hosts[host].cluster.good_until().is_some_and(|until| until.0 + MARGIN <= now.0)
@@ -382,26 +544,44 @@ impl World {
         self.note("noticed", 1);
         let (now, revision) = (self.now, self.store.revision());
         let this = &mut self.hosts[host];
-        (this.lease, this.watch_era, this.last_added) = (None, None, None);
-        (this.seen, this.quarantined_until) = (revision, now + TTL);
+        (this.lease, this.watch, this.last_added, this.sign) = (None, None, None, None);
+        (this.seen, this.renewed_at, this.quarantined_until) = (revision, Revision(0), now + TTL);
+        this.next_keep = Some(now);
         // What is under way arrives, and its answer is rejected.
-        this.flights.iter_mut().for_each(|flight| flight.returns = None);
+        this.flights.retain_mut(|flight| {
+            flight.returns = None;
+            flight.arrives.is_some()
+        });
         self.feed(host, |table, cluster, effects| cluster.store_changed(table, Timestamp(now), effects));
     }
 
     fn watch(&mut self, host: usize) {
         let revision = self.store.revision();
         let this = &mut self.hosts[host];
-        if this.watch_era.is_none() {
+        if this.watch.is_none() {
             let is_same = this.last_added.as_ref().is_none_or(|last| self.store.has_happened(last));
             if revision < this.seen || !is_same {
                 return self.store_changed(host);
             }
-            this.watch_era = Some(self.store.era);
-            this.watched = usize::MAX;
+            this.era = self.store.era;
+            this.watch = Some(Watch {
+                era: this.era,
+                position: usize::MAX,
+                shown: revision,
+                is_dead: false,
+                on_its_way: Vec::new(),
+            });
         }
-        let mut position = this.watched;
-        match self.store.watch(&mut position) {
+        let watch = this.watch.as_mut().unwrap();
+        if watch.is_dead {
+            let news = std::mem::take(&mut watch.on_its_way);
+            self.newest.iter_mut().for_each(|requests| requests.missed(host));
+            return self.show(host, news);
+        }
+        let news = self.store.watch(&mut watch.position).map(<[_]>::to_vec);
+        watch.shown = revision;
+        this.seen = this.seen.max(revision);
+        match news {
             None => {
                 let lease = self.hosts[host].lease.clone().unwrap_or_default();
                 let locks = self.store.locks_of(&lease);
@@ -411,25 +591,31 @@ impl World {
                 });
             }
             Some(news) => {
-                let now = Timestamp(self.now);
-                let news = news.to_vec();
-                for event in news {
-                    let (revision, lock, what) = event.clone();
-                    if let WatchEvent::Added(_) = what {
-                        self.hosts[host].last_added = Some(event);
-                    }
-                    self.feed(host, |table, cluster, effects| {
-                        cluster.watch_event(table, now, (lock, revision, what), effects);
-                    });
-                }
+                self.show(host, news);
+                self.hosts[host].cluster.watch_shown(revision);
             }
         }
         if self.hosts[host].watched_at + NEWEST_MS <= self.now {
             self.newest.iter_mut().for_each(|requests| requests.missed(host));
         }
-        let this = &mut self.hosts[host];
-        (this.watched, this.watched_at) = (position, self.now);
-        this.seen = this.seen.max(revision);
+        self.hosts[host].watched_at = self.now;
+    }
+
+    /// The watch of a host shows these events.
+    fn show(&mut self, host: usize, news: Vec<(Revision, LockId, WatchEvent)>) {
+        let now = Timestamp(self.now);
+        for event in news {
+            let (revision, lock, what) = event.clone();
+            if let WatchEvent::Added(_) = what {
+                self.hosts[host].last_added = Some(event);
+            }
+            self.feed(host, |table, cluster, effects| {
+                cluster.watch_event(table, now, (lock, revision, what), effects);
+                cluster.watch_shown(revision);
+            });
+            let this = &mut self.hosts[host];
+            this.seen = this.seen.max(revision);
+        }
     }
 
     /// Hands something to a host, and hears what its clients are told.
@@ -463,14 +649,19 @@ impl World {
                     self.newest[key].began(host, client, self.step);
                     self.note("newest", 1);
                 }
-                self.check_grant(host, key, sharing, token);
+                let era = match before {
+                    Client::Asking { offered: Some((_, era)), .. } => era,
+                    _ => self.hosts[host].era,
+                };
+                self.check_grant(host, key, (sharing, token), era);
                 // Beside others, one may end its run while the next one's offer stands.
                 if sharing == Sharing::Exclusive {
-                    self.check_not_fresh(host, lock, fresh_ms, user);
+                    self.check_not_fresh(host, lock, fresh_ms, user, era);
                 }
                 self.runs.insert((lock, token), (host, user.is_some()));
                 self.began.insert((lock, token), (self.now, self.step));
-                Client::Holding { key, sharing, user, token }
+                let unaware_until = self.hosts[host].unaware_until;
+                Client::Holding { key, sharing, user, token, unaware_until }
             }
             NotificationKind::Offered => {
                 self.note("offered", 1);
@@ -484,7 +675,7 @@ impl World {
                     coalesces,
                     newest,
                     fresh_ms,
-                    offered: Some(self.now),
+                    offered: Some((self.now, self.hosts[host].era)),
                     sharing,
                     user,
                 }
@@ -497,13 +688,19 @@ impl World {
                 before
             }
             NotificationKind::Finished(outcome, token) => {
+                // What a host that cannot know that the store went back has seen of the end of a run may come again.
                 if let Client::Asking { coalesces: true, .. } = before
                     && outcome != Outcome::Unknown
+                    && self.hosts[host].unaware_until <= self.now
                 {
                     self.check_batch(lock, token, since);
                 }
                 if outcome != Outcome::Vanished {
-                    assert!(self.ended[key] >= since, "told of an end that came before it asked");
+                    assert!(
+                        self.ended[key] >= since,
+                        "client {client} of host {host} asked for key {key} at {since}, and is told that {token:?} ended \
+                         ({outcome}), which was before that"
+                    );
                     self.note("finished", 1);
                 }
                 if let Client::Asking { user: Some(user), .. } = before {
@@ -522,9 +719,10 @@ impl World {
                     self.note(if by == host { "own result" } else { "result of another host" }, 1);
                 }
                 let age = self.now - self.began[&(lock, token)].0;
-                // The watch of a host that is cut off or frozen is late.
+                // The watch of a host that is cut off or frozen is late, a dead one is noticed late, and each election makes
+                // the record seem younger.
                 assert!(
-                    age <= fresh_ms + 2_000 + 4 * TTL,
+                    age <= fresh_ms + 2_000 + 16 * TTL,
                     "a run counts that is {age} ms old, for {fresh_ms} ms"
                 );
                 self.note("fresh", 1);
@@ -535,7 +733,7 @@ impl World {
                 // A host that has not noticed yet that the store went back knows what was true before.
                 let is_held = !self.store.line(lock).entries.is_empty()
                     || this.table.is_held_here(lock)
-                    || this.watch_era != Some(self.store.era);
+                    || this.watch.as_ref().is_none_or(|watch| watch.era != self.store.era);
                 assert!(
                     is_held || self.occupied[key] >= since,
                     "told that a lock is held which was free all the time"
@@ -579,8 +777,9 @@ impl World {
     fn check_newest(&self) {
         let length = self.store.history_length();
         let knows_all = |host: &Host| {
-            host.watch_era == Some(self.store.era)
-                && host.watched == length
+            let sees_all =
+                |watch: &Watch| watch.era == self.store.era && !watch.is_dead && watch.position == length;
+            host.watch.as_ref().is_some_and(sees_all)
                 && host.flights.is_empty()
                 && host.lease.is_some()
                 && host.cut_until.max(host.frozen_until) <= self.now
@@ -618,7 +817,9 @@ impl World {
         let Some((sharer, Ok(content))) = content else {
             let later = self.began.range((lock, Token(token.0 + 1))..=(lock, Token(u64::MAX))).next();
             let has_shared = self.runs.get(&(lock, token)).is_some_and(|(_, shares)| *shares);
-            assert!(!(self.calm && has_shared && later.is_none()), "the result of {token:?} is not found");
+            // In a store that went back, a later run may have a lower token.
+            let must_be_there = self.calm && self.store.era == 0 && has_shared && later.is_none();
+            assert!(!must_be_there, "the result of {token:?} is not found");
             return self.note("no result", 1);
         };
         let (of, ended) = read_content(content);
@@ -645,26 +846,31 @@ impl World {
     }
 
     /// Checks that no run is repeated that counts for a request. For one that wants a result, a run without does not count.
-    fn check_not_fresh(&self, host: usize, lock: LockId, fresh_ms: u64, user: Option<u64>) {
+    fn check_not_fresh(&self, host: usize, lock: LockId, fresh_ms: u64, user: Option<u64>, era: u64) {
         if user.is_some() {
             return;
         }
         let Some((token, counts_for)) = self.store.last_success(lock) else { return };
         let (age, counts_for) = (self.now - self.began[&(lock, token)].0, counts_for.min(fresh_ms));
         // A host that has not noticed yet that the store went back knows what was true before.
-        if self.hosts[host].watch_era == Some(self.store.era) {
+        let is_open = self.hosts[host].watch.as_ref().is_some_and(|watch| watch.era == self.store.era);
+        if is_open && era == self.store.era {
             assert!(age >= counts_for, "a run that began {age} ms ago is repeated");
         }
     }
 
-    /// Checks that the other clients that can believe, with reason, that they hold the lock admit this one.
-    fn check_grant(&mut self, host: usize, key: usize, sharing: Sharing, token: Token) {
+    /// Checks that the other clients that can believe, with reason, that they hold the lock admit this one. `era`: of the store
+    /// that the host knew when it granted or offered it.
+    fn check_grant(&mut self, host: usize, key: usize, (sharing, token): (Sharing, Token), era: u64) {
         let mut beside = Vec::new();
         for (number, other) in self.hosts.iter().enumerate() {
             let is_good = other.cluster.good_until().is_some_and(|until| until.0 > self.now)
                 && (number == host || self.hosts[host].unaware_until <= self.now);
             let holds = other.clients.iter().filter_map(|client| match client {
-                Client::Holding { key: of, sharing, .. } if *of == key => Some(*sharing),
+                // Nor does it count what a host granted that could not know that the store went back.
+                Client::Holding { key: of, sharing, unaware_until, .. } if *of == key => {
+                    Some(*sharing).filter(|_| number == host || *unaware_until <= self.now)
+                }
                 _ => None,
             });
             beside.extend(holds.filter(|_| is_good));
@@ -683,14 +889,11 @@ impl World {
         };
         let line = self.store.line(self.keys[key].id());
         let before = line.entries.iter().find(|one| one.owner.is_none() && one.revision.0 < token.0 as i64);
-        // A host that has not noticed yet that the store went back knows what was true before.
-        if self.hosts[host].watch_era == Some(self.store.era) {
-            assert_eq!(before, None, "given beside another program's hold");
-        }
         let until = self.hosts[host].cluster.good_until();
         assert!(until.is_some_and(|until| until.0 > self.now), "given without a lease");
         // An offer may stand since before the store went back, which the host has not noticed yet.
-        if token.0 as i64 <= line.revision.0 {
+        if era == self.store.era {
+            assert_eq!(before, None, "given beside another program's hold");
             // An offer of a shared lock may be taken after a later place was granted.
             let may_be_lower = sharing != Sharing::Exclusive;
             assert!(may_be_lower || token > self.tokens[key], "tokens do not grow");
@@ -738,11 +941,19 @@ impl World {
     fn take(&mut self, host: usize, client: usize) {
         let (now, id) = (Timestamp(self.now), ClientId(client as u32));
         if let Client::Asking { offered, .. } = &mut self.hosts[host].clients[client]
-            && let Some(at) = offered.take()
+            && let Some((at, _)) = *offered
         {
             self.note(if self.now >= at + OFFER_MS { "taken late" } else { "taken" }, 1);
         }
+        let before = self.hosts[host].clients[client];
         self.feed(host, |table, _, effects| table.take(now, id, effects));
+        // It was withdrawn.
+        if let Client::Asking { offered: was, .. } = before
+            && let Client::Asking { offered, .. } = &mut self.hosts[host].clients[client]
+            && *offered == was
+        {
+            *offered = None;
+        }
     }
 
     fn ask(&mut self, host: usize, client: usize) {
@@ -871,7 +1082,15 @@ impl World {
                 self.store.compact();
             }
             20..24 => self.earlier = self.store.clone(),
+            142..144 => self.busy_until = self.now + self.rng.below(TTL),
+            40..140 => self.recent = self.store.clone(),
             24..26 => self.go_back(),
+            140..142 => {
+                self.note("restarted", 1);
+                let era = self.store.era + 1;
+                self.store.era = era;
+                self.restart();
+            }
             10..20 => {
                 self.note("other program", 1);
                 let lock = self.keys[self.rng.below(KEYS) as usize].id();
@@ -885,17 +1104,39 @@ impl World {
         }
     }
 
+    /// etcd is started anew. That ends the watches, except that a host which is cut off may not hear of it.
+    fn restart(&mut self) {
+        let now = self.now;
+        for host in &mut self.hosts {
+            if let Some(watch) = &mut host.watch
+                && !watch.is_dead
+                && host.cut_until > now
+                && self.rng.percent(70)
+            {
+                let news = self.store.watch(&mut watch.position);
+                watch.on_its_way = news.unwrap_or_default().to_vec();
+                watch.is_dead = true;
+                *self.seen.entry("dead watch").or_default() += 1;
+            }
+        }
+        self.store.restart(now + self.rng.below(START_MAX), TTL);
+    }
+
     /// The store goes back: to what it was some time ago, or to nothing.
     fn go_back(&mut self) {
-        let is_emptied = self.rng.percent(30);
-        let earlier = if is_emptied { Store::default() } else { self.earlier.clone() };
+        let kind = self.rng.below(10);
+        let is_emptied = kind < 2;
+        let earlier = match kind {
+            0..2 => Store::default(),
+            2..6 => self.earlier.clone(),
+            _ => self.recent.clone(),
+        };
         let target = earlier.revision();
         if target == self.store.revision() {
             return;
         }
         self.note(if is_emptied { "emptied" } else { "rolled back" }, 1);
         let until = self.now + TTL;
-        self.store.go_back_to(earlier, until);
         for host in &mut self.hosts {
             let last = host.last_added.as_ref().map_or(Revision(0), |(revision, ..)| *revision);
             if host.seen.min(last) <= target {
@@ -903,6 +1144,12 @@ impl World {
             }
         }
         self.newest.iter_mut().for_each(NewestRequests::forget_order);
+        // Then it overtakes what the hosts have seen.
+        self.busy_until = self.now + self.rng.below(2) * TTL / 2;
+        self.restart();
+        let down_until = self.store.down_until;
+        self.store.go_back_to(earlier);
+        self.store.restart(down_until, TTL);
         self.tokens.fill(Token(0));
         self.ended.fill(self.step);
         self.occupied.fill(self.step);

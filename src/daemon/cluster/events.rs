@@ -1,5 +1,6 @@
 //! What the loop and the threads that speak with etcd say to each other.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::mpsc::SyncSender;
 
@@ -50,12 +51,13 @@ pub(super) enum Reading {
 /// What a thread reports. `generation` counts the changes of the store (`etcd::Client::generation`).
 #[derive(Debug)]
 pub(super) enum Event {
-    /// The lease lives, and did when this was requested, at `sent`.
+    /// The lease lives, and did when this was requested, at `sent`. `is_prompt`: as [`crate::cluster::Renewal`] has it.
     Leased {
         lease: LeaseId,
         sent: Timestamp,
         ttl_secs: u64,
         revision: i64,
+        is_prompt: bool,
         generation: u64,
     },
     LeaseGone(LeaseId),
@@ -76,6 +78,12 @@ pub(super) enum Event {
         trouble: Option<etcd::Error>,
         generation: u64,
     },
+    /// The places that a lease has in the queues of some locks, by their tokens; `None`: they could not be read.
+    Presence {
+        id: u64,
+        answer: Option<BTreeSet<(LockId, Token)>>,
+        generation: u64,
+    },
     Entries(Vec<LockId>),
     /// Where this lease has entries could not be found out a while ago.
     NoEntries(LeaseId),
@@ -93,9 +101,10 @@ pub(super) enum Event {
     },
     /// The watch must see this revision. `None`: nothing could be written.
     SignOfLife(Option<i64>),
-    /// The watch sees everything after this revision.
+    /// The watch sees everything after this revision. `hang_ups`: how often watches had been ended before.
     WatchOpened {
         revision: Revision,
+        hang_ups: u64,
         generation: u64,
     },
     /// What the watch saw, and up to which revision.
@@ -136,6 +145,7 @@ impl Event {
             Event::Leased { generation, .. }
             | Event::StoreChanged { generation, .. }
             | Event::Answer { generation, .. }
+            | Event::Presence { generation, .. }
             | Event::WatchOpened { generation, .. }
             | Event::Runs { generation, .. }
             | Event::Watch { generation, .. } => Some(*generation),

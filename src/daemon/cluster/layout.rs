@@ -80,6 +80,12 @@ impl Layout {
         Range { key, end, sort: Sort::CreateRevision, ..Range::default() }
     }
 
+    /// Returns what reads the entries of one lease in the queue of a lock.
+    pub(super) fn entries_of(&self, lock: LockId, lease: LeaseId) -> Range {
+        let end = |last: char| self.of(lock, &format!("/{:x}{last}", lease.0)).into();
+        Range { key: end('.'), end: end('/'), ..Range::default() }
+    }
+
     /// Returns the key of the last run of a lock that ended so.
     fn run_key(&self, lock: LockId, is_success: bool) -> Vec<u8> {
         self.of(lock, if is_success { SUCCESS } else { FAILURE }).into()

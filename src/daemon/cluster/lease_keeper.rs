@@ -10,6 +10,7 @@ use super::trouble::Source;
 use super::worker::EtcdWorker;
 use crate::clock;
 use crate::etcd::{self, LeaseId, Range};
+use crate::table::Timestamp;
 
 /// How soon the keeper looks again after it found that the store went back.
 const SOON: Duration = Duration::from_millis(100);
@@ -31,12 +32,14 @@ pub(super) struct LeaseKeeper {
     lease: Option<LeaseId>,
     not_before: Option<Instant>,
     backoff: Backoff,
+    /// When the last request for the lease was sent that was answered. `None`: an attempt has failed since.
+    renewed: Option<Timestamp>,
 }
 
 impl LeaseKeeper {
     pub(super) fn new(worker: EtcdWorker, ttl_secs: u64, lease: Option<LeaseId>) -> LeaseKeeper {
         let backoff = Backoff::up_to(period(ttl_secs));
-        LeaseKeeper { worker, ttl_secs, lease, not_before: None, backoff }
+        LeaseKeeper { worker, ttl_secs, lease, not_before: None, backoff, renewed: Some(clock::now()) }
     }
 
     pub(super) fn run(mut self, commands: &Receiver<LeaseCommand>) {
@@ -78,6 +81,7 @@ impl LeaseKeeper {
                 pause
             }
             Err(e) => {
+                self.renewed = None;
                 let pause = match e {
                     etcd::Error::StoreChanged { .. } => SOON,
                     _ => self.backoff.pause().min(pause_max(&e, self.ttl_secs)),
@@ -93,7 +97,9 @@ impl LeaseKeeper {
         let granted = self.worker.client.grant_lease(self.ttl_secs)?;
         self.lease = Some(granted.id);
         let (lease, ttl_secs) = (granted.id, granted.ttl_secs);
-        self.worker.reporter.send(Event::Leased { lease, sent, ttl_secs, revision: 0, generation });
+        let (revision, is_prompt) = (0, self.is_prompt(sent));
+        self.renewed = Some(sent);
+        self.worker.reporter.send(Event::Leased { lease, sent, ttl_secs, revision, is_prompt, generation });
         Ok(period(ttl_secs))
     }
 
@@ -111,15 +117,21 @@ impl LeaseKeeper {
             self.worker.reporter.send(Event::LeaseGone(lease));
             return Ok(Duration::ZERO);
         }
+        let (ttl_secs, revision, is_prompt) = (kept.ttl_secs, kept.revision, self.is_prompt(sent));
+        self.renewed = Some(sent);
+        self.worker.reporter.send(Event::Leased { lease, sent, ttl_secs, revision, is_prompt, generation });
+        Ok(period(ttl_secs))
+    }
+
+    /// Returns `true` if a request that was sent then, and answered, shows that contact with etcd was not interrupted.
+    fn is_prompt(&self, sent: Timestamp) -> bool {
         let watched_at = self.worker.watched_at.load(Ordering::Relaxed);
-        if watched_at != usize::MAX && watched_at != client.current() {
+        if watched_at != usize::MAX && watched_at != self.worker.client.current() {
             // The member that the watch reads from did not answer: it may hang, and the watch with it.
             self.worker.watched_at.store(usize::MAX, Ordering::Relaxed);
-            client.hang_up();
+            return false;
         }
-        let (ttl_secs, revision) = (kept.ttl_secs, kept.revision);
-        self.worker.reporter.send(Event::Leased { lease, sent, ttl_secs, revision, generation });
-        Ok(period(ttl_secs))
+        self.renewed.is_some_and(|before| sent <= before.plus(period(self.ttl_secs) * 3 / 2))
     }
 }
 

@@ -1,5 +1,5 @@
 //! The threads that speak with etcd, so that the daemon's loop never waits for it: one keeps the lease, one watches, one
-//! reads listings, and a few carry out the loop's commands. What they find goes through one channel to the loop, which
+//! reads listings, one reads whether what is held is there, and a few carry out the loop's commands. What they find goes through one channel to the loop, which
 //! an eventfd(2) wakes.
 
 use std::io;
@@ -17,6 +17,7 @@ use super::layout::Layout;
 use super::lease_keeper::{LeaseCommand, LeaseKeeper};
 use super::watcher::Watcher;
 use super::worker::EtcdWorker;
+use crate::cluster::PresenceRequest;
 use crate::daemon::connection::ConnectionId;
 use crate::etcd::{Client, LeaseId};
 
@@ -32,6 +33,7 @@ pub(super) struct EtcdThreads {
     events: Receiver<Event>,
     commands: Sender<Command>,
     readings: Sender<(ConnectionId, Reading)>,
+    presence: Sender<(PresenceRequest, LeaseId)>,
     lease_commands: Sender<LeaseCommand>,
 }
 
@@ -46,6 +48,7 @@ impl EtcdThreads {
         let (events, received) = mpsc::sync_channel(EVENTS_MAX);
         let (commands, queued) = mpsc::channel();
         let (readings, queued_readings) = mpsc::channel();
+        let (presence, queued_presence) = mpsc::channel();
         let (lease_commands, lease_received) = mpsc::channel();
         let wake = Arc::new(EventFd::from_flags(EfdFlags::EFD_CLOEXEC | EfdFlags::EFD_NONBLOCK)?);
         let client = Arc::new(client);
@@ -57,11 +60,12 @@ impl EtcdThreads {
             let (worker, queued) = (worker.clone(), queued.clone());
             spawn("etcd worker", move || worker.work(&queued))?;
         }
-        let (lister, watcher) = (worker.clone(), worker.clone());
+        let (lister, watcher, reader) = (worker.clone(), worker.clone(), worker.clone());
         spawn("etcd listing", move || lister.read_listings(&queued_readings))?;
+        spawn("etcd presence", move || reader.read_presence(&queued_presence))?;
         spawn("etcd watch", move || Watcher::new(watcher, ttl_secs).run())?;
         spawn("etcd lease", move || LeaseKeeper::new(worker, ttl_secs, resume).run(&lease_received))?;
-        Ok(EtcdThreads { client, wake, events: received, commands, readings, lease_commands })
+        Ok(EtcdThreads { client, wake, events: received, commands, readings, presence, lease_commands })
     }
 
     /// Returns the descriptor that becomes readable when there is an event.
@@ -85,14 +89,20 @@ impl EtcdThreads {
         let _ = self.readings.send((to, reading));
     }
 
+    /// Reads which places a lease has.
+    pub(super) fn read_presence(&self, request: PresenceRequest, lease: LeaseId) {
+        // Its thread lives as long as this.
+        let _ = self.presence.send((request, lease));
+    }
+
     /// Tells the keeper of the lease something.
     pub(super) fn lease_command(&self, command: LeaseCommand) {
         let _ = self.lease_commands.send(command);
     }
 
-    /// Ends the watch, so that it is opened anew.
-    pub(super) fn reopen_watch(&self) {
-        self.client.hang_up();
+    /// Ends the watch, so that it is opened anew. Returns how often that was done.
+    pub(super) fn reopen_watch(&self) -> u64 {
+        self.client.hang_up()
     }
 
     /// Waits for the next event, until `until` at the latest.

@@ -33,9 +33,10 @@ impl Watcher {
             let error = match self.open() {
                 Err(e) => Some(e),
                 Ok(watch) => {
-                    let opened = Instant::now();
+                    let (opened, hang_ups) = (Instant::now(), watch.hang_ups());
                     let end = self.read(watch);
-                    if opened.elapsed() >= STEADY {
+                    // A watch that the loop has ended is no failure.
+                    if opened.elapsed() >= STEADY || hang_ups != self.worker.client.hang_ups() {
                         self.backoff.reset();
                     }
                     end
@@ -75,8 +76,8 @@ impl Watcher {
         if !first.created {
             return Err(etcd::Error::BadReply { why: "a watch does not begin as one".into() });
         }
-        let (revision, generation) = (Revision(look.revision), self.generation);
-        self.worker.reporter.send(Event::WatchOpened { revision, generation });
+        let (revision, hang_ups, generation) = (Revision(look.revision), watch.hang_ups(), self.generation);
+        self.worker.reporter.send(Event::WatchOpened { revision, hang_ups, generation });
         self.report(first);
         Ok(watch)
     }

@@ -1,5 +1,6 @@
 //! One thread that carries out the loop's commands at etcd, and what all threads have in common.
 
+use std::collections::BTreeSet;
 use std::sync::atomic::AtomicUsize;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -12,7 +13,8 @@ use super::listing::Locks;
 use super::trouble::Source;
 use crate::clock;
 use crate::cluster::{
-    self, ClusterRequest, Entry, EntryKey, Failure, QueueOp, QueueSnapshot, Revision, RunRecord,
+    self, ClusterRequest, Entry, EntryKey, Failure, PresenceRequest, QueueOp, QueueSnapshot, Revision,
+    RunRecord,
 };
 use crate::daemon::connection::ConnectionId;
 use crate::daemon::listing::Page;
@@ -187,6 +189,24 @@ impl EtcdWorker {
                 self.reporter.send(Event::NoEntries(lease));
             }
         }
+    }
+
+    /// Reads which places a lease has, for one request after the other. They do not share a queue with locks: they decide whether
+    /// what is held is lost.
+    pub(super) fn read_presence(&self, requests: &Receiver<(PresenceRequest, LeaseId)>) {
+        while let Ok((request, lease)) = requests.recv() {
+            let generation = self.client.generation();
+            let answer = self.presence(&request.locks, lease);
+            let (id, answer) = (request.id, answer.map_err(|e| self.failed(Source::Reads, e)).ok());
+            self.reporter.send(Event::Presence { id, answer, generation });
+        }
+    }
+
+    fn presence(&self, locks: &[LockId], lease: LeaseId) -> Result<BTreeSet<(LockId, Token)>, etcd::Error> {
+        let then = locks.iter().map(|lock| Op::Range(self.layout.entries_of(*lock, lease))).collect();
+        let reply = self.client.txn(&Txn { then, ..Txn::default() })?;
+        let entries = reply.ranges.iter().flatten().filter_map(|key| self.layout.entry(key));
+        Ok(entries.map(|(lock, entry)| (lock, Token(entry.revision.0 as u64))).collect())
     }
 
     fn grant_records_lease(&self) {
