@@ -10,7 +10,7 @@ use std::thread;
 use kmutex::etcd::{Op, Txn};
 
 use crate::cluster::name;
-use crate::cluster_trouble::Liar;
+use crate::cluster_trouble::{Liar, steady_host, witness};
 use crate::etcd_harness::{Etcd, copy_folder};
 use crate::harness::*;
 
@@ -122,10 +122,14 @@ fn overtake(etcd: &Etcd) {
 fn a_renewal_alone_keeps_no_lock_of_a_host_that_was_cut_off() {
     let mut etcd = Etcd::single();
     let gate = Gate::new(&etcd);
-    let a = gate.host();
+    let (a, b) = (gate.host(), steady_host(&etcd, TTL[1], &[]));
     // The lease is in the copy. Its holder's key is not.
     let copy = etcd.copy_data("copy");
-    let mut holder = a.hold("k");
+    let file = etcd.file("order");
+    let mut holder = witness(&a, "k", &file);
+    let append = format!("echo b >> {}", file.display());
+    let mut next = Process::spawn(&mut b.run(&["--queue", "k", "--", "sh", "-c", &append]));
+    b.wait_for_log("wait: ");
     gate.set(SHUT);
     etcd.replace_data(|data| {
         std::fs::remove_dir_all(data).unwrap();
@@ -135,7 +139,9 @@ fn a_renewal_alone_keeps_no_lock_of_a_host_that_was_cut_off() {
     // The host learns that its lease lives, and nothing else.
     gate.set(RENEWALS);
     gate.wait_for_renewals(1);
-    assert_eq!(holder.process.wait(), LOST);
+    assert_eq!((holder.wait(), next.wait()), (LOST, 0));
+    let order = std::fs::read_to_string(&file).unwrap();
+    assert_eq!(order, "a\nb\n", "the holder is dead before the next one runs");
     assert!(a.log().contains(UNREAD), "{}", a.log());
 }
 
@@ -174,7 +180,8 @@ fn a_cut_in_which_etcd_is_started_anew_loses_no_lock_and_the_watch_is_opened_ane
     // If none of them counted, it would be lost before the last.
     gate.wait_for_renewals(4);
     assert!(!a.log().contains("lost"), "{}", a.log());
-    // The connection of the old watch has not ended, and shows nothing.
+    // The connection of the old watch has not ended, and shows nothing. Without a watch no lock is granted.
+    finish(&mut a.run(&["l", "true"])).assert_silent(0);
     etcd.ctl(&["del", "--prefix", &format!("{}/", name("k"))]);
     assert_eq!(holder.process.wait(), LOST);
 }

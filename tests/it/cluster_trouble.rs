@@ -22,7 +22,7 @@ const UNAVAILABLE: i32 = 69;
 const WENT_BACK: &str = "the store went back";
 
 /// Long enough to restart an etcd in it.
-fn steady_host(etcd: &Etcd, ttl: &str, more: &[&str]) -> Daemon {
+pub fn steady_host(etcd: &Etcd, ttl: &str, more: &[&str]) -> Daemon {
     let url = etcd.endpoints()[0].to_string();
     let daemon = Daemon::with(&[&["--etcd", &url, "--etcd-ttl", ttl][..], more].concat());
     daemon.wait_for_log("clustering locks under lease");
@@ -30,7 +30,7 @@ fn steady_host(etcd: &Etcd, ttl: &str, more: &[&str]) -> Daemon {
 }
 
 /// A holder that says so, and writes "a" into `file` when it is stopped.
-fn witness(daemon: &Daemon, key: &str, file: &Path) -> Process {
+pub fn witness(daemon: &Daemon, key: &str, file: &Path) -> Process {
     let script = format!(
         "trap 'echo a >> {0}; exit' TERM; echo holding; while :; do sleep 0.02; done",
         file.display()
