@@ -21,11 +21,13 @@
 //!   for lost, and arrived after all) is removed.
 //! - What is held is relied on for as long as the last renewal of the lease that counts says. `reliance.rs` has the rule.
 //! - Of the requests with `--newest` of all hosts, only the newest waits (`newest.rs`).
+//! - A holder is asked to stop by its own host, when a request behind it in the queue replaces it (`replaced.rs`).
 //! - When the store goes back, nothing that was read before counts any more ([`Cluster::store_changed`]).
 
 mod newest;
 mod queue;
 mod reliance;
+mod replaced;
 mod run_record;
 mod shared_result;
 #[cfg(test)]
@@ -48,6 +50,7 @@ pub use newest::{NewestRecord, SeenNewest};
 use queue::{LockQueue, Standing};
 use reliance::{Held, Reliance};
 pub use reliance::{PresenceRequest, Renewal};
+pub use replaced::Replaces;
 pub use run_record::RunRecord;
 pub use shared_result::{Content, FoundResult, OwnResult, ResultOf, RunUser, SharedResult};
 
@@ -112,6 +115,9 @@ pub struct Owner {
     /// How many of the slots it takes. 0: one.
     #[serde(default, skip_serializing_if = "is_zero")]
     pub weight: u32,
+    /// A request that waits at this entry replaces the holders before it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub replaces: Option<Replaces>,
     /// What the client says about itself.
     #[serde(default)]
     pub who: ClientInfo,
@@ -224,6 +230,15 @@ pub enum QueueOp {
         /// The first entry of this host, behind all others.
         entry: Option<(EntryKey, Box<Owner>)>,
     },
+    /// Say something else of this entry, if it is the one that was made at this revision.
+    Describe {
+        /// Its key.
+        entry_key: EntryKey,
+        /// When it was made.
+        revision: Revision,
+        /// What is said of it.
+        owner: Box<Owner>,
+    },
     /// Remove this entry, if it is the one that was made at this revision, and all in one:
     Release {
         /// Its key.
@@ -271,6 +286,8 @@ pub struct Cluster {
     last_run_event: Revision,
     /// The locks to look at.
     dirty_locks: BTreeSet<LockId>,
+    /// When holders of this host are to be asked to stop, because another host's request replaces them.
+    stops: BTreeSet<(Timestamp, LockId)>,
     /// The locks that need a request which cannot be made at the moment.
     pending: BTreeSet<LockId>,
     requests: Vec<ClusterRequest>,
@@ -296,6 +313,7 @@ impl Cluster {
             refused_by: BTreeMap::new(),
             last_run_event: Revision(0),
             dirty_locks: BTreeSet::new(),
+            stops: BTreeSet::new(),
             pending: BTreeSet::new(),
             requests: Vec::new(),
             found: Vec::new(),
@@ -404,13 +422,13 @@ impl Cluster {
 
     /// Returns when [`Cluster::poll`] has something to do even if nothing happens.
     pub fn next_deadline(&self) -> Option<Timestamp> {
-        if self.pending.is_empty() {
-            return None;
-        }
-        match self.unusable_since {
+        let retry_at = match self.unusable_since {
+            _ if self.pending.is_empty() => None,
             Some(since) => (!self.is_overdue).then(|| since.plus(PATIENCE)),
             None => self.retry_at,
-        }
+        };
+        let stop_at = self.stops.first().map(|(at, _)| *at);
+        [retry_at, stop_at].into_iter().flatten().min()
     }
 
     /// Returns `true` if this host has a lease and a watch.
@@ -593,11 +611,17 @@ impl Cluster {
         }
         self.refused_by.clear();
         let may_grant = self.is_watching && self.good_until().is_some_and(|until| until > now);
+        self.note_due_stops(now);
         for lock in std::mem::take(&mut self.dirty_locks) {
             let standing = Standing { lease: self.lease.as_ref(), may_grant };
             let queue = self.queues.entry(lock).or_default();
+            let stop_at = queue.stop_at();
             queue.update_table(table, now, lock, standing, &mut self.found, effects);
             queue.drop_results();
+            if queue.stop_at() != stop_at {
+                stop_at.map(|at| self.stops.remove(&(at, lock)));
+                self.stops.extend(queue.stop_at().map(|at| (at, lock)));
+            }
             // One request tells whether the others have a chance.
             let has_probed = self.is_away() && !self.requests.is_empty();
             if may_probe && !has_probed {
@@ -617,9 +641,19 @@ impl Cluster {
         }
     }
 
+    fn note_due_stops(&mut self, now: Timestamp) {
+        while let Some(&(at, lock)) = self.stops.first()
+            && at <= now
+        {
+            self.stops.pop_first();
+            self.dirty_locks.insert(lock);
+        }
+    }
+
     /// Forgets a queue, but not yet the entry that a client is to be told of.
     fn forget(&mut self, lock: LockId, effects: &Effects) {
         let Some(queue) = self.queues.remove(&lock) else { return };
+        queue.stop_at().map(|at| self.stops.remove(&(at, lock)));
         let slots = effects.notifications.iter().rev().find_map(|told| match told.kind {
             NotificationKind::SlotsDiffer { slots, .. } if told.lock == lock => Some(slots),
             _ => None,
@@ -692,7 +726,10 @@ impl QueueOp {
             | QueueOp::Enqueue { owner, .. }
             | QueueOp::RecordNewest { entry: Some((_, owner)), .. }
             | QueueOp::Release { next: Some((_, owner)), .. } => Some(owner),
-            QueueOp::Read | QueueOp::RecordNewest { .. } | QueueOp::Release { .. } => None,
+            QueueOp::Read
+            | QueueOp::Describe { .. }
+            | QueueOp::RecordNewest { .. }
+            | QueueOp::Release { .. } => None,
         }
     }
 }

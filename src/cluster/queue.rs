@@ -4,6 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::newest::Newest;
+use super::replaced::{Replaced, Replaces};
 use super::turn::Turn;
 use super::{
     Asked, Entry, EntryKey, Failure, FoundResult, LeaseName, OutcomeRecord, Owner, QueueOp, QueueSnapshot,
@@ -51,6 +52,7 @@ pub(super) struct LockQueue {
     /// Results that came since the table was told of the line last, for clients that want one.
     results: Vec<SharedResult>,
     newest: Newest,
+    replaced: Replaced,
     /// The place that a request under way gives up for a new one, and the key of that.
     next: Option<(Token, EntryKey)>,
 }
@@ -219,7 +221,7 @@ impl LockQueue {
     pub(super) fn asked(&mut self, id: u64, mark: ArrivalMark, op: &QueueOp) {
         self.asked = Some(Asked { id, mark, is_doubtful: false });
         let made = match op {
-            QueueOp::Read => None,
+            QueueOp::Read | QueueOp::Describe { .. } => None,
             QueueOp::TryAcquire { entry_key, owner, .. } | QueueOp::Enqueue { entry_key, owner } => {
                 Some((entry_key, owner))
             }
@@ -337,9 +339,24 @@ impl LockQueue {
         self.newest.tell(table, lock, standing.lease, effects);
         // After the table has been told of the end: the newcomers lose to this grant, and not to that hold.
         let is_undecided = self.grant_admitted(table, now, lock, standing, effects);
+        self.stop_replaced(table, now, lock, effects);
         if !is_undecided && (!table.cluster_needs(lock).is_nothing() || self.told.is_some()) {
             self.tell_line(table, now, lock, effects);
         }
+    }
+
+    /// Asks holders of this host to stop whose time is over, which a waiting request of another host gave them.
+    fn stop_replaced(&mut self, table: &mut Table, now: Timestamp, lock: LockId, effects: &mut Effects) {
+        let holding = super::holding(self.entries.values().map(Entry::sharing));
+        let waiting = self.entries.values().skip(holding);
+        self.replaced.see(waiting.filter(|entry| !self.own.contains(&entry.entry_key)), now);
+        let due = self.replaced.stop_at().filter(|(_, at)| *at <= now && table.is_held_here(lock));
+        table.replaced_for(lock, due.map(|(user, _)| user), effects);
+    }
+
+    /// Returns when holders of this host are to be asked to stop.
+    pub(super) fn stop_at(&self) -> Option<Timestamp> {
+        self.replaced.stop_at().map(|(_, at)| at)
     }
 
     /// What is held here without an entry was removed by a user, or the store went back.
@@ -497,7 +514,8 @@ impl LockQueue {
         let sharing = request.as_ref().map_or(Sharing::Exclusive, |one| Sharing::from(&one.terms));
         let owner = || {
             let key = table.find(lock).and_then(|lock| lock.key().map(String::from));
-            Box::new(request.map(|one| Owner::of(key.as_deref(), &one)).unwrap_or_default())
+            let owner = request.map(|one| Owner::of(key.as_deref(), &one)).unwrap_or_default();
+            Box::new(Owner { replaces: table.replacer(lock).and_then(Replaces::of), ..owner })
         };
         if let Some(orphan) = self.orphan_entry(lease) {
             let (entry_key, revision) = (orphan.entry_key.clone(), orphan.revision);
@@ -535,6 +553,9 @@ impl LockQueue {
             let entry = needs_entry.then(|| (entry_key, owner()));
             return Some(QueueOp::RecordNewest { record, replaced, entry });
         }
+        if let Some(op) = self.describe(table, lock) {
+            return Some(op);
+        }
         if idle.is_some() {
             return needs.free_or_busy.then_some(QueueOp::Read);
         }
@@ -555,6 +576,19 @@ impl LockQueue {
             _ if needs.holder && self.as_of.is_none() => Some(QueueOp::Read),
             _ => None,
         }
+    }
+
+    /// Returns what says anew whether a request at this host's waiting entry replaces the holders, if that has changed.
+    fn describe(&self, table: &Table, lock: LockId) -> Option<QueueOp> {
+        let Entry { entry_key, revision, owner: Some(owner) } = self.idle_entry(table, lock)? else {
+            return None;
+        };
+        let replaces = table.replacer(lock).and_then(Replaces::of);
+        (owner.replaces != replaces).then(|| QueueOp::Describe {
+            entry_key: entry_key.clone(),
+            revision: *revision,
+            owner: Box::new(Owner { replaces, ..owner.clone() }),
+        })
     }
 
     /// Returns `true` if there is something to ask, or will be.

@@ -91,6 +91,8 @@ fn run(seeds: std::ops::Range<u64>) {
         "recorded again",
         "superseded",
         "superseded from elsewhere",
+        "stopped",
+        "stopped from elsewhere",
     ] {
         assert!(seen.get(what).is_some_and(|&times| times >= 10), "hardly ever: {what}: {seen:?}");
     }

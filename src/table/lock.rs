@@ -32,6 +32,8 @@ pub(super) struct Extra {
     pub(super) stalled: List,
     /// The request that waits of those of which only the newest does.
     pub(super) newest: Option<RequestId>,
+    /// Of a clustered lock: a waiting request of another host, of this user, replaces the holders, and their time is over.
+    pub(super) replaced_for: Option<u32>,
     /// Of a clustered lock: which of these requests etcd has in the order of those of all hosts.
     pub(super) ranked: ArrivalMark,
     pub(super) queued: u32,
@@ -95,6 +97,7 @@ impl Extra {
         coalescing: List::EMPTY,
         stalled: List::EMPTY,
         newest: None,
+        replaced_for: None,
         ranked: ArrivalMark::NONE,
         queued: 0,
         fresh_ms: 0,

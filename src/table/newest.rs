@@ -4,7 +4,7 @@
 
 use std::time::Duration;
 
-use super::{Effects, LockIndex, NotificationKind, RequestId, Stage, Table, Timestamp};
+use super::{Effects, LockIndex, NotificationKind, Request, RequestId, Stage, Table, Timestamp};
 use crate::proto::{LockId, Protocol};
 
 impl Table {
@@ -69,13 +69,25 @@ impl Table {
         };
         if self.store[lock].extra().newest.is_some_and(is_due) {
             self.stop_holders(lock, effects);
+        } else {
+            self.stop_replaced(lock, effects);
         }
     }
 
     fn stop_holders(&self, lock: LockIndex, effects: &mut Effects) {
+        self.stop_holders_if(lock, |_| true, effects);
+    }
+
+    pub(super) fn stop_holders_if(
+        &self,
+        lock: LockIndex,
+        is_meant: impl Fn(&Request) -> bool,
+        effects: &mut Effects,
+    ) {
         for holder in self.store.members(self.store[lock].holders) {
             let request = &self.store[holder];
-            if request.token().is_some() && request.asked().is_some_and(|asked| !asked.no_replace) {
+            let may_be_stopped = request.asked().is_some_and(|asked| !asked.no_replace);
+            if request.token().is_some() && may_be_stopped && is_meant(request) {
                 self.notify(holder, NotificationKind::Stop, effects);
             }
         }

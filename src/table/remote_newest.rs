@@ -1,11 +1,14 @@
-//! Requests for clustered locks of which only the newest of all hosts goes on waiting.
+//! Requests for clustered locks of which only the newest of all hosts goes on waiting, and which can replace a holder of any host.
 //!
 //! etcd has the order of these requests, and a request is *ranked* when it is part of that. Before that it neither waits nor
 //! holds: it is undecided, also behind a holder of this host. This file does not know what other hosts have: the caller says
 //! which requests are ranked, and which give way.
 
-use super::{ArrivalMark, Effects, LockIndex, NotificationKind, RequestId, Table};
+use super::{ArrivalMark, Effects, LockIndex, NotificationKind, RequestId, RequestView, Stage, Table};
 use crate::proto::LockId;
+
+/// The user who may replace every holder, on every host.
+const ROOT: u32 = 0;
 
 impl ArrivalMark {
     /// Returns the mark behind the request with this place.
@@ -39,7 +42,9 @@ impl Table {
 
     /// The requests that came before `mark` are ranked, and no others.
     pub fn set_ranked(&mut self, lock: LockId, mark: ArrivalMark) {
-        if let Some(index) = self.store.find(lock) {
+        if let Some(index) = self.store.find(lock)
+            && self.store[index].extra().ranked != mark
+        {
             self.store[index].extra_mut().ranked = mark;
         }
     }
@@ -61,6 +66,31 @@ impl Table {
         if !older.is_empty() {
             self.request_left(index, effects);
         }
+    }
+
+    /// Returns the request that waits, or will, for its turn in place of the holders, and its place.
+    pub fn replacer(&self, lock: LockId) -> Option<(RequestView<'_>, u64)> {
+        let index = self.store.find(lock)?;
+        let is_waiting = |id: &RequestId| self.store[*id].stage != Stage::Stalled;
+        let newest = self.newest_requests(index).filter(is_waiting).max_by_key(|&id| self.store[id].place)?;
+        let request = self.view(index).request(newest);
+        let replaces = request.asked.is_some_and(|asked| asked.replace_after_ms.is_some());
+        replaces.then_some((request, self.store[newest].place))
+    }
+
+    /// A waiting request of another host replaces the holders of this host, and has given them its time: the ones of the same
+    /// user are asked to stop; those of all users, if it is root's. `None`: there is no such request.
+    pub fn replaced_for(&mut self, lock: LockId, user: Option<u32>, effects: &mut Effects) {
+        let Some(index) = self.store.find(lock) else { return };
+        if self.store[index].extra().replaced_for != user {
+            self.store[index].extra_mut().replaced_for = user;
+            self.stop_replaced(index, effects);
+        }
+    }
+
+    pub(super) fn stop_replaced(&self, index: LockIndex, effects: &mut Effects) {
+        let Some(user) = self.store[index].extra().replaced_for else { return };
+        self.stop_holders_if(index, |holder| user == ROOT || holder.uid() == Some(user), effects);
     }
 
     /// Returns the requests that are undecided, and the one that waits.

@@ -1,10 +1,16 @@
 //! The newest request of several hosts that share their locks through etcd: `--newest` and `--replace`.
 
 use std::fs;
+use std::process::Stdio;
+use std::time::{Duration, Instant};
+
+use kmutex::proto::Protocol;
+use nix::sys::signal::Signal;
 
 use crate::cluster::{name, restart_steady, standing, steady_hosts};
 use crate::etcd_harness::Etcd;
 use crate::harness::*;
+use crate::other_user::OtherUser;
 
 const FINISHED: i32 = 79;
 
@@ -158,4 +164,185 @@ fn a_record_that_says_anything_supersedes_no_request_and_a_deleted_one_comes_bac
     assert_superseded(&b, &mut waiting, "waiting");
     assert_eq!(holder.finish(0), 0);
     assert_eq!((newer.wait(), runs(&a)), (0, vec![String::from("newer")]));
+}
+
+#[test]
+#[ignore = "needs etcd"]
+fn a_request_survives_the_restart_of_its_daemon_without_its_journal() {
+    let etcd = Etcd::single();
+    let [a, mut b]: [Daemon; 2] = steady_hosts(&etcd);
+    let holder = a.hold("k");
+    let mut kept = waits(&b, &a, &NEWEST, "kept");
+    b.kill();
+    fs::remove_file(b.folder().join("sock.journal")).unwrap();
+    restart_steady(&mut b, &etcd);
+    // The daemon has another lease, and the record of the request is of the first one, which lives on for a while.
+    b.wait_for_log("wait: ");
+    assert_eq!(holder.finish(0), 0);
+    assert_eq!((kept.wait(), runs(&a)), (0, vec![String::from("kept")]));
+}
+
+/// A command that runs until it is stopped, and takes its time for that.
+const SLOW: &str = "trap 'sleep 0.3; rm -f alive; exit 1' TERM; touch alive; while :; do sleep 0.05; done";
+
+fn slow(daemon: &Daemon, options: &[&str]) -> Process {
+    let mut run = daemon.run(options);
+    run.args(["--status-file", "old", "k", "sh", "-c", SLOW]).stderr(Stdio::piped());
+    let process = Process::spawn(&mut run);
+    wait_until("the old command runs", || daemon.folder().join("alive").exists());
+    process
+}
+
+fn is_dead(daemon: &Daemon) -> String {
+    format!("test ! -e {}", daemon.folder().join("alive").display())
+}
+
+#[test]
+#[ignore = "needs etcd"]
+fn a_holder_on_another_host_has_ended_before_the_request_runs_that_replaces_it() {
+    let etcd = Etcd::single();
+    let [a, b]: [Daemon; 2] = steady_hosts(&etcd);
+    let mut old = slow(&a, &[]);
+    finish(&mut b.run(&["--replace", "k", "sh", "-c", &is_dead(&a)])).assert_silent(0);
+    assert_eq!(old.wait(), 1);
+    assert!(old.stderr().contains("--replace"));
+    let report = fs::read_to_string(a.folder().join("old")).unwrap();
+    assert!(report.contains(r#""verdict":"replaced""#), "{report}");
+    wait_until("nothing stands in line", || standing(&etcd, "k") == 0);
+}
+
+#[test]
+#[ignore = "needs etcd"]
+fn a_holder_on_another_host_gets_its_time_and_may_refuse() {
+    let etcd = Etcd::single();
+    let [a, b]: [Daemon; 2] = steady_hosts(&etcd);
+    let mut old = slow(&a, &[]);
+    let began = Instant::now();
+    finish(&mut b.run(&["--replace-after", "0.7", "k", "sh", "-c", &is_dead(&a)])).assert_silent(0);
+    assert!(began.elapsed() >= Duration::from_millis(700));
+    assert_eq!(old.wait(), 1);
+
+    let mut protected = a.hold_with(&["--no-replace"], "k");
+    let mut older = waits(&b, &a, &["--replace"], "older");
+    // It is recorded only after the entry of the first one, so that the holder's host has seen that.
+    let mut newer = waits(&a, &a, &NEWEST, "newer");
+    assert_superseded(&b, &mut older, "older");
+    assert!(protected.process.is_running());
+    assert_eq!(protected.finish(0), 0);
+    assert_eq!(newer.wait(), 0);
+}
+
+#[test]
+#[ignore = "needs etcd"]
+fn a_request_that_waits_behind_another_one_of_its_host_replaces_the_holder_too() {
+    let etcd = Etcd::single();
+    let [a, b]: [Daemon; 2] = steady_hosts(&etcd);
+    let mut old = slow(&a, &[]);
+    // The place of the host is this one's.
+    let mut plain = waits(&b, &a, &["--queue"], "plain");
+    let mut new = waits(&b, &a, &["--replace"], "new");
+    assert_eq!((old.wait(), plain.wait(), new.wait()), (1, 0, 0));
+    assert_eq!(runs(&a), ["plain", "new"]);
+}
+
+#[test]
+#[ignore = "needs etcd"]
+fn a_request_that_goes_away_stops_no_holder() {
+    let etcd = Etcd::single();
+    let [a, b]: [Daemon; 2] = steady_hosts(&etcd);
+    let mut holder = a.hold("k");
+    let mut plain = waits(&b, &a, &["--queue"], "plain");
+    let says_so = || etcd.ctl(&["get", "--prefix", &format!("{}/", name("k"))]).contains("replaces");
+    let mut new = waits(&b, &a, &["--replace-after", "2h"], "new");
+    wait_until("its host says that it replaces the holder", says_so);
+    new.signal(Signal::SIGTERM);
+    new.wait();
+    wait_until("its host says so no more", || !says_so());
+    assert!(holder.process.is_running() && plain.is_running());
+    assert_eq!(holder.finish(0), 0);
+    assert_eq!(plain.wait(), 0);
+}
+
+#[test]
+#[ignore = "needs etcd"]
+fn a_holder_whose_daemon_was_away_is_asked_to_stop_when_it_is_back() {
+    let etcd = Etcd::single();
+    let [mut a, b]: [Daemon; 2] = steady_hosts(&etcd);
+    let mut old = slow(&a, &[]);
+    a.kill();
+    let new_script = is_dead(&a);
+    let mut new = b.run(&["--replace", "k", "sh", "-c", &new_script]);
+    let mut new = Process::spawn(&mut new);
+    b.wait_for_log("wait: ");
+    assert!(old.is_running());
+    restart_steady(&mut a, &etcd);
+    assert_eq!((old.wait(), new.wait()), (1, 0));
+}
+
+#[test]
+#[ignore = "needs etcd"]
+fn an_entry_that_says_anything_stops_no_holder() {
+    let etcd = Etcd::single();
+    let [a, b]: [Daemon; 2] = steady_hosts(&etcd);
+    let mut holder = a.hold("k");
+    let entries = [
+        r#""replaces":"all""#,
+        r#""replaces":{"uid":-1,"after_ms":0,"place":0}"#,
+        r#""replaces":{"uid":4294967296,"after_ms":0,"place":0}"#,
+        r#""replaces":{"uid":1,"after_ms":0,"place":0}"#,
+        r#""replaces":{"uid":0,"after_ms":18446744073709551615,"place":18446744073709551615}"#,
+    ];
+    for (count, entry) in entries.into_iter().enumerate() {
+        let key = format!("{}/by-hand-{count}", name("k"));
+        let protocol = serde_json::to_string(&Protocol::V2).unwrap();
+        etcd.ctl(&["put", &key, &format!(r#"{{"host":"h","protocol":{protocol},{entry}}}"#)]);
+        // It is recorded only after that, so that the holder's host has seen the entry.
+        let mut waiting = waits(&a, &a, &NEWEST, "waiting");
+        assert!(holder.process.is_running(), "{entry}");
+        waiting.signal(Signal::SIGTERM);
+        waiting.wait();
+        etcd.ctl(&["del", &key]);
+    }
+    finish(&mut b.run(&["-n", "k", "true"])).assert_silent(75);
+    assert_eq!(holder.finish(0), 0);
+}
+
+#[test]
+#[ignore = "needs etcd, and root, to act as two users"]
+fn only_a_holder_of_the_same_user_is_stopped_on_another_host_unless_root_asks() {
+    let etcd = Etcd::single();
+    let endpoint = etcd.endpoints()[0].to_string();
+    let other = OtherUser::new();
+    let [a, b]: [Daemon; 2] = std::array::from_fn(|_| {
+        let daemon = Daemon::with(&["--etcd", &endpoint, "--etcd-ttl", "10", "--mode", "666"]);
+        open_to_all(daemon.folder());
+        daemon.wait_for_log("clustering locks under lease");
+        daemon
+    });
+    let as_other = |daemon: &Daemon, options: &[&str]| {
+        let mut command = other.command(other.kmutex());
+        command.args(["run", "--no-autostart", "--sock"]).arg(daemon.sock()).args(options);
+        Process::spawn(command.stderr(Stdio::null()))
+    };
+    // Root's lock, and that user.
+    let mut holder = a.hold("k");
+    let mut refused = as_other(&b, &["--replace", "k", "true"]);
+    b.wait_for_log("wait: ");
+    // It is recorded only after the entry of the first one, so that the holder's host has seen that.
+    let mut newest = waits(&a, &a, &NEWEST, "newest");
+    assert_eq!(refused.wait(), FINISHED);
+    assert!(holder.process.is_running());
+    assert_eq!((holder.finish(0), newest.wait()), (0, 0));
+    // That user's lock, and that user; and root.
+    for root in [false, true] {
+        wait_until("the lock is free for all hosts", || standing(&etcd, "k") == 0);
+        let mut holder = as_other(&a, &["k", "sleep", "1000"]);
+        a.wait_for_counts("k", 1, 0);
+        let mut new = if root {
+            Process::spawn(&mut b.run(&["--replace", "k", "true"]))
+        } else {
+            as_other(&b, &["--replace", "k", "true"])
+        };
+        assert_eq!((holder.wait(), new.wait()), (128 + Signal::SIGTERM as i32, 0));
+    }
 }

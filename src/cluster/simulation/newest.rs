@@ -2,11 +2,14 @@
 //!
 //! - A request gives way only if another one has not given way: never does the last of them.
 //! - When every host knows all, one waits at the most.
+//! - A holder is asked to stop only if a request of its host or of its user replaces it, or root's.
 //! - A request that waited before another one came never begins after that one has begun.
 
 struct Request {
     host: usize,
     client: usize,
+    /// The user, if it replaces the holder.
+    replaces_as: Option<u32>,
     since: u64,
     /// The step at which it was told to wait, so that a request that comes after it is newer. `None`: it was not told, or the
     /// order of the requests before it was lost.
@@ -29,12 +32,12 @@ pub(super) struct NewestRequests {
 }
 
 impl NewestRequests {
-    pub(super) fn asks(&mut self, host: usize, client: usize, step: u64) {
+    pub(super) fn asks(&mut self, host: usize, (client, replaces_as): (usize, Option<u32>), step: u64) {
         // What ended before all others came is no reason for any of them to give way.
         let oldest = self.requests.iter().filter(|one| one.end.is_none()).map(|one| one.since).min();
         self.requests.retain(|one| one.end.is_none_or(|end| end.at >= oldest.unwrap_or(step)));
         let since = step;
-        self.requests.push(Request { host, client, since, waits_since: None, end: None });
+        self.requests.push(Request { host, client, replaces_as, since, waits_since: None, end: None });
     }
 
     pub(super) fn waits(&mut self, host: usize, client: usize, step: u64) {
@@ -51,6 +54,16 @@ impl NewestRequests {
         );
         one.end = Some(End { at: step, gave_way: false });
         self.begun = begun.max(one.since);
+    }
+
+    /// A holder of this host and user is asked to stop. Returns `true` if no request of its own host waits that replaces it.
+    pub(super) fn replaces(&self, host: usize, uid: u32) -> bool {
+        let may = |one: &&Request| {
+            let is_permitted = |by: u32| one.host == host || by == 0 || by == uid;
+            one.replaces_as.is_some_and(is_permitted)
+        };
+        assert!(self.requests.iter().any(|one| may(&one)), "no request replaces the holder of {uid}");
+        !self.requests.iter().filter(may).any(|one| one.host == host && one.end.is_none())
     }
 
     /// Returns how many were told to wait, and do so.

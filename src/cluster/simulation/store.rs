@@ -74,6 +74,18 @@ impl Store {
                     self.put(lock, entry_key, Some((**owner).clone()), Some(lease.0.clone()));
                 }
             }
+            QueueOp::Describe { entry_key, revision, owner } => {
+                let there = self.entries.get_mut(&(lock, entry_key.clone()));
+                if let Some((entry, _)) = there.filter(|(entry, _)| entry.revision == *revision) {
+                    if !is_leased {
+                        return Err(Failure::LeaseGone);
+                    }
+                    entry.owner = Some((**owner).clone());
+                    let entry = entry.clone();
+                    self.revision += 1;
+                    self.note(lock, WatchEvent::Added(entry));
+                }
+            }
             QueueOp::RecordNewest { record, replaced, entry } => {
                 let seen = self.newest.get(&lock).map_or(Revision(0), |(seen, _)| seen.revision);
                 if seen == *replaced {

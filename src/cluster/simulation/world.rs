@@ -26,6 +26,14 @@ const START_MAX: u64 = 100;
 /// How long an offer stands.
 const OFFER_MS: u64 = 1_000;
 
+/// The client of each host that says, as a holder, that it is not to be asked to stop.
+const UNSTOPPABLE: usize = 5;
+
+/// Two users and root have clients on each host.
+fn uid_of(client: usize) -> u32 {
+    [1000, 1001, 0][client % 3]
+}
+
 /// How often each thing came up.
 pub(super) type Seen = BTreeMap<&'static str, u64>;
 
@@ -757,6 +765,13 @@ impl World {
                 self.note(if is_elsewhere { "superseded from elsewhere" } else { "superseded" }, 1);
                 Client::Idle
             }
+            NotificationKind::Stop => {
+                assert!(matches!(before, Client::Holding { .. }), "one that holds nothing is asked to stop");
+                assert_ne!(client, UNSTOPPABLE, "one that may not be stopped is asked to stop");
+                let is_elsewhere = self.newest[key].replaces(host, uid_of(client));
+                self.note(if is_elsewhere { "stopped from elsewhere" } else { "stopped" }, 1);
+                before
+            }
             NotificationKind::SlotsDiffer { slots, .. } => {
                 let Client::Asking { sharing: Sharing::Slots { slots: its, .. }, .. } = before else {
                     panic!("refused for its slots, of which it said none: {before:?}");
@@ -970,7 +985,7 @@ impl World {
         for host in 0..HOSTS {
             let idle = self.hosts[host].clients.iter().position(|client| matches!(client, Client::Idle));
             if let Some(client) = idle.filter(|_| self.hosts[host].frozen_until <= self.now) {
-                self.newest[key].asks(host, client, self.step);
+                self.newest[key].asks(host, (client, None), self.step);
                 self.hosts[host].clients[client] = Client::Asking {
                     key,
                     since: self.step,
@@ -992,8 +1007,9 @@ impl World {
 
     fn lock(&mut self, host: usize, client: usize, asked: LockRequest) {
         let (now, id) = (Timestamp(self.now), ClientId(client as u32));
+        let asked = Box::new(LockRequest { no_replace: client == UNSTOPPABLE, ..asked });
         self.feed(host, |table, _, effects| {
-            table.lock(now, id, None, Box::new(asked), effects).expect("it names no other's request");
+            table.lock(now, id, Some(uid_of(client)), asked, effects).expect("it names no other's request");
         });
     }
 
@@ -1020,9 +1036,10 @@ impl World {
         let nowait = nowait && kind != 0;
         let newest =
             (6..8).contains(&kind) && !nowait && sharing == Sharing::Exclusive && self.rng.percent(80);
+        let replace_after_ms = (newest && self.rng.percent(50)).then(|| self.rng.below(200));
         let since = self.step;
         if newest {
-            self.newest[key].asks(host, client, since);
+            self.newest[key].asks(host, (client, replace_after_ms.map(|_| uid_of(client))), since);
         }
         let shares = kind != 0 && sharing == Sharing::Exclusive && self.rng.percent(50);
         let user = shares.then(|| 1 + u64::from(self.rng.percent(20)));
@@ -1044,6 +1061,7 @@ impl World {
             shared,
             slots,
             newest,
+            replace_after_ms,
             share: user.map(|_| Share::Whole),
             sharer: user.unwrap_or_default(),
             ..LockRequest::new(lock, mode)

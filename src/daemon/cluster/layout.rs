@@ -182,6 +182,10 @@ impl Layout {
                 let key = self.entry_of(lock, entry_key);
                 (vec![Compare::CreateRevision { key, revision: 0 }], vec![put(entry_key, owner)])
             }
+            QueueOp::Describe { entry_key, revision, owner } => {
+                let key = self.entry_of(lock, entry_key);
+                (vec![Compare::CreateRevision { key, revision: revision.0 }], vec![put(entry_key, owner)])
+            }
             QueueOp::RecordNewest { record, replaced, entry } => {
                 let key = self.of(lock, NEWEST).into_bytes();
                 let mut compare = vec![Compare::ModRevision { key: key.clone(), revision: replaced.0 }];

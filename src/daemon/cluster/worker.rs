@@ -325,6 +325,7 @@ fn source(op: &QueueOp) -> Source {
         QueueOp::TryAcquire { .. }
         | QueueOp::Enqueue { .. }
         | QueueOp::RecordNewest { .. }
+        | QueueOp::Describe { .. }
         | QueueOp::Release { .. } => Source::Writes,
     }
 }

@@ -213,3 +213,18 @@ fn a_restored_hold_leaves_nothing_behind_whatever_its_journal_says() {
         assert_eq!(fixture.ask_as(1, UID, nested), Ok(vec![granted(1, 100)]));
     }
 }
+
+#[test]
+fn a_holder_that_is_back_is_asked_to_stop_for_its_users_request_on_another_host() {
+    for (user, is_asked) in [(UID, true), (Some(0), true), (Some(1001), false), (None, false)] {
+        let mut fixture = Fixture::new();
+        fixture.restore(held(7));
+        let told = fixture.notified(|table, _, effects| table.replaced_for(key().id(), user, effects));
+        assert_eq!(told, [], "it is not here");
+        let mut expected = vec![granted(1, 7)];
+        expected.extend(is_asked.then_some((1, NotificationKind::Stop)));
+        assert_eq!(fixture.ask_as(1, UID, resuming(7)), Ok(expected), "{user:?}");
+        let told = fixture.notified(|table, _, effects| table.replaced_for(key().id(), user, effects));
+        assert_eq!(told, [], "it has been told");
+    }
+}
