@@ -238,8 +238,8 @@ fn a_request_that_waits_behind_another_one_of_its_host_replaces_the_holder_too()
     let etcd = Etcd::single();
     let [a, b]: [Daemon; 2] = steady_hosts(&etcd);
     let mut old = slow(&a, &[]);
-    // The place of the host is this one's.
-    let mut plain = waits(&b, &a, &["--queue"], "plain");
+    // The place of the host is this one's. It does not end early either when it holds.
+    let mut plain = waits(&b, &a, &["--queue", "--no-replace"], "plain");
     let mut new = waits(&b, &a, &["--replace"], "new");
     assert_eq!((old.wait(), plain.wait(), new.wait()), (1, 0, 0));
     assert_eq!(runs(&a), ["plain", "new"]);
