@@ -1,5 +1,5 @@
 //! This host among the hosts that cluster their locks: each lock has a queue in etcd, and its first entry holds the lock. If
-//! it is shared, or has slots, so do the entries behind it that it admits ([`Sharing::verdict`]).
+//! it is shared, or has slots, so do the entries behind it that it admits ([`holding`]).
 //!
 //! A state machine without input or output, like the table. It is told what the table needs ([`ClusterNotice`]), what etcd
 //! answered ([`Cluster::answered`]), and what the watch saw ([`Cluster::watch_event`]). It tells the table what other hosts
@@ -24,10 +24,12 @@
 //! - A holder is asked to stop by its own host, when a request behind it in the queue replaces it (`replaced.rs`).
 //! - When the store goes back, nothing that was read before counts any more ([`Cluster::store_changed`]).
 
+mod entry;
 mod newest;
 mod queue;
 mod reliance;
 mod replaced;
+mod request;
 mod run_record;
 mod shared_result;
 #[cfg(test)]
@@ -35,22 +37,17 @@ mod simulation;
 mod turn;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fmt;
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
-
-use crate::proto::v2::{ClientInfo, Mode, ShortText};
-use crate::proto::{LockId, Outcome, Protocol, Token};
-use crate::table::{
-    ArrivalMark, ClusterNotice, Effects, NotificationKind, RequestView, Run, Sharing, Table, Timestamp,
-    Verdict,
-};
+use crate::proto::{LockId, Token};
+use crate::table::{ArrivalMark, ClusterNotice, Effects, NotificationKind, Run, Table, Timestamp};
+pub use entry::{Entry, EntryKey, LeaseName, Owner, Revision, holding};
 pub use newest::{NewestRecord, SeenNewest};
 use queue::{LockQueue, Standing};
 use reliance::{Held, Reliance};
 pub use reliance::{PresenceRequest, Renewal};
 pub use replaced::Replaces;
+pub use request::{ClusterRequest, Failure, OutcomeRecord, QueueOp, QueueSnapshot, WatchEvent};
 pub use run_record::RunRecord;
 pub use shared_result::{Content, FoundResult, OwnResult, ResultOf, RunUser, SharedResult};
 
@@ -58,214 +55,6 @@ pub use shared_result::{Content, FoundResult, OwnResult, ResultOf, RunUser, Shar
 const PAUSE: Duration = Duration::from_millis(500);
 /// How long a request that does not wait is kept while this host has no lease or no watch.
 const PATIENCE: Duration = Duration::from_millis(700);
-
-/// A revision of etcd's store.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Revision(pub i64);
-
-/// The last part of an entry's key in etcd. Other programs may have put any bytes there.
-#[derive(Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct EntryKey(pub Vec<u8>);
-
-impl fmt::Debug for EntryKey {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Debug::fmt(&String::from_utf8_lossy(&self.0), f)
-    }
-}
-
-/// Names a lease: its number in hexadecimal digits, with which the keys of all its entries begin.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LeaseName(pub String);
-
-impl LeaseName {
-    /// Returns the key of a new entry, which no other daemon uses.
-    fn entry_key(&self, number: u64) -> EntryKey {
-        EntryKey(format!("{}.{number:x}", self.0).into())
-    }
-
-    /// Returns `true` if a daemon with this lease made the entry.
-    fn owns(&self, entry_key: &EntryKey) -> bool {
-        let rest = entry_key.0.strip_prefix(self.0.as_bytes()).and_then(|rest| rest.strip_prefix(b"."));
-        rest.is_some_and(|number| !number.is_empty() && number.iter().all(u8::is_ascii_hexdigit))
-    }
-}
-
-/// Who an entry belongs to, for people on other hosts.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Owner {
-    /// The lock's key, if it is known here.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub key: Option<String>,
-    /// The machine of the daemon.
-    pub host: ShortText,
-    /// The user's id on that machine, as its kernel knows it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub uid: Option<u32>,
-    /// The protocol that the client speaks.
-    pub protocol: Protocol,
-    /// What the client waits for, if it has to wait.
-    #[serde(default)]
-    pub mode: Mode,
-    /// It may hold beside other shared ones.
-    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
-    pub shared: bool,
-    /// How many may hold at a time, if they all say the same number. 0: one.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub slots: u32,
-    /// How many of the slots it takes. 0: one.
-    #[serde(default, skip_serializing_if = "is_zero")]
-    pub weight: u32,
-    /// A request that waits at this entry replaces the holders before it.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub replaces: Option<Replaces>,
-    /// What the client says about itself.
-    #[serde(default)]
-    pub who: ClientInfo,
-    /// When the entry was made: milliseconds since 1970, by the clock of that machine.
-    #[serde(default)]
-    pub since_ms: u64,
-}
-
-/// How a hold ended: what a host records for the waiters of other hosts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct OutcomeRecord {
-    /// The hold.
-    pub token: Token,
-    /// How it ended.
-    pub outcome: Outcome,
-}
-
-/// An entry in the queue of a lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
-    /// The last part of its key in etcd.
-    pub entry_key: EntryKey,
-    /// When it was made. It is the token of the hold.
-    pub revision: Revision,
-    /// Who it belongs to. `None`: to another program than kmutex.
-    pub owner: Option<Owner>,
-}
-
-/// The queue of a lock at one revision.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct QueueSnapshot {
-    /// The revision.
-    pub revision: Revision,
-    /// The entries, in any order.
-    pub entries: Vec<Entry>,
-    /// How the last hold ended that a host recorded.
-    pub last: Option<OutcomeRecord>,
-    /// The runs that still count, with their ages by now.
-    pub runs: Vec<RunRecord>,
-    /// The results of runs, if they were asked for.
-    pub results: Vec<SharedResult>,
-    /// The record of the newest request.
-    pub newest: Option<SeenNewest>,
-}
-
-/// What the watch saw of a lock.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum WatchEvent {
-    /// An entry was made.
-    Added(Entry),
-    /// The entry with this key is gone.
-    Removed(EntryKey),
-    /// A host recorded how a hold ended.
-    Outcome(OutcomeRecord),
-    /// A host recorded a run that counts for a while.
-    Ran(RunRecord),
-    /// A host recorded the result of a run, before it recorded that run or outcome.
-    Result(SharedResult),
-    /// The record of the last run that succeeded, or that failed, is gone.
-    RunGone {
-        /// The one that succeeded.
-        is_success: bool,
-    },
-    /// A host recorded the newest request, or the record is gone.
-    Newest(Option<SeenNewest>),
-}
-
-/// A request to etcd about the queue of one lock. The answer is the [`QueueSnapshot`] afterwards.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct ClusterRequest {
-    /// Identifies the request in the answer.
-    pub id: u64,
-    /// The lock.
-    pub lock: LockId,
-    /// What etcd does before it reads the queue.
-    pub op: QueueOp,
-    /// The runs of this lock whose ages are known here.
-    pub known_runs: Vec<Token>,
-    /// A client here may want the result of a run.
-    pub wants_results: bool,
-}
-
-/// What etcd does before it reads a queue.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum QueueOp {
-    /// Nothing.
-    Read,
-    /// Make this entry if the queue is empty.
-    TryAcquire {
-        /// Its key.
-        entry_key: EntryKey,
-        /// Who it belongs to.
-        owner: Box<Owner>,
-        /// Only if no run is recorded that may count.
-        unless_run: bool,
-    },
-    /// Make this entry behind all others.
-    Enqueue {
-        /// Its key.
-        entry_key: EntryKey,
-        /// Who it belongs to.
-        owner: Box<Owner>,
-    },
-    /// Record the newest request, if the record is as this host has read it.
-    RecordNewest {
-        /// What is recorded.
-        record: NewestRecord,
-        /// The revision of the record that it replaces. 0: there is none.
-        replaced: Revision,
-        /// The first entry of this host, behind all others.
-        entry: Option<(EntryKey, Box<Owner>)>,
-    },
-    /// Say something else of this entry, if it is the one that was made at this revision.
-    Describe {
-        /// Its key.
-        entry_key: EntryKey,
-        /// When it was made.
-        revision: Revision,
-        /// What is said of it.
-        owner: Box<Owner>,
-    },
-    /// Remove this entry, if it is the one that was made at this revision, and all in one:
-    Release {
-        /// Its key.
-        entry_key: EntryKey,
-        /// When it was made.
-        revision: Revision,
-        /// How the hold ended, to be recorded.
-        record: Option<OutcomeRecord>,
-        /// The run that ended, if it counts for a while.
-        run: Option<Box<Run>>,
-        /// The result of that run, or of the hold. The caller fills it in, if there is one.
-        result: Option<Box<OwnResult>>,
-        /// The next entry of this host, behind all others.
-        next: Option<(EntryKey, Box<Owner>)>,
-    },
-}
-
-/// Why there is no answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Failure {
-    /// Nothing was done.
-    NotDone,
-    /// It may have been done, or may yet be.
-    Unknown,
-    /// Nothing was done, because the lease is gone.
-    LeaseGone,
-}
 
 /// This host's part in all queues that concern it.
 pub struct Cluster {
@@ -718,78 +507,6 @@ fn held(table: &Table) -> BTreeSet<Held> {
     held
 }
 
-impl QueueOp {
-    /// Returns the owner of the entry that it makes.
-    pub fn owner_mut(&mut self) -> Option<&mut Owner> {
-        match self {
-            QueueOp::TryAcquire { owner, .. }
-            | QueueOp::Enqueue { owner, .. }
-            | QueueOp::RecordNewest { entry: Some((_, owner)), .. }
-            | QueueOp::Release { next: Some((_, owner)), .. } => Some(owner),
-            QueueOp::Read
-            | QueueOp::Describe { .. }
-            | QueueOp::RecordNewest { .. }
-            | QueueOp::Release { .. } => None,
-        }
-    }
-}
-
-impl Owner {
-    /// The owner of an entry for a request. The caller fills in host and time.
-    fn of(key: Option<&str>, request: &RequestView<'_>) -> Owner {
-        let asked = request.asked;
-        let (shared, slots, weight) = match Sharing::from(&request.terms) {
-            Sharing::Exclusive => (false, 0, 0),
-            Sharing::Shared => (true, 0, 0),
-            Sharing::Slots { slots, weight } => (false, slots, if weight == 1 { 0 } else { weight }),
-        };
-        Owner {
-            shared,
-            slots,
-            weight,
-            key: key.map(Into::into),
-            uid: request.uid,
-            protocol: request.terms.protocol,
-            mode: asked.map_or(Mode::Once, |asked| asked.mode),
-            who: asked.map(|asked| asked.who.clone()).unwrap_or_default(),
-            ..Owner::default()
-        }
-    }
-}
-
-/// Returns how many of the entries of a line hold, which are the first ones.
-pub fn holding(line: impl IntoIterator<Item = Sharing>) -> usize {
-    let mut holding = 0;
-    // All holders are of one kind.
-    let mut together = None;
-    for sharing in line {
-        if sharing.verdict(together) != Verdict::Admitted {
-            break;
-        }
-        holding += 1;
-        together = Some(match (sharing, together) {
-            (Sharing::Slots { slots, weight }, Some(Sharing::Slots { weight: taken, .. })) => {
-                Sharing::Slots { slots, weight: weight.saturating_add(taken) }
-            }
-            _ => sharing,
-        });
-    }
-    holding
-}
-
-impl Entry {
-    /// Returns with whom it shares the lock. An entry of another program is exclusive.
-    pub fn sharing(&self) -> Sharing {
-        match &self.owner {
-            Some(Owner { shared: true, .. }) => Sharing::Shared,
-            Some(Owner { slots, weight, .. }) if *slots > 1 => {
-                Sharing::Slots { slots: *slots, weight: (*weight).max(1) }
-            }
-            _ => Sharing::Exclusive,
-        }
-    }
-}
-
 /// A host has given a result that no client here waits for. If an older one is kept for later requests, it is out of date.
 fn result_missed(table: &mut Table, lock: LockId, result: &SharedResult, effects: &mut Effects) {
     let is_success = match result.of {
@@ -800,10 +517,6 @@ fn result_missed(table: &mut Table, lock: LockId, result: &SharedResult, effects
     if result.content.is_ok() {
         table.result_superseded(lock, is_success, result.token, effects);
     }
-}
-
-fn is_zero(number: &u32) -> bool {
-    *number == 0
 }
 
 /// A request that is under way.
