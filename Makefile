@@ -4,11 +4,12 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 
 CARGO ?= cargo
-# .cargo/config.toml names the host as the target, so cargo puts the program into this folder.
-HOST := $(shell rustc -vV | sed -n 's/^host: //p')
-PROGRAM := target/$(HOST)/release/kmutex
-# The build without the feature etcd, to see what the feature costs. It has a folder of its own, so neither build replaces the other.
-SLIM := target/slim
+# The target of all builds: see .ci/target. It is asked for when a rule first needs it, and `make install` needs none.
+TARGET = $(eval TARGET := $$(shell .ci/target))$(TARGET)
+# What `make` builds and `make install` installs.
+PROGRAM := target/kmutex
+# The same without the feature etcd, to see what the feature costs.
+SLIM := target/kmutex-slim
 
 BIN := $(DESTDIR)$(PREFIX)/bin
 MAN := $(DESTDIR)$(PREFIX)/share/man/man1
@@ -25,14 +26,17 @@ MSRV := $(shell sed -n 's/^rust-version = "\(.*\)"/\1.0/p' Cargo.toml)
 	check-counts counts fuzz soak install install-keyedmutexd uninstall
 
 build:
-	$(CARGO) build --release --locked
+	$(CARGO) build --release --locked --target $(TARGET)
+	install -m 755 target/$(TARGET)/release/kmutex $(PROGRAM)
 
+# In a folder of its own, so that neither build replaces what the other has compiled.
 build-slim:
-	$(CARGO) build --release --locked --no-default-features --features cli --target-dir $(SLIM)
+	$(CARGO) build --release --locked --target $(TARGET) --no-default-features --features cli --target-dir target/slim
+	install -m 755 target/slim/$(TARGET)/release/kmutex $(SLIM)
 
 # Runs all tests. Installs the tools that they use; a missing tool that cannot be installed is an error.
 test: test-tools
-	$(CARGO) test --locked --features failpoints -- --include-ignored
+	$(CARGO) test --locked --target $(TARGET) --features failpoints -- --include-ignored
 
 test-tools:
 	./tests/install-tools
@@ -41,12 +45,12 @@ lint: cargo-deny
 	$(CARGO) fmt --check
 	cd fuzz && $(CARGO) fmt --check
 	cd benches && $(CARGO) fmt --check
-	$(CARGO) clippy --locked --all-targets --features failpoints -- --deny warnings
-	$(CARGO) clippy --locked --all-targets --no-default-features --features cli -- --deny warnings
-	$(CARGO) clippy --locked --lib --no-default-features --features daemon -- --deny warnings
-	$(CARGO) clippy --locked --lib --no-default-features -- --deny warnings
-	cd benches && $(CARGO) clippy --locked --all-targets -- --deny warnings
-	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --no-deps --document-private-items
+	$(CARGO) clippy --locked --target $(TARGET) --all-targets --features failpoints -- --deny warnings
+	$(CARGO) clippy --locked --target $(TARGET) --all-targets --no-default-features --features cli -- --deny warnings
+	$(CARGO) clippy --locked --target $(TARGET) --lib --no-default-features --features daemon -- --deny warnings
+	$(CARGO) clippy --locked --target $(TARGET) --lib --no-default-features -- --deny warnings
+	cd benches && $(CARGO) clippy --locked --target $(TARGET) --all-targets -- --deny warnings
+	RUSTDOCFLAGS='--deny warnings' $(CARGO) doc --locked --target $(TARGET) --no-deps --document-private-items
 	$(CARGO) deny --locked check bans licenses sources
 
 # Without optimization it is built sooner, and it has little to do here.
@@ -65,31 +69,31 @@ msrv:
 
 # Writes the man pages and the completions from the definition of the command line.
 generate:
-	KMUTEX_GENERATE=1 $(CARGO) test --quiet --locked --test it generated::
+	KMUTEX_GENERATE=1 $(CARGO) test --quiet --locked --target $(TARGET) --test it generated::
 
 check-generated:
-	$(CARGO) test --quiet --locked --test it generated::
+	$(CARGO) test --quiet --locked --target $(TARGET) --test it generated::
 
 # Measures times: kmutex compared with flock(1), with the least that any daemon must do, and with etcdctl, redis and bkt. Writes the
 # table in docs/performance.md.
 bench: build build-slim
-	cd benches && $(CARGO) run --release --locked -- run
+	cd benches && $(CARGO) run --release --locked --target $(TARGET) -- run
 
 # Only the measurements of clustered locks; needs etcd and etcdctl.
 bench-cluster: build
-	cd benches && $(CARGO) run --release --locked -- cluster
+	cd benches && $(CARGO) run --release --locked --target $(TARGET) -- cluster
 
 # Draws the pictures of docs/performance.md from the results of `make bench`.
 bench-plot:
-	cd benches && $(CARGO) run --release --locked -- plot
+	cd benches && $(CARGO) run --release --locked --target $(TARGET) -- plot
 
 # Counts instructions, system calls and bytes, which are the same each time. Fails if a count has grown by more than a tenth.
 check-counts: build build-slim test-tools
-	cd benches && $(CARGO) run --release --locked -- count --check
+	cd benches && $(CARGO) run --release --locked --target $(TARGET) -- count --check
 
 # Updates the expected counts.
 counts: build build-slim test-tools
-	cd benches && $(CARGO) run --release --locked -- count
+	cd benches && $(CARGO) run --release --locked --target $(TARGET) -- count
 
 # Fuzzes each target for a minute, or for KMUTEX_FUZZ_SECS seconds.
 fuzz:
@@ -97,9 +101,9 @@ fuzz:
 
 # Runs each chaos test for an hour, or for KMUTEX_CHAOS_SECS seconds, and then hostile users for as long.
 soak:
-	KMUTEX_CHAOS_SECS=$${KMUTEX_CHAOS_SECS:-3600} $(CARGO) test --locked --release --test chaos --test chaos_cluster -- \
+	KMUTEX_CHAOS_SECS=$${KMUTEX_CHAOS_SECS:-3600} $(CARGO) test --locked --target $(TARGET) --release --test chaos --test chaos_cluster -- \
 		--include-ignored --nocapture
-	KMUTEX_HOSTILE_SECS=$${KMUTEX_CHAOS_SECS:-3600} $(CARGO) test --locked --release --features failpoints --test hostile -- \
+	KMUTEX_HOSTILE_SECS=$${KMUTEX_CHAOS_SECS:-3600} $(CARGO) test --locked --target $(TARGET) --release --features failpoints --test hostile -- \
 		--include-ignored --nocapture
 
 # Installs what `make` has built. It builds nothing, so root needs no cargo.

@@ -67,16 +67,16 @@ fn project() -> PathBuf {
 
 /// The program, as `make` builds it.
 fn kmutex() -> Result<PathBuf> {
-    built("target", "make")
+    built("target/kmutex", "make")
 }
 
 /// How large the program is without the feature etcd.
 fn slim_bytes() -> Result<u64> {
-    Ok(built("target/slim", "make build-slim")?.metadata()?.len())
+    Ok(built("target/kmutex-slim", "make build-slim")?.metadata()?.len())
 }
 
-fn built(folder: &str, how: &str) -> Result<PathBuf> {
-    let program = project().join(folder).join(env!("BENCH_HOST")).join("release/kmutex");
+fn built(path: &str, how: &str) -> Result<PathBuf> {
+    let program = project().join(path);
     if !program.is_file() {
         return fail(format!("there is no {}: run {how} first", program.display()));
     }

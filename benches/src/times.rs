@@ -63,13 +63,9 @@ fn machine() -> Result<String> {
     Ok(format!("{}, {cores} processors, Linux {}", name.map_or("unknown", |(_, name)| name), kernel.trim()))
 }
 
-/// `kmutex run` and flock(1), as users start them: from a copy, as `make install` makes it: the file that the
-/// linker wrote takes more page faults. Nothing is pinned.
-fn commands(built: &Path, report: &mut Report) -> Result<()> {
+/// `kmutex run` and flock(1), as users start them. Nothing is pinned.
+fn commands(program: &Path, report: &mut Report) -> Result<()> {
     unpin_load()?;
-    let folder = tempfile::tempdir()?;
-    let program = &folder.path().join("kmutex");
-    fs::copy(built, program)?;
     let daemon = Server::kmutex(program)?;
     daemon.unpin()?;
     for (environment, name, target) in

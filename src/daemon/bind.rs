@@ -1,17 +1,18 @@
 //! Making a Unix socket with the right permissions from its first moment, without following a link that another user may
 //! have put in its place.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt, PermissionsExt};
+use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::os::unix::net::UnixListener;
 use std::path::Path;
 
 use nix::fcntl::AtFlags;
 use nix::sys::socket::{Backlog, listen};
-use nix::sys::stat::{Mode, umask};
 use nix::unistd::{Gid, Uid, fchownat};
+use rustix::fs::{Mode, OFlags};
+use rustix::process::umask;
 
 /// Which users may connect.
 #[derive(Clone, Copy, Debug)]
@@ -70,8 +71,8 @@ pub(super) fn bind(path: &Path, permissions: Permissions) -> io::Result<(UnixLis
 
 /// Opens the socket that was just made, and not whatever else may be there.
 fn open(path: &Path) -> io::Result<File> {
-    let flags = nix::libc::O_PATH | nix::libc::O_NOFOLLOW;
-    let file = OpenOptions::new().read(true).custom_flags(flags).open(path)?;
+    let flags = OFlags::PATH | OFlags::NOFOLLOW | OFlags::CLOEXEC;
+    let file = File::from(rustix::fs::open(path, flags, Mode::empty())?);
     let meta = file.metadata()?;
     let is_ours =
         meta.file_type().is_socket() && meta.uid() == Uid::effective().as_raw() && meta.nlink() == 1;

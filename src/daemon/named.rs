@@ -10,9 +10,8 @@ use std::sync::mpsc::{SyncSender, sync_channel};
 
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::socket::{setsockopt, sockopt};
-use nix::sys::stat::fstat;
-use nix::sys::statfs::fstatfs;
 use rustix::cmsg_space;
+use rustix::fs::{fstat, fstatfs};
 use rustix::io::IoSliceMut;
 use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 use rustix::process::Pid;
@@ -184,6 +183,6 @@ fn number(descriptor: &OwnedFd) -> Option<Option<Pid>> {
 /// Returns what tells the process of a descriptor from all others, as far as the kernel does (since Linux 6.9).
 fn inode(descriptor: &OwnedFd) -> Option<u64> {
     const PIDFS: i64 = 0x5049_4446;
-    let is_pidfs = fstatfs(descriptor).is_ok_and(|stat| stat.filesystem_type().0 == PIDFS);
+    let is_pidfs = fstatfs(descriptor).is_ok_and(|stat| stat.f_type == PIDFS);
     is_pidfs.then(|| fstat(descriptor).ok().map(|stat| stat.st_ino))?
 }
