@@ -5,10 +5,12 @@
 //! | file | what it owns |
 //! | --- | --- |
 //! | `cli/lock.rs` | the arguments of `kmutex run`, `kmutex lock` and `kmutex unlock` |
+//! | `cli/plain.rs` | the options of `kmutex run` that scripts use most, read without clap |
 //! | `cli/serve.rs` | those of `kmutex serve`, and of the daemon under its old name |
 //! | `cli/value.rs` | how the values of options are written |
 
 mod lock;
+mod plain;
 mod serve;
 mod value;
 
@@ -16,7 +18,7 @@ use std::ffi::OsString;
 use std::path::PathBuf;
 
 use clap::error::ErrorKind;
-use clap::{Args, FromArgMatches, Parser, Subcommand, ValueHint};
+use clap::{Args, Parser, Subcommand, ValueHint};
 
 pub use lock::{Lock, LockArgs, Run, Unlock};
 #[cfg(feature = "etcd")]
@@ -49,25 +51,11 @@ pub struct Cli {
 /// # Errors
 /// Clap's, whose text [`requested_text`] and [`error_text`] make fit for one line.
 pub fn parse(args: Vec<OsString>) -> Result<Command, clap::Error> {
-    match parse_run(&args) {
+    let plain = args.get(1).filter(|word| *word == "run").and_then(|_| plain::run(&args[2..]));
+    match plain {
         Some(run) => Ok(Command::Run(run)),
         None => Cli::try_parse_from(args).map(|cli| cli.command),
     }
-}
-
-/// `run` is started often and briefly: it does not pay for making the definitions of all other commands, nor for dropping
-/// its own afterwards. `None`: this is not plainly a good `run`, and the whole definition says what it is.
-fn parse_run(args: &[OsString]) -> Option<Run> {
-    if args.get(1)? != "run" {
-        return None;
-    }
-    let mut command = Run::augment_args(clap::Command::new("run"));
-    let matches = command.try_get_matches_from_mut(&args[1..]);
-    std::mem::forget(command);
-    let mut matches = matches.ok()?;
-    let run = Run::from_arg_matches_mut(&mut matches).ok()?;
-    std::mem::forget(matches);
-    Some(run)
 }
 
 /// The text of `--help` or `--version`, if that is what the command line asked for.
@@ -186,7 +174,7 @@ pub struct Forget {
 }
 
 /// How a client reaches its daemon, and which users it trusts.
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq)]
 pub struct Daemon {
     /// Connect to the daemon at ADDR: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)
     ///

@@ -12,7 +12,7 @@ use crate::acquire::OnPeerFailure;
 use crate::run::{OnLost, Share};
 
 /// The arguments of `kmutex run`.
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq)]
 #[command(
     override_usage = "kmutex run [OPTIONS] KEY [--] COMMAND [ARG]...\n       kmutex run [OPTIONS] KEY -c SHELL_COMMAND\n       kmutex run [OPTIONS] -k KEY [-k KEY]... -- COMMAND [ARG]..."
 )]
@@ -124,7 +124,7 @@ pub struct Run {
 }
 
 /// How to acquire a lock: the options that `run` and `lock` have in common.
-#[derive(Args, Debug)]
+#[derive(Args, Debug, PartialEq)]
 pub struct LockArgs {
     /// Wait in line and always run, like flock(1)
     #[arg(long)]
