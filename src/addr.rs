@@ -8,6 +8,7 @@ use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use nix::errno::Errno;
 use nix::sys::socket::{self, AddressFamily, SockFlag, SockType, UnixAddr, sockopt};
 use nix::sys::time::{TimeVal, TimeValLike};
 
@@ -329,16 +330,14 @@ impl Error {
     }
 }
 
-/// An operating system's error in its own words, without the number that `io::Error` adds.
+/// An operating system's error in words that are the same with every C library, and without the number that `io::Error` adds.
 pub struct Reason<'a>(pub &'a io::Error);
 
 impl fmt::Display for Reason<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let text = self.0.to_string();
-        match self.0.raw_os_error() {
-            // The C library's words (strerror(3)); `io::Error` appends the number.
-            Some(number) => f.write_str(text.trim_end_matches(&format!(" (os error {number})"))),
-            None => f.write_str(&text),
+        match self.0.raw_os_error().map(Errno::from_raw) {
+            Some(errno) if errno != Errno::UnknownErrno => f.write_str(errno.desc()),
+            _ => self.0.fmt(f),
         }
     }
 }
@@ -381,10 +380,10 @@ mod tests {
     }
 
     #[test]
-    fn a_reason_is_the_operating_systems_own_words() {
+    fn a_reason_is_in_the_usual_words_and_has_no_number() {
         let reason = |number| Reason(&io::Error::from_raw_os_error(number)).to_string();
         assert_eq!(reason(nix::Error::EBADF as i32), "Bad file descriptor");
-        assert_eq!(reason(nix::Error::ENOENT as i32), "No such file or directory");
+        assert_eq!(reason(nix::Error::EMFILE as i32), "Too many open files");
         assert_eq!(Reason(&io::Error::other("no (os error 9) here")).to_string(), "no (os error 9) here");
     }
 

@@ -1,12 +1,10 @@
 //! What kmutex was told about signals when it was started, and how it dies of one.
 
-use std::ffi::OsStr;
 use std::fs::File;
 use std::io::Read;
 use std::sync::OnceLock;
 
 use memchr::memmem;
-use nix::libc::SIGPIPE;
 use nix::sys::prctl;
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
 use nix::unistd::Pid;
@@ -15,19 +13,16 @@ use signal_hook::low_level::raise;
 /// The signals that this process ignored when it began, as a set of bits: signal 1 is bit 0.
 static IGNORED: OnceLock<u64> = OnceLock::new();
 
-/// Asks before `main`, because Rust itself sets SIGPIPE to "ignore" there. (No other command needs it, and none pays for it.)
+/// Asks before `main`, because Rust itself sets SIGPIPE to "ignore" there. (What the arguments are is not known yet: musl, unlike
+/// glibc, passes them to `main` alone. So every command asks, and not just `run`.)
 #[ctor::ctor]
 fn ask_before_main() {
-    if std::env::args_os().nth(1).as_deref() == Some(OsStr::new("run")) {
-        IGNORED.get_or_init(ignored_now);
-    }
+    IGNORED.get_or_init(ignored_now);
 }
 
 /// Returns `true` if this process ignored the signal when it began.
 pub(crate) fn ignores(signal: i32) -> bool {
-    // A program that calls this without the word `run` in its arguments: Rust has set SIGPIPE by now.
-    let ignored = IGNORED.get_or_init(|| ignored_now() & !bit(SIGPIPE));
-    ignored & bit(signal) != 0
+    IGNORED.get().is_some_and(|ignored| ignored & bit(signal) != 0)
 }
 
 /// Returns the set with this one signal in it.

@@ -2,6 +2,7 @@
 //! signals, limits, priority), and tells the caller on standard output whether it serves.
 
 use std::io::{self, Write};
+use std::ops::RangeInclusive;
 use std::os::unix::process::CommandExt;
 use std::process::Command;
 use std::sync::Arc;
@@ -81,8 +82,8 @@ fn restore_signals() -> io::Result<()> {
     Err(Command::new(program).arg0(name).args(args).exec())
 }
 
-/// The C library keeps these for itself, and its posix_spawn(3) leaves them ignored (nptl(7)).
-const INTERNAL_SIGNALS: [i32; 2] = [32, 33];
+/// The C library keeps these for itself, and its posix_spawn(3) leaves them ignored (nptl(7)). musl keeps one more.
+const INTERNAL_SIGNALS: RangeInclusive<i32> = 32..=if cfg!(target_env = "musl") { 34 } else { 33 };
 
 /// Returns the signals that this process ignores, but SIGPIPE, which the Rust runtime ignores, and the signals that no
 /// program may catch. Without /proc there is no telling.

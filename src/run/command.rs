@@ -1,5 +1,6 @@
 //! The command: its arguments and its environment, and how a process becomes it.
 
+use std::convert::Infallible;
 use std::ffi::{CString, OsStr, OsString};
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
@@ -13,6 +14,7 @@ use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_s
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{AccessFlags, Pid, access, execvpe};
 
+use super::any_signal;
 use crate::startup;
 
 /// What to execute.
@@ -45,35 +47,47 @@ impl<'a> Command<'a> {
             .set_flags(PosixSpawnFlags::POSIX_SPAWN_SETSIGMASK | PosixSpawnFlags::POSIX_SPAWN_SETSIGDEF)?;
         attributes.set_sigmask(mask)?;
         attributes.set_sigdefault(&reset_signals())?;
-        match posix_spawnp(&argv[0], &actions, &attributes, &argv, &environment) {
+        let spawned = match posix_spawnp(&argv[0], &actions, &attributes, &argv, &environment) {
             Err(Errno::ENOEXEC) => {
                 let argv = by_shell(&argv)?;
-                Ok(posix_spawn(argv[0].as_c_str(), &actions, &attributes, &argv, &environment)?)
+                posix_spawn(argv[0].as_c_str(), &actions, &attributes, &argv, &environment)
             }
-            other => Ok(other?),
-        }
+            other => other,
+        };
+        any_signal::block_unnamed()?;
+        Ok(spawned?)
     }
 
-    /// Makes this process the command, with the dispositions that kmutex was started with.
+    /// Makes this process the command, with the dispositions that kmutex was started with. As execvp(3) does, a file that the kernel
+    /// cannot execute is given to the shell.
     ///
     /// # Errors
     /// Those of execve(2); on success it does not return.
     pub(super) fn exec(&self) -> io::Error {
-        if let Err(e) = SigSet::thread_get_mask().and_then(|now| startup::mask(now).thread_set_mask()) {
-            return e.into();
+        match self.execute() {
+            Err(e) => e,
         }
+    }
+
+    fn execute(&self) -> io::Result<Infallible> {
+        startup::mask(SigSet::thread_get_mask()?).thread_set_mask()?;
+        let argv = self.argv()?;
+        match self.replace_process(&argv) {
+            Err(e) if e.raw_os_error() == Some(Errno::ENOEXEC as i32) => {
+                self.replace_process(&by_shell(&argv)?)
+            }
+            other => other,
+        }
+    }
+
+    fn replace_process(&self, argv: &[CString]) -> io::Result<Infallible> {
         if startup::ignores(SIGPIPE) {
-            let execute = || -> io::Result<_> {
-                let (argv, environment) = (self.argv()?, self.environment()?);
-                Ok(execvpe(&argv[0], &argv, &environment)?)
-            };
-            return execute().expect_err("execve returns only when it fails");
+            return Ok(execvpe(&argv[0], argv, &self.environment()?)?);
         }
         // This one sets SIGPIPE to its default.
-        std::process::Command::new(&self.argv[0])
-            .args(&self.argv[1..])
-            .envs(self.variables.iter().map(|(name, value)| (name, value)))
-            .exec()
+        let words: Vec<_> = argv.iter().map(|word| OsStr::from_bytes(word.to_bytes())).collect();
+        let changed = self.variables.iter().map(|(name, value)| (name, value));
+        Err(std::process::Command::new(words[0]).args(&words[1..]).envs(changed).exec())
     }
 
     fn argv(&self) -> io::Result<Vec<CString>> {

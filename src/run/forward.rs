@@ -1,18 +1,16 @@
 //! Which signals are passed on to the command.
 
-use std::ffi::OsString;
 use std::os::fd::BorrowedFd;
 
 use nix::errno::Errno;
 use nix::libc::*;
-use nix::sys::signal::{SigSet, Signal, kill};
+use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, getpgid, getpgrp, getsid};
 
-use super::command::Command;
-use super::descendants;
 use super::signals::{Received, Sender};
 use super::witness::Witness;
+use super::{any_signal, descendants};
 use crate::startup::bit;
 
 /// The policy of passing signals on: every signal reaches the command, and none reaches it twice where kmutex can tell.
@@ -185,7 +183,7 @@ impl Forwarding {
 
     /// Sends a signal to the command. Its process is not reaped yet, so its number is not another process's.
     fn send(&mut self, signal: i32) -> nix::Result<()> {
-        match send(self.command, signal) {
+        match any_signal::send(self.command, signal) {
             Err(Errno::EPERM) => {
                 if self.denied & bit(signal) == 0 {
                     self.denied |= bit(signal);
@@ -210,17 +208,4 @@ impl Forwarding {
 
 fn name(signal: i32) -> String {
     Signal::try_from(signal).map_or_else(|_| format!("signal {signal}"), |signal| signal.to_string())
-}
-
-/// Sends a signal of any number. No safe call of Rust's sends a real-time signal to another process, so the shell does.
-fn send(pid: Pid, signal: i32) -> nix::Result<()> {
-    if let Ok(signal) = Signal::try_from(signal) {
-        return kill(pid, signal);
-    }
-    let script = format!("kill -{signal} {pid}");
-    let argv: [OsString; 3] = ["/bin/sh".into(), "-c".into(), script.into()];
-    match Command::new(&argv, Vec::new()).spawn(&SigSet::empty(), None) {
-        Ok(shell) => nix::sys::wait::waitpid(shell, None).map(drop),
-        Err(e) => Err(e.raw_os_error().map_or(Errno::EINVAL, Errno::from_raw)),
-    }
 }

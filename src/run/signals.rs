@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
+use super::any_signal;
 use crate::startup;
 use nix::libc::{SIGCHLD, SIGCONT};
 use nix::sys::signal::{SigSet, SigmaskHow, Signal};
@@ -67,9 +68,12 @@ impl Signals {
             signal_hook::flag::register(SIGCHLD, Arc::new(AtomicBool::new(false)))?;
         }
         let flags = SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK;
-        let fd = SignalFd::with_flags(&all_but(&[Signal::SIGTSTP]), flags)?;
+        let fd = SignalFd::with_flags(&SigSet::empty(), flags)?;
         let stops = SignalFd::with_flags(&SigSet::from(Signal::SIGTSTP), flags)?;
-        Ok(Signals { fd, stops, holds_stop_until: None, mask, received: 0 })
+        let signals = Signals { fd, stops, holds_stop_until: None, mask, received: 0 };
+        any_signal::block_unnamed()?;
+        any_signal::read_all_but(&signals.fd, &[Signal::SIGTSTP])?;
+        Ok(signals)
     }
 
     /// Returns the mask of blocked signals that kmutex was started with.
@@ -108,7 +112,7 @@ impl Signals {
     /// # Errors
     /// As signalfd(2) and read(2).
     pub(super) fn next_stop(&mut self) -> nix::Result<Option<Received>> {
-        self.fd.set_mask(&all_but(&[Signal::SIGTSTP, Signal::SIGTTOU]))?;
+        any_signal::read_all_but(&self.fd, &[Signal::SIGTSTP, Signal::SIGTTOU])?;
         nix::sys::signal::raise(Signal::SIGTTOU)?;
         self.holds_stop_until = Some(Instant::now() + STOP_WAIT);
         let received = self.stops.read_signal()?.map(|info| Received::from(&info));
@@ -149,7 +153,7 @@ impl Signals {
     fn forget_stop(&mut self) -> nix::Result<()> {
         if self.holds_stop_until.take().is_some() {
             // A SIGTTOU that is left is read as any other signal, and is kmutex's own.
-            self.fd.set_mask(&all_but(&[Signal::SIGTSTP]))?;
+            any_signal::read_all_but(&self.fd, &[Signal::SIGTSTP])?;
         }
         Ok(())
     }
@@ -192,12 +196,4 @@ impl From<&siginfo> for Received {
         let sender = if info.ssi_code > 0 { Sender::Kernel } else { Sender::Process(info.ssi_pid as i32) };
         Received { signal: info.ssi_signo as i32, sender }
     }
-}
-
-fn all_but(signals: &[Signal]) -> SigSet {
-    let mut set = SigSet::all();
-    for signal in signals {
-        set.remove(*signal);
-    }
-    set
 }

@@ -201,9 +201,11 @@ fn it_inherits_nothing_from_its_starter() {
             ),
         }
     }
+    let own_session = stat(Pid::this())[3].clone();
     let stat = stat(daemon);
     let (parent, session, terminal) = (&stat[1], &stat[3], &stat[4]);
-    assert_eq!(*session, daemon.to_string(), "a session of its own");
+    // (Its leader has ended, if the C library is musl: that daemon(3) forks twice, so that this process cannot even get a terminal.)
+    assert_ne!(*session, own_session, "a session of its own");
     assert_eq!(terminal, "0", "and no terminal");
     assert_ne!(*parent, starter.to_string());
     assert_ne!(*parent, std::process::id().to_string(), "nor is it a child of this test");

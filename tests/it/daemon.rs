@@ -182,11 +182,11 @@ fn assert_is_idle(daemon: &Daemon) {
     strace.arg("-o").arg(&trace).args(["-p", &daemon.pid().to_string()]);
     let strace = Process::spawn(strace.stderr(Stdio::null()));
     // It is attached when the call that the daemon waits in is seen.
-    wait_until("strace", || fs::read_to_string(&trace).is_ok_and(|calls| calls.contains("epoll_wait(")));
+    wait_until("strace", || fs::read_to_string(&trace).is_ok_and(|calls| calls.contains("epoll_")));
     // Not to wait for anything: it is watched for so long.
     std::thread::sleep(Duration::from_millis(2_500));
     let calls = fs::read_to_string(&trace).unwrap();
-    assert_eq!(calls.matches("epoll_wait(").count(), 1, "{calls}");
+    assert_eq!(calls.matches("epoll_").count(), 1, "{calls}");
     assert_eq!(calls.lines().count(), 1, "{calls}");
     drop(strace);
 }
@@ -254,7 +254,7 @@ fn what_cannot_be_served_is_named() {
         (&["-f", "--sock", "file"][..], 73, "file: it exists and is not a socket"),
         (&["--sock", "directory"], 73, "directory: it exists and is not a socket"),
         (&["--sock", "nowhere/sock"], 73, "nowhere/sock.lock: No such file or directory"),
-        (&["--sock", "linked"], 73, "linked.lock: Too many levels of symbolic links"),
+        (&["--sock", "linked"], 73, "linked.lock: Too many symbolic links encountered"),
         (&["--sock", &long], 64, "108 bytes"),
         (&["--sock", "65536"], 64, "from 0 to 65535"),
         (&["--sock", "no.such.host.invalid:7000"], 69, "no.such.host.invalid:7000"),

@@ -284,7 +284,7 @@ fn where_no_daemon_can_be_started_that_is_69_with_the_reason() {
     world.run(BOB, "kmutex run --sock /nowhere/sock k -- true").assert_error(69, &["/nowhere/sock"]);
     world.run(BOB, "kmutex run --sock /run/roots/sock k -- true").assert_error(69, &["/run/roots/sock"]);
     world.run(BOB, "kmutex run --sock /run/closed/sock k -- true").assert_error(69, &["/run/closed/sock"]);
-    world.run(BOB, "ulimit -n 8; kmutex run k -- true").assert_error(69, &["8 open files", "ulimit -n"]);
+    world.run(BOB, "ulimit -n 12; kmutex run k -- true").assert_error(69, &["12 open files", "ulimit -n"]);
     // A daemon is there, and may not be used.
     let _daemon = world.serve(ROOT, "--sock /run/roots/sock");
     world.run(BOB, "kmutex run --sock /run/roots/sock k -- true").assert_error(77, &["Permission denied"]);
