@@ -1,12 +1,14 @@
 //! That what one side writes is what the other reads, and that nothing a client sends can do worse than be refused.
 
+use std::num::NonZeroU32;
+
 use proptest::collection::vec;
 use proptest::option;
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
 use super::*;
-use crate::proto::KEY_BYTES_MAX;
+use crate::proto::{KEY_BYTES_MAX, Key, Nonce, Outcome, Pid, Protocol, Token};
 
 fn any_outcome() -> impl Strategy<Value = Outcome> {
     prop_oneof![
