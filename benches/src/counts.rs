@@ -228,7 +228,7 @@ impl Counts {
         project().join("benches/counts.json")
     }
 
-    /// Puts them in the place of those that were committed for this C library.
+    /// Replaces the committed counts of this C library by these.
     pub fn save(self) -> Result<()> {
         let mut all = Counts::committed()?;
         all.insert(LIBC.into(), self);
