@@ -280,9 +280,7 @@ fn serve_until_end(config: &Config) -> Result<(), Error> {
     let sharers = Sharers::new(config.share_across_users);
     #[cfg(feature = "etcd")]
     let cluster = match config.clustering.as_ref().zip(etcd) {
-        Some((etcd, client)) => {
-            Some(cluster::join(etcd, client, recorder.lease().number(), sharers.clone())?)
-        }
+        Some((etcd, client)) => Some(cluster::join(etcd, client, recorder.lease(), sharers.clone())?),
         None => None,
     };
     #[cfg(not(feature = "etcd"))]

@@ -107,6 +107,9 @@ pub enum ClusterLease {
     None,
     /// The locks are clustered, under the lease with this number.
     Id(u64),
+    /// The locks are clustered, and none is granted before this moment, because the store of etcd went back.
+    /// [`Timestamp::NEVER`]: the moment is of another boot, so it is not known how much of that time is left.
+    Quarantine(Timestamp),
 }
 
 impl ClusterLease {
@@ -119,7 +122,16 @@ impl ClusterLease {
     pub fn number(self) -> Option<u64> {
         match self {
             ClusterLease::Id(number) => Some(number),
-            ClusterLease::Local | ClusterLease::None => None,
+            ClusterLease::Local | ClusterLease::None | ClusterLease::Quarantine(_) => None,
+        }
+    }
+
+    /// Returns what is left of it after a boot of the machine.
+    fn after_boot(self) -> ClusterLease {
+        match self {
+            ClusterLease::Local => ClusterLease::Local,
+            ClusterLease::None | ClusterLease::Id(_) => ClusterLease::None,
+            ClusterLease::Quarantine(_) => ClusterLease::Quarantine(Timestamp::NEVER),
         }
     }
 }
@@ -439,7 +451,7 @@ impl Contents {
         let runs = self.runs.into_values().collect();
         if !is_of_this_boot {
             // No holder of an earlier boot lives now. That locks are clustered is as true as it was.
-            let lease = if self.lease.is_clustered() { ClusterLease::None } else { ClusterLease::Local };
+            let lease = self.lease.after_boot();
             return Loaded { content: Snapshot { runs, ..Snapshot::default() }, lease, ..Loaded::default() };
         }
         let complaint = (self.damaged > 0).then(|| format!("{} damaged records were skipped", self.damaged));

@@ -8,6 +8,7 @@ mod events;
 mod layout;
 mod lease_keeper;
 mod listing;
+mod quarantine;
 mod stored_result;
 mod threads;
 mod trouble;
@@ -40,6 +41,7 @@ use crate::table::{ClusterNotice, EVERY_USER, Effects, Sharing, Table, Timestamp
 use events::{Command, Event, Reading};
 use layout::{Layout, Leases};
 use lease_keeper::LeaseCommand;
+use quarantine::Quarantine;
 use threads::EtcdThreads;
 use trouble::Troubles;
 use unsent::Unsent;
@@ -92,8 +94,7 @@ pub(super) struct Clustering {
     troubles: Troubles,
     /// How many times the store went back.
     generation: u64,
-    /// No lock is granted before this, because the store went back.
-    quarantined_until: Timestamp,
+    quarantine: Quarantine,
     watch: WatchState,
     /// The requests that are under way.
     under_way: usize,
@@ -129,20 +130,25 @@ fn margin(ttl_secs: u64) -> Duration {
     Duration::from_millis((ttl_secs * 250).max(500))
 }
 
-/// Starts what the daemon needs for clustering. `resume` is the lease of the previous daemon.
+/// Starts what the daemon needs for clustering. `recorded`: what the journal says of the lease of the previous daemon.
 ///
 /// # Errors
 /// If no thread can be started.
 pub(super) fn join(
     config: &Config,
     client: Client,
-    resume: Option<u64>,
+    recorded: ClusterLease,
     sharers: Sharers,
 ) -> Result<Clustering, super::Error> {
     warn_if_too_short(config);
-    let resume = resume.filter(|&lease| lease != 0).map(|lease| LeaseId(lease as i64));
+    let resume = recorded.number().filter(|&lease| lease != 0).map(|lease| LeaseId(lease as i64));
+    let quarantine = Quarantine::resumed(recorded, clock::now(), Duration::from_secs(config.ttl_secs));
+    if let Some(left) = quarantine.left(clock::now()) {
+        let left = left.as_millis();
+        warn!("etcd: the previous daemon found that the store went back; no lock is granted for {left} ms");
+    }
     let layout = Layout::new(&config.prefix, sharers.clone());
-    let threads = EtcdThreads::start(client, layout, config.ttl_secs, resume)
+    let threads = EtcdThreads::start(client, layout, config.ttl_secs, resume, quarantine.end())
         .map_err(|e| super::Error::Os("start the threads for etcd", e))?;
     let micros = SystemTime::now().duration_since(UNIX_EPOCH).map_or(1, |since| since.as_micros() as u64);
     let host = nix::unistd::gethostname().unwrap_or_default();
@@ -166,7 +172,7 @@ pub(super) fn join(
         sharers,
         troubles: Troubles::default(),
         generation: 0,
-        quarantined_until: Timestamp(0),
+        quarantine,
         watch: WatchState::default(),
         under_way: 0,
         readings: VecDeque::new(),
@@ -335,7 +341,8 @@ impl Clustering {
     /// Says why etcd cannot be asked.
     pub(super) fn unavailable(&self) -> String {
         let urls = self.urls.join(",");
-        if let Some(left) = self.quarantined_until.0.checked_sub(clock::now().0).filter(|&left| left > 0) {
+        if let Some(left) = self.quarantine.left(clock::now()) {
+            let left = left.as_millis();
             return format!("the store of etcd at {urls} went back: no lock is granted for {left} ms");
         }
         let (kind, text) = self.troubles.reason().unwrap_or((Kind::Unreachable, "no answer yet"));
@@ -354,9 +361,9 @@ impl Clustering {
         format!("etcd at {urls} {state}: {why}")
     }
 
-    /// Tells etcd what has ended, as far as there is time, and ends the lease if nothing is held under it. Returns `true` if
-    /// nothing is, so that the next daemon has no lease to resume.
-    pub(super) fn stop(&mut self, table: &Table) -> bool {
+    /// Tells etcd what has ended, as far as there is time, and ends the lease if nothing is held under it. If nothing is,
+    /// the next daemon has no lease to resume; returns what to record then.
+    pub(super) fn stop(&mut self, table: &Table) -> Option<ClusterLease> {
         let until = Instant::now() + STOP_WAIT;
         while self.under_way > 0
             && let Some(event) = self.threads.wait(until)
@@ -366,12 +373,12 @@ impl Clustering {
         let mut cursor = 0;
         while let Some((lock, next)) = table.next_lock(cursor) {
             if table.is_held_here(lock.id()) {
-                return false;
+                return None;
             }
             cursor = next;
         }
         self.threads.stop(self.lease, until);
-        true
+        Some(self.quarantine.record(clock::now()))
     }
 
     fn lose_lease(&mut self, table: &mut Table, now: Timestamp, effects: &mut Effects) -> RemoteReply {
@@ -379,7 +386,7 @@ impl Clustering {
         self.cluster.lost_lease(table, now, effects);
         self.abandon_lease(now);
         // The next daemon must not resume it either: it would release entries while their holders are stopping.
-        RemoteReply::RecordLease(ClusterLease::None)
+        RemoteReply::RecordLease(self.quarantine.record(now))
     }
 
     /// Gives the lease up. It is ended, so that other hosts need not wait for the rest of it, but not before the commands
@@ -392,8 +399,7 @@ impl Clustering {
         }
     }
 
-    /// The store went back. Other hosts may not have noticed yet, and their commands must be stopped before anything is
-    /// granted that they hold; that takes as long as a lease lives.
+    /// The store went back: the quarantine begins.
     fn store_changed(
         &mut self,
         why: &str,
@@ -409,13 +415,11 @@ impl Clustering {
         self.generation = generation;
         self.cluster.store_changed(table, now, effects);
         self.abandon_lease(now);
-        let ttl = Duration::from_secs(self.ttl_secs);
-        self.quarantined_until = now.plus(ttl);
-        let until = Instant::now() + ttl;
-        self.threads.lease_command(LeaseCommand::Quarantine(until));
+        self.quarantine.begin(now, Duration::from_secs(self.ttl_secs));
+        self.threads.lease_command(LeaseCommand::Quarantine(self.quarantine.end()));
         (self.records, self.watch) = (None, WatchState::default());
         self.hang_up(now);
-        RemoteReply::RecordLease(ClusterLease::None)
+        RemoteReply::RecordLease(self.quarantine.record(now))
     }
 
     /// If a release did not reach etcd, another host finds the lock of a holder that vanished, and runs it again.
@@ -456,7 +460,7 @@ impl Clustering {
         }
         match event {
             Event::Leased { lease, .. } if self.abandoned == Some(lease) => None,
-            Event::Leased { .. } if now < self.quarantined_until => None,
+            Event::Leased { .. } if self.quarantine.left(now).is_some() => None,
             Event::Leased { lease, sent, ttl_secs, revision, is_prompt, .. } => {
                 self.lease_kept(table, now, (lease, sent, ttl_secs), (revision, is_prompt))
             }

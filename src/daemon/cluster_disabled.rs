@@ -6,6 +6,7 @@ use nix::sys::epoll::Epoll;
 
 use super::connection::ConnectionId;
 use super::remote::{RemoteReply, RemoteRequest, RemoteResult};
+use crate::journal::ClusterLease;
 use crate::proto::v2::{LeaseTerms, LockUser, ShortText};
 use crate::proto::{LockId, Token};
 use crate::table::{ClusterNotice, Effects, Table, Timestamp};
@@ -77,7 +78,7 @@ impl Clustering {
         match *self {}
     }
 
-    pub(super) fn stop(&mut self, _table: &Table) -> bool {
+    pub(super) fn stop(&mut self, _table: &Table) -> Option<ClusterLease> {
         match *self {}
     }
 }

@@ -74,7 +74,7 @@ impl Recorder {
         if !config.is_clustered() && !config.detach && std::mem::take(&mut loaded.lease).is_clustered() {
             warn!("the previous daemon shared its locks with other hosts; without --etcd, this one does not");
         }
-        if !loaded.is_of_this_boot && loaded.lease == ClusterLease::None {
+        if !loaded.is_of_this_boot && loaded.lease.is_clustered() {
             info!(
                 "journal {}: it is of another boot of the machine, so this daemon takes a lease of its own",
                 path.display()

@@ -25,7 +25,8 @@ pub(super) const MAGIC: &[u8; 16] = b"kmutex journal1\n";
 //   run      4 checksum | 1 kind | 1 zero | 1 flags | 1 exit status or signal | 4 zero | 4 uid | 8 counts for | 8 token
 //          | 16 lock | 8 began | 8 began, since 1970 | 24 zero; and after it
 //   run by   4 checksum | 1 kind | 19 zero | 8 token | 56 text
-//   (88 bytes each; of a strike, only kind and token count; of a lease, only kind and, in the token's place, its number)
+//   (88 bytes each; of a strike, only kind and token count; of a lease, only kind, and in the token's place its number,
+//   or after 0, in the place of the lock, the end of a quarantine)
 
 const GRANT: u8 = 1;
 const END: u8 = 2;
@@ -120,7 +121,12 @@ pub(super) fn encode(entry: Entry<'_>, records: &mut Vec<u8>) {
         }
         Entry::End(token) => encode_mark(END, token.0, bytes),
         Entry::RunForgotten(token) => encode_mark(RUN_FORGOTTEN, token.0, bytes),
-        Entry::Lease(lease) => encode_mark(LEASE, lease.number().unwrap_or(0), bytes),
+        Entry::Lease(lease) => {
+            encode_mark(LEASE, lease.number().unwrap_or(0), bytes);
+            if let ClusterLease::Quarantine(until) = lease {
+                put(bytes, 32, until.0.to_le_bytes());
+            }
+        }
     }
     let sum = checksum(&bytes[4..]);
     put(bytes, 0, sum.to_le_bytes());
@@ -210,8 +216,11 @@ pub(super) fn decode(bytes: &[u8; RECORD_BYTES]) -> Option<Decoded> {
             Some(Decoded::RunBy(token, text.trim_end_matches('\0').into()))
         }
         RUN_FORGOTTEN => Some(Decoded::RunForgotten(token)),
-        LEASE if token.0 == 0 => Some(Decoded::Lease(ClusterLease::None)),
-        LEASE => Some(Decoded::Lease(ClusterLease::Id(token.0))),
+        LEASE => Some(Decoded::Lease(match (token.0, u64_at(32)) {
+            (0, 0) => ClusterLease::None,
+            (0, until) => ClusterLease::Quarantine(Timestamp(until)),
+            (number, _) => ClusterLease::Id(number),
+        })),
         GRANT => {
             let protocol = Protocol::try_from(bytes[5]).ok()?;
             let terms = Terms {

@@ -308,6 +308,20 @@ fn that_locks_are_clustered_outlives_the_locks_and_the_boot() {
 }
 
 #[test]
+fn that_no_lock_is_granted_for_a_while_outlives_the_daemon_and_the_boot() {
+    let (_folder, path, mut journal) = journal();
+    journal.set_lease(ClusterLease::Quarantine(Timestamp(5)));
+    journal.write().unwrap();
+    assert_eq!(load(&path, &BOOT).lease, ClusterLease::Quarantine(Timestamp(5)));
+    assert_eq!(load(&path, b"another boot !!!").lease, ClusterLease::Quarantine(Timestamp::NEVER));
+    journal.compact(&holds(&[])).unwrap();
+    assert_eq!(load(&path, &BOOT).lease, ClusterLease::Quarantine(Timestamp(5)));
+    journal.set_lease(ClusterLease::Id(7));
+    journal.write().unwrap();
+    assert_eq!(load(&path, &BOOT).lease, ClusterLease::Id(7));
+}
+
+#[test]
 fn a_journal_of_one_hosts_locks_names_no_lease() {
     assert_eq!(parse(&sample(), &BOOT).lease, ClusterLease::Local);
     assert_eq!(parse(&sample(), b"another boot !!!"), Loaded::default());

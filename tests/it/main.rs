@@ -16,6 +16,8 @@ mod cluster_newest;
 #[cfg(feature = "etcd")]
 mod cluster_overtaken;
 #[cfg(feature = "etcd")]
+mod cluster_quarantine;
+#[cfg(feature = "etcd")]
 mod cluster_runs;
 #[cfg(feature = "etcd")]
 mod cluster_share;

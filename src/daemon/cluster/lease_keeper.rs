@@ -30,30 +30,35 @@ pub(super) struct LeaseKeeper {
     worker: EtcdWorker,
     ttl_secs: u64,
     lease: Option<LeaseId>,
-    not_before: Option<Instant>,
+    not_before: Instant,
     backoff: Backoff,
     /// When the last request for the lease was sent that was answered. `None`: an attempt has failed since.
     renewed: Option<Timestamp>,
 }
 
 impl LeaseKeeper {
-    pub(super) fn new(worker: EtcdWorker, ttl_secs: u64, lease: Option<LeaseId>) -> LeaseKeeper {
+    pub(super) fn new(
+        worker: EtcdWorker,
+        ttl_secs: u64,
+        lease: Option<LeaseId>,
+        not_before: Instant,
+    ) -> LeaseKeeper {
         let backoff = Backoff::up_to(period(ttl_secs));
-        LeaseKeeper { worker, ttl_secs, lease, not_before: None, backoff, renewed: Some(clock::now()) }
+        LeaseKeeper { worker, ttl_secs, lease, not_before, backoff, renewed: Some(clock::now()) }
     }
 
     pub(super) fn run(mut self, commands: &Receiver<LeaseCommand>) {
         loop {
             let began = Instant::now();
-            let pause = match self.not_before {
-                Some(until) if began < until => until - began,
-                _ => self.refresh(),
+            let pause = match self.not_before.saturating_duration_since(began) {
+                Duration::ZERO => self.refresh(),
+                left => left,
             };
             match commands.recv_timeout(pause.saturating_sub(began.elapsed())) {
                 Ok(LeaseCommand::Abandon(lease)) => {
                     self.lease.take_if(|current| *current == lease);
                 }
-                Ok(LeaseCommand::Quarantine(until)) => (self.lease, self.not_before) = (None, Some(until)),
+                Ok(LeaseCommand::Quarantine(until)) => (self.lease, self.not_before) = (None, until),
                 Ok(LeaseCommand::Stop { revoke, done }) => {
                     if let Some(lease) = revoke {
                         // If that fails, it ends by itself.

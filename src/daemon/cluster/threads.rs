@@ -38,12 +38,14 @@ pub(super) struct EtcdThreads {
 }
 
 impl EtcdThreads {
-    /// Starts the threads. `resume` is the previous daemon's lease, which may live still.
+    /// Starts the threads. `resume` is the previous daemon's lease, which may live still. No lease is requested before
+    /// `not_before`.
     pub(super) fn start(
         client: Client,
         layout: Layout,
         ttl_secs: u64,
         resume: Option<LeaseId>,
+        not_before: Instant,
     ) -> io::Result<EtcdThreads> {
         let (events, received) = mpsc::sync_channel(EVENTS_MAX);
         let (commands, queued) = mpsc::channel();
@@ -64,7 +66,8 @@ impl EtcdThreads {
         spawn("etcd listing", move || lister.read_listings(&queued_readings))?;
         spawn("etcd presence", move || reader.read_presence(&queued_presence))?;
         spawn("etcd watch", move || Watcher::new(watcher, ttl_secs).run())?;
-        spawn("etcd lease", move || LeaseKeeper::new(worker, ttl_secs, resume).run(&lease_received))?;
+        let keeper = LeaseKeeper::new(worker, ttl_secs, resume, not_before);
+        spawn("etcd lease", move || keeper.run(&lease_received))?;
         Ok(EtcdThreads { client, wake, events: received, commands, readings, presence, lease_commands })
     }
 

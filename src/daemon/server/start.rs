@@ -184,8 +184,8 @@ impl Server {
     /// Ends in good order: what is still held stays in the journal, for the next daemon.
     pub(in crate::daemon) fn finish(mut self) {
         self.poll_cluster();
-        if self.cluster.as_mut().is_some_and(|cluster| cluster.stop(&self.table)) {
-            self.recorder.set_lease(ClusterLease::None);
+        if let Some(lease) = self.cluster.as_mut().and_then(|cluster| cluster.stop(&self.table)) {
+            self.recorder.set_lease(lease);
         }
         self.commit();
         // To the next daemon of an exposed port, a journal without holds says that there are none.
