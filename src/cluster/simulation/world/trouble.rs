@@ -1,0 +1,116 @@
+//! What disturbs the hosts and etcd.
+
+use super::{HOSTS, KEYS, TTL, World};
+use crate::cluster::Revision;
+use crate::cluster::simulation::newest::NewestRequests;
+use crate::cluster::simulation::store::Store;
+use crate::proto::Token;
+
+/// How long etcd takes to start, at the most.
+const START_MAX: u64 = 100;
+
+impl World {
+    pub(super) fn trouble(&mut self) {
+        let host = self.rng.below(HOSTS as u64) as usize;
+        match self.rng.below(2_000) {
+            0..4 => {
+                self.note("cut", 1);
+                self.hosts[host].cut_until = self.now + self.rng.below(3 * TTL);
+            }
+            4..8 => {
+                self.note("frozen", 1);
+                self.hosts[host].frozen_until = self.now + self.rng.below(3 * TTL);
+            }
+            26..28 => {
+                self.note("election", 1);
+                self.store.elect(self.now);
+            }
+            28..30 => {
+                let lock = self.keys[self.rng.below(KEYS) as usize].id();
+                let forgotten = self.store.forget(lock);
+                self.note("forgotten", u64::from(forgotten));
+            }
+            30..40 => {
+                // A user deletes it.
+                let key = self.rng.below(KEYS) as usize;
+                self.store.forget_newest(self.keys[key].id());
+                self.newest[key].forget_order();
+            }
+            8..10 => {
+                self.note("compacted", 1);
+                self.store.compact();
+            }
+            20..24 => self.earlier = self.store.clone(),
+            142..144 => self.busy_until = self.now + self.rng.below(TTL),
+            40..140 => self.recent = self.store.clone(),
+            24..26 => self.go_back(),
+            140..142 => {
+                self.note("restarted", 1);
+                let era = self.store.era + 1;
+                self.store.era = era;
+                self.restart();
+            }
+            10..20 => {
+                self.note("other program", 1);
+                let lock = self.keys[self.rng.below(KEYS) as usize].id();
+                self.store.other_program(lock);
+                if !self.store.has_other_program(lock) {
+                    let key = self.keys.iter().position(|key| key.id() == lock).unwrap();
+                    self.ended[key] = self.step;
+                }
+            }
+            _ => {}
+        }
+    }
+
+    /// etcd is started anew. That ends the watches, except that a host which is cut off may not hear of it.
+    pub(super) fn restart(&mut self) {
+        let now = self.now;
+        for host in &mut self.hosts {
+            if let Some(watch) = &mut host.watch
+                && !watch.is_dead
+                && host.cut_until > now
+                && self.rng.percent(70)
+            {
+                let news = self.store.watch(&mut watch.position);
+                watch.on_its_way = news.unwrap_or_default().to_vec();
+                watch.is_dead = true;
+                *self.seen.entry("dead watch").or_default() += 1;
+            }
+        }
+        self.store.restart(now + self.rng.below(START_MAX), TTL);
+    }
+
+    /// The store goes back: to what it was some time ago, or to nothing.
+    pub(super) fn go_back(&mut self) {
+        let kind = self.rng.below(10);
+        let is_emptied = kind < 2;
+        let earlier = match kind {
+            0..2 => Store::default(),
+            2..6 => self.earlier.clone(),
+            _ => self.recent.clone(),
+        };
+        let target = earlier.revision();
+        if target == self.store.revision() {
+            return;
+        }
+        self.note(if is_emptied { "emptied" } else { "rolled back" }, 1);
+        let until = self.now + TTL;
+        for host in &mut self.hosts {
+            let last = host.last_added.as_ref().map_or(Revision(0), |(revision, ..)| *revision);
+            if host.seen.min(last) <= target {
+                host.unaware_until = until;
+            }
+        }
+        self.newest.iter_mut().for_each(NewestRequests::forget_order);
+        // Then it overtakes what the hosts have seen.
+        self.busy_until = self.now + self.rng.below(2) * TTL / 2;
+        self.restart();
+        let down_until = self.store.down_until;
+        self.store.go_back_to(earlier);
+        self.store.restart(down_until, TTL);
+        self.tokens.fill(Token(0));
+        self.ended.fill(self.step);
+        self.occupied.fill(self.step);
+    }
+}
