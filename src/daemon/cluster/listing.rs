@@ -1,7 +1,7 @@
 //! Listing what all hosts hold, for `kmutex status --cluster`: what is read from etcd, key by key, becomes whole locks.
 
+use super::party::party;
 use crate::cluster::{self, Entry, Revision, RunRecord};
-use crate::daemon::cluster::party;
 use crate::proto::v2::{LISTED_MAX, LockStatus, LockUser, RunStatus};
 use crate::proto::{LockId, Outcome};
 use crate::table::Sharing;
