@@ -26,6 +26,9 @@
 //! | `store.rs` | locks by identity, requests by client, and the list that each request is in |
 //! | `list.rs` | first-in, first-out lists, threaded through the requests |
 //! | `request.rs` | a request, its stages and terms |
+//! | `compatibility.rs` | which requests may hold a lock beside each other |
+//! | `deferred.rs` | requests that are decided when every event before them is in the table |
+//! | `release.rs` | the end of a hold: which waiters are told, and which requests hold next |
 //! | `lock.rs` | a lock: its holders, and the lists of its waiters |
 //! | `effect.rs` | what comes out: notifications, journal entries, notices for the clustering |
 //! | `runs.rs` | runs that are over and still count, for requests that name how fresh the work must be |
@@ -44,6 +47,8 @@
 
 #[cfg(any(test, fuzzing))]
 mod audit;
+mod compatibility;
+mod deferred;
 mod effect;
 mod holders;
 mod list;
@@ -51,6 +56,7 @@ mod lock;
 mod nested;
 mod newest;
 mod offers;
+mod release;
 mod remote;
 mod remote_newest;
 mod remote_runs;
@@ -244,15 +250,6 @@ impl Table {
         Ok(())
     }
 
-    /// A client that holds a lock releases it. Nothing happens if it holds none.
-    pub fn release(&mut self, now: Timestamp, client: ClientId, outcome: Outcome, effects: &mut Effects) {
-        if let Some(id) = self.store.request_of(client)
-            && self.store.token_of(id).is_some()
-        {
-            self.end_hold(now, id, outcome, effects);
-        }
-    }
-
     /// The client's stream has ended, or the daemon closes it: the client gives up what it holds or waits for.
     pub fn disconnected(&mut self, now: Timestamp, client: ClientId, effects: &mut Effects) {
         let Some(id) = self.store.request_of(client) else { return };
@@ -271,47 +268,6 @@ impl Table {
             self.admit_queue(now, lock, effects);
         }
         self.request_left(lock, effects);
-    }
-
-    /// Decides the deferred requests that came before `mark`, in order of arrival: every event that came before the mark is
-    /// in the table.
-    pub fn settle(&mut self, now: Timestamp, mark: ArrivalMark, effects: &mut Effects) {
-        while self.settle_next(now, mark, effects) {}
-    }
-
-    /// Decides one of the requests that [`Table::settle`] would decide. Returns `false` if there is none.
-    pub fn settle_next(&mut self, now: Timestamp, mark: ArrivalMark, effects: &mut Effects) -> bool {
-        let first = self.store.first_deferred().filter(|&id| self.store[id].place < mark.0);
-        let Some(id) = first else { return false };
-        let lock = self.store[id].lock;
-        if self.finish_if_fresh(now, id, effects) {
-            self.request_left(lock, effects);
-        } else if self.admits(id) {
-            self.grant(now, id, effects);
-        } else if self.needs_cluster(id) {
-            self.query_cluster(id, effects);
-        } else {
-            self.wait_or_refuse(now, id, effects);
-        }
-        true
-    }
-
-    /// Lets a request wait, or refuses it if it came with `nowait`.
-    fn wait_or_refuse(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
-        if self.finish_if_stale(now, id, effects) {
-            return;
-        }
-        if self.store[id].asked().is_some_and(|asked| asked.nowait) {
-            self.notify(id, NotificationKind::Busy, effects);
-            self.remove_request(id);
-        } else {
-            self.wait(now, id, effects);
-        }
-    }
-
-    /// Returns a mark behind all requests that are deferred now, for [`Table::settle`], or `None` if there are none.
-    pub fn deferred(&self) -> Option<ArrivalMark> {
-        self.store.first_deferred().map(|_| self.mark())
     }
 
     /// Ends the holds and the offers whose time limit has passed, and asks holders to stop whose time is over.
@@ -355,67 +311,6 @@ impl Table {
         }
     }
 
-    /// Decides on admission, alone: a request is admitted if no queued request comes before it and the holders admit it.
-    fn admits(&self, id: RequestId) -> bool {
-        if self.is_clustered {
-            // Etcd decides: see `Table::cluster_granted`.
-            return false;
-        }
-        let request = &self.store[id];
-        let lock = &self.store[request.lock];
-        // Coalescing requests never overtake each other: a newcomer waits with them for the next run.
-        (lock.extra().queue.is_empty() || lock.extra().queue.head() == Some(id))
-            && (lock.extra().coalescing.is_empty() || lock.extra().coalescing.tail() == Some(id))
-            && self.holders_admit(lock, request)
-    }
-
-    fn holders_admit(&self, lock: &Lock, request: &Request) -> bool {
-        // One holder stands for all: either all are shared or none is, and an exclusive holder is alone.
-        let Some(holder) = lock.holders.head() else { return true };
-        let holder = &self.store[holder].terms;
-        if holder.shared || request.terms.shared {
-            return holder.shared && request.terms.shared;
-        }
-        holder.slots > 1
-            && lock.weight_held + u64::from(request.terms.weight_or_one()) <= u64::from(request.terms.slots)
-    }
-
-    /// Refuses a request with a weight if another request with a weight for the same lock says another number of slots: the
-    /// two would not mean the same thing. Returns `false` if this is no such request.
-    fn refuse_if_slots_differ(&mut self, id: RequestId, effects: &mut Effects) -> bool {
-        let request = &self.store[id];
-        let slots = request.terms.slots;
-        if !self.must_agree(id) {
-            return false;
-        }
-        let lock = &self.store[request.lock];
-        let lists = [
-            lock.holders,
-            lock.extra().queue,
-            lock.extra().once_waiters,
-            lock.extra().undecided,
-            lock.extra().stalled,
-        ];
-        let mut requests = lists.into_iter().flat_map(|list| self.store.members(list));
-        let other = requests.find(|&other| other != id && self.must_agree(other));
-        let differs = other.is_some_and(|other| self.store[other].terms.slots != slots);
-        if let Some(other) = other.filter(|_| differs) {
-            let slots = self.store[other].terms.slots;
-            self.notify(
-                id,
-                NotificationKind::SlotsDiffer { slots, other: self.store[other].client() },
-                effects,
-            );
-        }
-        differs
-    }
-
-    /// Returns `true` if a request must say the same number of slots as the others: where a weight counts, and among hosts.
-    fn must_agree(&self, id: RequestId) -> bool {
-        let terms = &self.store[id].terms;
-        terms.weight.is_some() || (self.is_clustered && terms.slots > 1 && !terms.shared)
-    }
-
     /// Grants a lock under the next token.
     fn grant(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
         let token = Token(self.next_token);
@@ -448,14 +343,6 @@ impl Table {
         debug_assert_eq!(self.store.token_of(id), Some(token), "a granted request holds");
     }
 
-    /// Before a grant: the request does not hold already, and the present holders admit it. (An offer is a place among them.)
-    fn may_join_holders(&self, id: RequestId) -> bool {
-        let request = &self.store[id];
-        matches!(request.stage, Stage::Offered(_))
-            || (request.token().is_none()
-                && (self.is_clustered || self.holders_admit(&self.store[request.lock], request)))
-    }
-
     fn wait(&mut self, now: Timestamp, id: RequestId, effects: &mut Effects) {
         if self.finish_if_stale(now, id, effects) {
             return;
@@ -477,12 +364,6 @@ impl Table {
         self.begin_replacing(now, id, effects);
     }
 
-    /// Before a wait: there is a holder, or a queued request comes first.
-    fn must_wait(&self, id: RequestId) -> bool {
-        let lock = &self.store[self.store[id].lock];
-        !lock.holders.is_empty() || !lock.extra().queue.is_empty() || !lock.extra().coalescing.is_empty()
-    }
-
     fn notify_waiting(&self, id: RequestId, effects: &mut Effects) {
         let request = &self.store[id];
         let lock = &self.store[request.lock];
@@ -495,144 +376,6 @@ impl Table {
             WaitList::V1 | WaitList::Once | WaitList::Coalesce => 0,
         };
         self.notify(id, NotificationKind::Waiting { ahead, place: request.place }, effects);
-    }
-
-    fn end_hold(&mut self, now: Timestamp, id: RequestId, outcome: Outcome, effects: &mut Effects) {
-        let request = &self.store[id];
-        let token = request.token().expect("only a holder's hold ends");
-        effects.record.push(JournalEntry::Ended(token));
-        if self.is_clustered {
-            effects.notices.push(ClusterNotice::Ended(self.store[request.lock].id, token, outcome));
-        }
-        self.end_hold_unrecorded(now, id, outcome, effects);
-    }
-
-    fn end_hold_unrecorded(
-        &mut self,
-        now: Timestamp,
-        id: RequestId,
-        outcome: Outcome,
-        effects: &mut Effects,
-    ) {
-        let request = &self.store[id];
-        let token = request.token().expect("only a holder's hold ends");
-        let (lock, began, protocol) = (request.lock, request.began, request.terms.protocol);
-        // Another host records its runs itself.
-        if self.store[lock].take_remote_holder(id).is_none() {
-            self.remember(now, id, outcome, effects);
-        }
-        if self.store[id].client().is_none() {
-            self.orphans.remove(&token);
-        }
-        if protocol == Protocol::V2 {
-            self.holders.remove(token);
-        }
-        self.remove_request(id);
-        debug_assert!(!self.orphans.contains_key(&token), "an ended hold leaves nothing behind");
-        if !self.store[lock].is_plain() {
-            self.finish_and_admit(now, lock, began, outcome, token, effects);
-        }
-        debug_assert!(!self.has_idle_queue(lock), "the head of a queue waits for a free lock");
-        self.store.remove_if_unused(lock);
-    }
-
-    /// A hold is over: tells the waiters that it is the work of, and admits the next ones.
-    fn finish_and_admit(
-        &mut self,
-        now: Timestamp,
-        lock: LockIndex,
-        began: ArrivalMark,
-        outcome: Outcome,
-        token: Token,
-        effects: &mut Effects,
-    ) {
-        self.finish_waiters(lock, WaitList::V1, outcome, token, effects);
-        if outcome == Outcome::Vanished {
-            self.promote_oldest_waiter(now, lock, effects);
-        } else {
-            self.finish_waiters(lock, WaitList::Once, outcome, token, effects);
-            self.finish_batch(lock, began, outcome, token, effects);
-            self.finish_stalled(lock, began, outcome, token, effects);
-            self.finish_fresh_waiters(now, lock, effects);
-        }
-        self.admit_queue(now, lock, effects);
-    }
-
-    /// After the end of a hold: the head of the queue waits although the lock is free.
-    fn has_idle_queue(&self, lock: LockIndex) -> bool {
-        let lock = &self.store[lock];
-        !self.is_clustered
-            && lock.holders.is_empty()
-            && !(lock.extra().queue.is_empty() && lock.extra().coalescing.is_empty())
-    }
-
-    /// Tells every waiter of a line that the holder finished, and removes it.
-    fn finish_waiters(
-        &mut self,
-        lock: LockIndex,
-        list: WaitList,
-        outcome: Outcome,
-        token: Token,
-        effects: &mut Effects,
-    ) {
-        while let Some(id) = self.store[lock].waiters(list).head() {
-            self.notify(id, NotificationKind::Finished(outcome, token), effects);
-            self.remove_request(id);
-        }
-    }
-
-    /// A run is over: tells the coalescing waiters that came before it began.
-    fn finish_batch(
-        &mut self,
-        lock: LockIndex,
-        began: ArrivalMark,
-        outcome: Outcome,
-        token: Token,
-        effects: &mut Effects,
-    ) {
-        while let Some(id) = self.store[lock].extra().coalescing.head()
-            && self.store[id].place < began.0
-        {
-            self.notify(id, NotificationKind::Finished(outcome, token), effects);
-            self.remove_request(id);
-        }
-    }
-
-    /// A holder vanished: the oldest protocol 2 waiter takes its place; of coalescing waiters the newest.
-    fn promote_oldest_waiter(&mut self, now: Timestamp, lock: LockIndex, effects: &mut Effects) {
-        while !self.is_clustered
-            && let Some(next) = self.next_of(lock, &[WaitList::Once, WaitList::Queue, WaitList::Coalesce])
-            && self.holders_admit(&self.store[lock], &self.store[next])
-        {
-            if !self.finish_if_fresh(now, next, effects) {
-                return self.grant_or_offer(now, next, UNDRAWN, effects);
-            }
-        }
-    }
-
-    /// Returns the request that is next among some lines of a lock: the oldest, or, where that coalesces, the newest of the
-    /// coalescing requests, whose arguments are current.
-    fn next_of(&self, lock: LockIndex, lists: &[WaitList]) -> Option<RequestId> {
-        let lock = &self.store[lock];
-        let heads = lists.iter().filter_map(|&list| lock.waiters(list).head());
-        let oldest = heads.min_by_key(|&id| self.store[id].place)?;
-        match self.store[oldest].wait_list {
-            WaitList::Coalesce => lock.extra().coalescing.tail(),
-            _ => Some(oldest),
-        }
-    }
-
-    /// Grants or offers the lock to as many waiting requests as the holders admit: from the head of the queue, and the newest of the
-    /// coalescing ones.
-    fn admit_queue(&mut self, now: Timestamp, lock: LockIndex, effects: &mut Effects) {
-        while !self.is_clustered
-            && let Some(id) = self.next_of(lock, &[WaitList::Queue, WaitList::Coalesce])
-            && self.holders_admit(&self.store[lock], &self.store[id])
-        {
-            if !self.finish_if_fresh(now, id, effects) {
-                self.grant_or_offer(now, id, UNDRAWN, effects);
-            }
-        }
     }
 
     fn clear_deadline(&mut self, id: RequestId) {
