@@ -174,7 +174,7 @@ pub struct Forget {
 }
 
 /// How a client reaches its daemon, and which users it trusts.
-#[derive(Args, Debug, PartialEq)]
+#[derive(Args, Debug, Default, PartialEq)]
 pub struct Daemon {
     /// Connect to the daemon at ADDR: a path, a PORT (of 127.0.0.1), or HOST:PORT (an IPv6 address in brackets)
     ///

@@ -44,7 +44,7 @@
 //!
 //! All are on by default. A program that only takes locks uses `default-features = false`.
 //!
-//! - `cli`: the program `kmutex`; with it come clap and env_logger.
+//! - `cli`: the program `kmutex`; with it come clap, lexopt, uapi and env_logger.
 //! - `daemon`: the lock daemon.
 //! - `etcd`: locks that several hosts have in common, through etcd; with it come ureq and the feature `tls`.
 //! - `tls`: TLS for TCP; with it comes rustls.

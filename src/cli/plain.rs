@@ -6,6 +6,7 @@
 
 use std::ffi::{OsStr, OsString};
 use std::os::unix::ffi::OsStrExt;
+use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Duration;
 
@@ -20,78 +21,72 @@ use crate::run::{OnLost, Share};
 
 /// Reads the words after `run`. `None`: they are not plain, or not right.
 pub(super) fn run(words: &[OsString]) -> Option<Run> {
-    let mut words = Parser::from_args(words);
-    let (mut key, mut command, mut shell_command) = (None, Vec::new(), None);
-    let (mut queue, mut shared, mut nonblock, mut wait) = (false, false, false, None);
-    let (mut share, mut fresh, mut max_hold) = (None, None, None);
-    let (mut close, mut no_fork, mut verbose, mut no_autostart) = (false, false, false, false);
-    let (mut conflict_exit_code, mut finished_exit_code, mut on_peer_failure) = (None, None, None);
-    let (mut note, mut sock) = (None, None);
+    let words = &mut Parser::from_args(words);
+    let mut run = defaults();
+    // Of the options that have a default, those that were given.
+    let given = &mut Vec::new();
     while let Some(word) = words.next().ok()? {
+        let lock = &mut run.lock;
         match word {
-            Value(word) if key.is_none() => {
-                key = Some(word);
-                if !words.try_raw_args()?.peek().is_none_or(may_follow_key) {
-                    return None;
-                }
+            Value(key) if run.key.is_none() => {
+                run.key = Some(key);
+                words.try_raw_args()?.peek().is_none_or(may_follow_key).then_some(())?;
             }
-            Value(word) => {
-                command.push(word);
-                command.extend(words.raw_args().ok()?);
-                break;
+            Value(program) => {
+                run.command.push(program);
+                run.command.extend(words.raw_args().ok()?);
             }
             Short('c') | Long("command") => {
-                set(&mut shell_command, value(&mut words)?)?;
-                if key.is_some() && words.try_raw_args()?.peek().is_some() {
-                    return None;
-                }
+                set(&mut run.shell_command, value(words)?)?;
+                let is_last = words.try_raw_args()?.peek().is_none();
+                (run.key.is_none() || is_last).then_some(())?;
             }
-            Long("queue") => flag(&mut queue)?,
-            Short('s') | Long("shared") => flag(&mut shared)?,
-            Short('n') | Long("nonblock") => flag(&mut nonblock)?,
-            Short('w') | Long("wait" | "timeout") => set(&mut wait, time(&mut words, duration)?)?,
-            Long("share") => set(&mut share, when(&mut words)?)?,
-            Long("fresh") => set(&mut fresh, time(&mut words, positive_duration)?)?,
-            Long("max-hold") => set(&mut max_hold, time(&mut words, positive_duration)?)?,
-            Short('o') | Long("close") => flag(&mut close)?,
-            Short('F') | Long("no-fork") => flag(&mut no_fork)?,
-            Long("verbose") => flag(&mut verbose)?,
-            Long("no-autostart") => flag(&mut no_autostart)?,
-            Short('E') | Long("conflict-exit-code") => set(&mut conflict_exit_code, number(&mut words)?)?,
-            Long("finished-exit-code") => set(&mut finished_exit_code, number(&mut words)?)?,
-            Long("on-peer-failure") => {
-                let what = OnPeerFailure::from_str(value(&mut words)?.to_str()?, false).ok()?;
-                set(&mut on_peer_failure, what)?;
+            Long("queue") => flag(&mut lock.queue)?,
+            Short('s') | Long("shared") => flag(&mut lock.shared)?,
+            Short('n') | Long("nonblock") => flag(&mut lock.nonblock)?,
+            Short('w') | Long("wait" | "timeout") => set(&mut lock.wait, time(words, duration)?)?,
+            Long("share") => set(&mut run.share, when(words)?)?,
+            Long("fresh") => set(&mut lock.fresh, time(words, positive_duration)?)?,
+            Long("max-hold") => set(&mut run.max_hold, time(words, positive_duration)?)?,
+            Short('o') | Long("close") => flag(&mut run.close)?,
+            Short('F') | Long("no-fork") => flag(&mut run.no_fork)?,
+            Long("tree") => flag(&mut run.tree)?,
+            Long("reentrant") => flag(&mut run.reentrant)?,
+            Long("verbose") => flag(&mut lock.verbose)?,
+            Long("no-autostart") => flag(&mut lock.no_autostart)?,
+            Short('E') | Long("conflict-exit-code") => {
+                once(given, "E", &mut lock.conflict_exit_code, number(words)?)?
             }
-            Long("note") => set(&mut note, value(&mut words)?)?,
-            Long("sock") => set(&mut sock, value(&mut words)?)?,
+            Long("finished-exit-code") => {
+                once(given, "finished", &mut lock.finished_exit_code, number(words)?)?
+            }
+            Long("on-peer-failure") => once(given, "peer", &mut lock.on_peer_failure, one_of(words)?)?,
+            Long("on-lost") => once(given, "lost", &mut run.on_lost, one_of(words)?)?,
+            Long("kill-after") => once(given, "kill", &mut run.kill_after, time(words, duration)?)?,
+            Long("note") => once(given, "note", &mut lock.note, value(words)?)?,
+            Long("sock") => set(&mut lock.daemon.sock, value(words)?)?,
+            Long("trust-uid") => lock.daemon.trust_uid.push(number(words)?),
+            Long("auth-file") => set(&mut lock.daemon.auth_file, path(words)?)?,
+            #[cfg(feature = "tls")]
+            Long("tls-ca") => set(&mut lock.daemon.tls_ca, path(words)?)?,
+            #[cfg(feature = "tls")]
+            Long("tls-cert") => set(&mut lock.daemon.tls_cert, path(words)?)?,
+            #[cfg(feature = "tls")]
+            Long("tls-key") => set(&mut lock.daemon.tls_key, path(words)?)?,
             _ => return None,
         }
     }
-    let is_contradictory = (shell_command.is_some() && !command.is_empty())
-        || (no_fork && (close || max_hold.is_some() || share.is_some()))
-        || (share.is_some() && (queue || shared))
-        || (fresh.is_some() && shared);
-    if is_contradictory {
-        return None;
-    }
-    let daemon = Daemon {
-        sock,
-        trust_uid: Vec::new(),
-        auth_file: None,
-        #[cfg(feature = "tls")]
-        tls_ca: None,
-        #[cfg(feature = "tls")]
-        tls_cert: None,
-        #[cfg(feature = "tls")]
-        tls_key: None,
-    };
+    (run.key.is_some() && !is_contradictory(&run)).then_some(run)
+}
+
+/// What clap makes of no options at all.
+fn defaults() -> Run {
     let lock = LockArgs {
-        queue,
-        shared,
+        queue: false,
+        shared: false,
         exclusive: false,
         slots: 1,
-        fresh,
+        fresh: None,
         fresh_failure: None,
         coalesce: false,
         newest: false,
@@ -99,37 +94,46 @@ pub(super) fn run(words: &[OsString]) -> Option<Run> {
         replace_after: None,
         no_replace: false,
         weight: None,
-        nonblock,
-        wait,
-        conflict_exit_code: conflict_exit_code.unwrap_or(75),
-        finished_exit_code: finished_exit_code.unwrap_or(79),
-        on_peer_failure: on_peer_failure.unwrap_or(OnPeerFailure::Skip),
-        note: note.unwrap_or_default(),
-        no_autostart,
-        verbose,
-        daemon,
+        nonblock: false,
+        wait: None,
+        conflict_exit_code: 75,
+        finished_exit_code: 79,
+        on_peer_failure: OnPeerFailure::Skip,
+        note: OsString::new(),
+        no_autostart: false,
+        verbose: false,
+        daemon: Daemon::default(),
     };
-    Some(Run {
-        key: Some(key?),
-        command,
-        shell_command,
+    Run {
+        key: None,
+        command: Vec::new(),
+        shell_command: None,
         keys: Vec::new(),
         lock,
         tree: false,
-        share,
+        share: None,
         share_max: 64 << 20,
         stale: None,
         refresh: false,
         reentrant: false,
         status_fd: None,
         status_file: None,
-        close,
-        no_fork,
+        close: false,
+        no_fork: false,
         on_lost: OnLost::Kill,
         kill_after: Duration::from_secs(5),
-        max_hold,
+        max_hold: None,
         warn_after: None,
-    })
+    }
+}
+
+/// Some options exclude each other.
+fn is_contradictory(run: &Run) -> bool {
+    let needs_fork = run.close || run.tree || run.max_hold.is_some() || run.share.is_some();
+    (run.shell_command.is_some() && !run.command.is_empty())
+        || (run.no_fork && needs_fork)
+        || (run.share.is_some() && (run.lock.queue || run.lock.shared))
+        || (run.lock.fresh.is_some() && run.lock.shared)
 }
 
 /// clap takes some options that come after KEY for the command.
@@ -144,6 +148,14 @@ fn flag(given: &mut bool) -> Option<()> {
 }
 
 /// An option may be given once.
+fn once<T>(given: &mut Vec<&str>, name: &'static str, option: &mut T, value: T) -> Option<()> {
+    let is_new = !given.contains(&name);
+    given.push(name);
+    *option = value;
+    is_new.then_some(())
+}
+
+/// An option may be given once.
 fn set<T>(option: &mut Option<T>, value: T) -> Option<()> {
     option.replace(value).is_none().then_some(())
 }
@@ -151,6 +163,15 @@ fn set<T>(option: &mut Option<T>, value: T) -> Option<()> {
 /// The value of the option that was just read. One that looks like an option is probably a forgotten value.
 fn value(words: &mut Parser) -> Option<OsString> {
     words.value().ok().filter(|value| !value.as_bytes().starts_with(b"-"))
+}
+
+/// clap takes no empty path.
+fn path(words: &mut Parser) -> Option<PathBuf> {
+    value(words).filter(|path| !path.is_empty()).map(PathBuf::from)
+}
+
+fn one_of<T: ValueEnum>(words: &mut Parser) -> Option<T> {
+    T::from_str(value(words)?.to_str()?, false).ok()
 }
 
 fn number<T: FromStr>(words: &mut Parser) -> Option<T> {
@@ -206,6 +227,8 @@ mod tests {
             "--share --fresh 1h K true",
             "K -c true",
             "-s --verbose --no-autostart --max-hold 1d K true",
+            "--tree --reentrant --on-lost continue --kill-after 1m K true",
+            "--trust-uid 7 --trust-uid=0 --auth-file a K true",
             "- true",
             "-- K true",
         ] {
@@ -228,6 +251,9 @@ mod tests {
             "--share --queue K true",
             "-F --share K true",
             "-F -o K true",
+            "-F --tree K true",
+            "--auth-file= K true",
+            "--on-lost wait K true",
             "-F --max-hold 1 K true",
             "-s --fresh 1 K true",
             "-c true K true",
@@ -246,7 +272,9 @@ mod tests {
             --timeout=1m|--share|--share=live|--share=whole|--fresh|--fresh=1h|--max-hold|--max-hold=1|-o|\
             --close|-F|--no-fork|--verbose|--no-autostart|-E|-E=7|-E7|--conflict-exit-code|\
             --finished-exit-code=0|--on-peer-failure=adopt|--on-peer-failure|--note|--note=|--note=-x|\
-            --sock|--sock=/s|-x|-k|--tree|--coalesce|-nF|-no|-nw|-h|--help";
+            --sock|--sock=/s|-x|-k|--tree|--reentrant|--on-lost|--on-lost=kill|--kill-after|--kill-after=2|\
+            --trust-uid|--trust-uid=3|--auth-file|--auth-file=|--tls-ca=a|--tls-cert=b|--tls-key=c|\
+            --coalesce|-nF|-no|-nw|-h|--help";
         const VALUES: &str = "|-|--|K|true|1|-1|0|1h|256|+5|skip|live|5.5s|a b|-z";
         let one_of = |words: &'static str| select(words.split('|').collect::<Vec<_>>());
         prop_oneof![
