@@ -2,13 +2,15 @@
 //! occur there. The checks after each step fail if a client was told what it must never be told.
 //!
 //! - `store`: etcd as far as it matters: a store with revisions, leases, and a history that is compacted.
-//! - `newest`: what must be true of the requests of which only the newest of all hosts waits.
+//! - `newest`: what must be true of the requests of which only the newest of all hosts waits; `replacing`: of those among them
+//!   that replace a holder.
 //! - `world`: hosts, time and chance; links that lose questions or answers, or are cut. `world/clients`: what the clients do;
 //!   `world/trouble`: what disturbs hosts and etcd; `world/checks`: what must be true when a client is told something.
 //!
 //! `KMUTEX_SIM_SEED=N` replays one seed; `KMUTEX_SIM_SEEDS=N..M` runs others than the usual ones.
 
 mod newest;
+mod replacing;
 mod store;
 mod world;
 

@@ -2,14 +2,22 @@
 //!
 //! - A request gives way only if another one has not given way: never does the last of them.
 //! - When every host knows all, one waits at the most.
-//! - A holder is asked to stop only if a request of its host or of its user replaces it, or root's.
 //! - A request that waited before another one came never begins after that one has begun.
+//! - A holder is asked to stop only for a request that replaces it (`replacing`).
+
+use super::replacing::ReplacingRequests;
+
+/// A moment in a simulation.
+#[derive(Clone, Copy)]
+pub(super) struct Moment {
+    pub(super) step: u64,
+    /// In milliseconds.
+    pub(super) time: u64,
+}
 
 struct Request {
     host: usize,
     client: usize,
-    /// The user, if it replaces the holder.
-    replaces_as: Option<u32>,
     since: u64,
     /// The step at which it was told to wait, so that a request that comes after it is newer. `None`: it was not told, or the
     /// order of the requests before it was lost.
@@ -29,6 +37,7 @@ pub(super) struct NewestRequests {
     requests: Vec<Request>,
     /// The step at which the newest of the requests came that have begun.
     begun: u64,
+    pub(super) replacing: ReplacingRequests,
 }
 
 impl NewestRequests {
@@ -37,14 +46,17 @@ impl NewestRequests {
         let oldest = self.requests.iter().filter(|one| one.end.is_none()).map(|one| one.since).min();
         self.requests.retain(|one| one.end.is_none_or(|end| end.at >= oldest.unwrap_or(step)));
         let since = step;
-        self.requests.push(Request { host, client, replaces_as, since, waits_since: None, end: None });
+        self.requests.push(Request { host, client, since, waits_since: None, end: None });
+        if let Some(uid) = replaces_as {
+            self.replacing.asks(host, client, uid);
+        }
     }
 
     pub(super) fn waits(&mut self, host: usize, client: usize, step: u64) {
         self.of(host, client).waits_since.get_or_insert(step);
     }
 
-    pub(super) fn began(&mut self, host: usize, client: usize, step: u64) {
+    pub(super) fn began(&mut self, host: usize, client: usize, now: Moment) {
         let begun = self.begun;
         let one = self.of(host, client);
         assert!(
@@ -52,18 +64,9 @@ impl NewestRequests {
             "client {client} of host {host} waits since step {:?}, and begins after one that came at step {begun}",
             one.waits_since
         );
-        one.end = Some(End { at: step, gave_way: false });
-        self.begun = begun.max(one.since);
-    }
-
-    /// A holder of this host and user is asked to stop. Returns `true` if no request of its own host waits that replaces it.
-    pub(super) fn replaces(&self, host: usize, uid: u32) -> bool {
-        let may = |one: &&Request| {
-            let is_permitted = |by: u32| one.host == host || by == 0 || by == uid;
-            one.replaces_as.is_some_and(is_permitted)
-        };
-        assert!(self.requests.iter().any(|one| may(&one)), "no request replaces the holder of {uid}");
-        !self.requests.iter().filter(may).any(|one| one.host == host && one.end.is_none())
+        let since = one.since;
+        self.ends(host, client, (now, false));
+        self.begun = begun.max(since);
     }
 
     /// Returns how many were told to wait, and do so.
@@ -74,10 +77,9 @@ impl NewestRequests {
     }
 
     /// Returns `true` if it gives way to no request of its own host.
-    pub(super) fn gives_way(&mut self, host: usize, client: usize, step: u64) -> bool {
-        let one = self.of(host, client);
-        one.end = Some(End { at: step, gave_way: true });
-        let since = one.since;
+    pub(super) fn gives_way(&mut self, host: usize, client: usize, now: Moment) -> bool {
+        let since = self.of(host, client).since;
+        self.ends(host, client, (now, true));
         let stays = |other: &&Request| other.end.is_none_or(|end| !end.gave_way && end.at >= since);
         let mut others = self.requests.iter().filter(stays).peekable();
         assert!(others.peek().is_some(), "client {client} of host {host} gives way, and is the last");
@@ -85,10 +87,15 @@ impl NewestRequests {
     }
 
     /// A client goes away, or is told something else.
-    pub(super) fn left(&mut self, host: usize, client: usize, step: u64) {
+    pub(super) fn left(&mut self, host: usize, client: usize, now: Moment) {
+        self.ends(host, client, (now, false));
+    }
+
+    fn ends(&mut self, host: usize, client: usize, (now, gave_way): (Moment, bool)) {
         if let Some(one) = self.find(host, client) {
-            one.end = Some(End { at: step, gave_way: false });
+            one.end = Some(End { at: now.step, gave_way });
         }
+        self.replacing.left(host, client, now.time);
     }
 
     /// A host was away for longer than a record stays.

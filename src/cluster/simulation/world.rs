@@ -10,7 +10,7 @@ use super::super::{
     Cluster, ClusterRequest, Failure, FoundResult, LeaseName, OwnResult, PresenceRequest, QueueOp,
     QueueSnapshot, Renewal, Revision, WatchEvent,
 };
-use super::newest::NewestRequests;
+use super::newest::{Moment, NewestRequests};
 use super::store::{NEWEST_MS, Store};
 use crate::proto::v2::Mode;
 use crate::proto::{Key, LockId, Outcome, Token};
@@ -20,7 +20,7 @@ use crate::table::{self, Effects, NotificationKind, Sharing, Table, Timestamp};
 const HOSTS: usize = 3;
 const CLIENTS: u32 = 6;
 const KEYS: u64 = 3;
-const TTL: u64 = 1_000;
+pub(super) const TTL: u64 = 1_000;
 const MARGIN: u64 = 250;
 
 /// The client of each host that says, as a holder, that it is not to be asked to stop.
@@ -157,9 +157,9 @@ pub(super) struct World {
     now: u64,
     step: u64,
     store: Store,
-    /// The store some time ago, and a moment ago, to which it may go back.
-    earlier: Store,
-    recent: Store,
+    /// The store some time ago, and a moment ago, to which it may go back, and when it was so.
+    earlier: (Store, u64),
+    recent: (Store, u64),
     /// Other programs write to the store until then, and not about locks.
     busy_until: u64,
     hosts: Vec<Host>,
@@ -218,8 +218,8 @@ impl World {
             now: 1,
             step: 0,
             store: Store::default(),
-            earlier: Store::default(),
-            recent: Store::default(),
+            earlier: (Store::default(), 0),
+            recent: (Store::default(), 0),
             busy_until: 0,
             hosts: (0..HOSTS as u64).map(host).collect(),
             keys: (0..KEYS).map(|n| Key::new(format!("key {n}")).unwrap()).collect(),
@@ -638,7 +638,7 @@ impl World {
     }
 
     fn hear(&mut self, host: usize, client: usize, lock: LockId, kind: NotificationKind) {
-        let before = self.hosts[host].clients[client];
+        let (before, moment) = (self.hosts[host].clients[client], self.moment());
         let (key, since) = match before {
             Client::Idle => panic!("an idle client is told {kind:?}"),
             Client::Asking { key, since, .. } => (key, since),
@@ -651,7 +651,7 @@ impl World {
                     panic!("a holder is granted a lock")
                 };
                 if newest {
-                    self.newest[key].began(host, client, self.step);
+                    self.newest[key].began(host, client, moment);
                     self.note("newest", 1);
                 }
                 let era = match before {
@@ -758,14 +758,14 @@ impl World {
                 Client::Idle
             }
             NotificationKind::NewerRequest => {
-                let is_elsewhere = self.newest[key].gives_way(host, client, self.step);
+                let is_elsewhere = self.newest[key].gives_way(host, client, moment);
                 self.note(if is_elsewhere { "superseded from elsewhere" } else { "superseded" }, 1);
                 Client::Idle
             }
             NotificationKind::Stop => {
                 assert!(matches!(before, Client::Holding { .. }), "one that holds nothing is asked to stop");
                 assert_ne!(client, UNSTOPPABLE, "one that may not be stopped is asked to stop");
-                let is_elsewhere = self.newest[key].replaces(host, uid_of(client));
+                let is_elsewhere = self.newest[key].replacing.stops(host, uid_of(client), self.now);
                 self.note(if is_elsewhere { "stopped from elsewhere" } else { "stopped" }, 1);
                 before
             }
@@ -780,7 +780,7 @@ impl World {
             other => panic!("no client is told {other:?} here"),
         };
         if let (Client::Asking { newest: true, .. }, Client::Idle) = (before, after) {
-            self.newest[key].left(host, client, self.step);
+            self.newest[key].left(host, client, moment);
         }
         self.hosts[host].clients[client] = after;
     }
@@ -818,6 +818,10 @@ impl World {
             }
             assert!(round < 5_000, "a client waits for ever, or a place is never given up");
         }
+    }
+
+    fn moment(&self) -> Moment {
+        Moment { step: self.step, time: self.now }
     }
 
     fn note(&mut self, what: &'static str, times: u64) {

@@ -12,7 +12,7 @@ const OFFER_MS: u64 = 1_000;
 impl World {
     /// One client of a host does something.
     pub(super) fn act(&mut self, host: usize) {
-        let now = Timestamp(self.now);
+        let (now, moment) = (Timestamp(self.now), self.moment());
         let client = self.rng.below(u64::from(CLIENTS)) as usize;
         let id = ClientId(client as u32);
         match self.hosts[host].clients[client] {
@@ -23,7 +23,7 @@ impl World {
             Client::Asking { key, newest, .. } => {
                 if self.rng.percent(5) {
                     if newest {
-                        self.newest[key].left(host, client, self.step);
+                        self.newest[key].left(host, client, moment);
                     }
                     self.hosts[host].clients[client] = Client::Idle;
                     self.feed(host, |table, _, effects| table.disconnected(now, id, effects));

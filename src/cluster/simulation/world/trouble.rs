@@ -40,15 +40,15 @@ impl World {
                 self.note("compacted", 1);
                 self.store.compact();
             }
-            20..24 => self.earlier = self.store.clone(),
+            20..24 => self.earlier = (self.store.clone(), self.now),
             142..144 => self.busy_until = self.now + self.rng.below(TTL),
-            40..140 => self.recent = self.store.clone(),
+            40..140 => self.recent = (self.store.clone(), self.now),
             24..26 => self.go_back(),
             140..142 => {
                 self.note("restarted", 1);
                 let era = self.store.era + 1;
                 self.store.era = era;
-                self.restart();
+                self.restart(self.now);
             }
             10..20 => {
                 self.note("other program", 1);
@@ -63,9 +63,11 @@ impl World {
         }
     }
 
-    /// etcd is started anew. That ends the watches, except that a host which is cut off may not hear of it.
-    pub(super) fn restart(&mut self) {
+    /// etcd is started anew, with the store as it was at `taken`. That ends the watches, except that a host which is cut off may not
+    /// hear of it.
+    fn restart(&mut self, taken: u64) {
         let now = self.now;
+        self.newest.iter_mut().for_each(|requests| requests.replacing.restarted(taken, now));
         for host in &mut self.hosts {
             if let Some(watch) = &mut host.watch
                 && !watch.is_dead
@@ -82,11 +84,11 @@ impl World {
     }
 
     /// The store goes back: to what it was some time ago, or to nothing.
-    pub(super) fn go_back(&mut self) {
+    fn go_back(&mut self) {
         let kind = self.rng.below(10);
         let is_emptied = kind < 2;
-        let earlier = match kind {
-            0..2 => Store::default(),
+        let (earlier, taken) = match kind {
+            0..2 => (Store::default(), self.now),
             2..6 => self.earlier.clone(),
             _ => self.recent.clone(),
         };
@@ -105,7 +107,7 @@ impl World {
         self.newest.iter_mut().for_each(NewestRequests::forget_order);
         // Then it overtakes what the hosts have seen.
         self.busy_until = self.now + self.rng.below(2) * TTL / 2;
-        self.restart();
+        self.restart(taken);
         let down_until = self.store.down_until;
         self.store.go_back_to(earlier);
         self.store.restart(down_until, TTL);
