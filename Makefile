@@ -4,8 +4,8 @@ PREFIX ?= /usr/local
 DESTDIR ?=
 
 CARGO ?= cargo
-# The target of all builds: see .ci/target. It is asked for when a rule first needs it, and `make install` needs none.
-TARGET = $(eval TARGET := $$(shell .ci/target))$(TARGET)
+# The target of all builds: see packaging/build-target. It is asked for when a rule first needs it, and `make install` needs none.
+TARGET = $(eval TARGET := $$(shell packaging/build-target))$(TARGET)
 # What `make` builds and `make install` installs.
 PROGRAM := target/kmutex
 # The same without the feature etcd, to see what the feature costs.

@@ -20,7 +20,7 @@ const GROWTH_MAX: f64 = 1.1;
 /// The same for page faults: how many pages the kernel maps at one fault depends on the kernel and on its page cache.
 const FAULTS_GROWTH_MAX: f64 = 1.25;
 const FAULTS: &str = "page faults: kmutex run -n, refused";
-/// The C library that all of this is built with: see `.ci/target`.
+/// The C library that all of this is built with: see `packaging/build-target`.
 const LIBC: &str = if cfg!(target_env = "musl") { "musl" } else { "glibc" };
 /// Rounds that are counted, after the rounds that warm up.
 const ROUNDS: u64 = 2_000;

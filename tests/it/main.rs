@@ -5,6 +5,7 @@
 mod authority;
 mod autostart;
 mod breaking;
+mod build_target;
 #[cfg(feature = "tls")]
 mod certificates;
 #[cfg(feature = "etcd")]
