@@ -23,7 +23,7 @@ use crate::run::{OnLost, Share};
 pub(super) fn run(words: &[OsString]) -> Option<Run> {
     let words = &mut Parser::from_args(words);
     let mut run = defaults();
-    // Of the options that have a default, those that were given.
+    // The options that have a default and were given.
     let given = &mut Vec::new();
     while let Some(word) = words.next().ok()? {
         let lock = &mut run.lock;
