@@ -1,7 +1,5 @@
 //! What the daemon answers, and the reading and writing of it.
 
-use std::io::Write;
-
 use serde::{Deserialize, Serialize};
 
 use super::{LockStatus, LockUser, RunStatus, ShortText, encode};
@@ -220,8 +218,9 @@ pub fn encode_answer(answer: &Answer, buffer: &mut Vec<u8>) {
         // A daemon answers little else, and serde takes several times as long for it.
         Answer::Released => buffer.extend_from_slice(b"{\"type\":\"released\"}\n"),
         Answer::Granted { token, lease: None, stale: None } => {
-            writeln!(buffer, r#"{{"type":"granted","token":{token}}}"#)
-                .expect("memory takes what is written");
+            buffer.extend_from_slice(b"{\"type\":\"granted\",\"token\":");
+            buffer.extend_from_slice(itoa::Buffer::new().format(token.0).as_bytes());
+            buffer.extend_from_slice(b"}\n");
         }
         _ => encode(answer, buffer),
     }

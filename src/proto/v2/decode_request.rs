@@ -13,6 +13,10 @@ use crate::proto::{Key, Nonce, Outcome, Pid, Secret, Token};
 /// # Errors
 /// The answer that the client is to be sent: always an [`Answer::Error`].
 pub fn decode_request(line: &[u8]) -> Result<Request, Answer> {
+    // Half of all requests may be this one, and serde takes several times as long for it.
+    if line.trim_ascii_end() == b"{\"type\":\"release\"}" {
+        return Ok(Request::Release { outcome: Outcome::Unknown });
+    }
     // serde would read a struct from an array as well.
     if line.trim_ascii_start().first() != Some(&b'{') {
         return Err(error(ErrorCode::BadFrame, "the line is not a JSON object"));
