@@ -37,6 +37,8 @@ pub(super) struct NewestRequests {
     requests: Vec<Request>,
     /// The step at which the newest of the requests came that have begun.
     begun: u64,
+    /// The step at which the order of the requests was lost.
+    lost: u64,
     pub(super) replacing: ReplacingRequests,
 }
 
@@ -53,7 +55,12 @@ impl NewestRequests {
     }
 
     pub(super) fn waits(&mut self, host: usize, client: usize, step: u64) {
-        self.of(host, client).waits_since.get_or_insert(step);
+        let lost = self.lost;
+        let one = self.of(host, client);
+        // One that came before that may have been recorded before.
+        if one.since >= lost {
+            one.waits_since.get_or_insert(step);
+        }
     }
 
     pub(super) fn began(&mut self, host: usize, client: usize, now: Moment) {
@@ -103,8 +110,9 @@ impl NewestRequests {
         self.requests.iter_mut().filter(|one| one.host == host).for_each(|one| one.waits_since = None);
     }
 
-    /// The store went back, and the order with it.
-    pub(super) fn forget_order(&mut self) {
+    /// The record of the newest is gone, or the store went back, and the order with it.
+    pub(super) fn forget_order(&mut self, step: u64) {
+        self.lost = step;
         self.requests.iter_mut().for_each(|one| one.waits_since = None);
         self.begun = 0;
     }

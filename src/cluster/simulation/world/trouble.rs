@@ -2,7 +2,6 @@
 
 use super::{HOSTS, KEYS, TTL, World};
 use crate::cluster::Revision;
-use crate::cluster::simulation::newest::NewestRequests;
 use crate::cluster::simulation::store::Store;
 use crate::proto::Token;
 
@@ -34,7 +33,7 @@ impl World {
                 // A user deletes it.
                 let key = self.rng.below(KEYS) as usize;
                 self.store.forget_newest(self.keys[key].id());
-                self.newest[key].forget_order();
+                self.newest[key].forget_order(self.step);
             }
             8..10 => {
                 self.note("compacted", 1);
@@ -104,7 +103,8 @@ impl World {
                 host.unaware_until = until;
             }
         }
-        self.newest.iter_mut().for_each(NewestRequests::forget_order);
+        let step = self.step;
+        self.newest.iter_mut().for_each(|requests| requests.forget_order(step));
         // Then it overtakes what the hosts have seen.
         self.busy_until = self.now + self.rng.below(2) * TTL / 2;
         self.restart(taken);
