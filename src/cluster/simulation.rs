@@ -78,6 +78,7 @@ fn run(seeds: std::ops::Range<u64>) {
         "noticed",
         "restarted",
         "dead watch",
+        "went back unseen",
         "renewed unawares",
         "read again",
         "fresh",

@@ -2,11 +2,11 @@
 //! waits; or for one of its user or of root that waits, or that went away so short a time ago that the holder's host may not have
 //! heard of it.
 
-use super::world::TTL;
+use super::world::{ONLY_RENEWS_MAX, TTL};
 
 /// How long the holder's host may not have heard that a request went away, in milliseconds: as long as the place of the request stays
-/// if its host is cut off, and then as long as a host relies on what it holds without news.
-const NEWS_MS: u64 = 2 * TTL;
+/// if its host is cut off, with or without its renewals, and then as long as a host relies on what it holds without news.
+const NEWS_MS: u64 = ONLY_RENEWS_MAX + 2 * TTL;
 
 struct Replacing {
     host: usize,

@@ -21,6 +21,8 @@ const HOSTS: usize = 3;
 const CLIENTS: u32 = 6;
 const KEYS: u64 = 3;
 pub(super) const TTL: u64 = 1_000;
+/// For how long only renewals may pass between a host and etcd, at the most.
+pub(super) const ONLY_RENEWS_MAX: u64 = 2 * TTL;
 const MARGIN: u64 = 250;
 
 /// The client of each host that says, as a holder, that it is not to be asked to stop.
@@ -88,10 +90,12 @@ struct Host {
     quarantined_until: u64,
     /// The host cannot know until then that the store went back.
     unaware_until: u64,
-    /// It cannot reach etcd until then.
+    /// It cannot reach etcd until then, or with nothing but renewals of its lease.
     cut_until: u64,
-    /// It does nothing at all until then.
+    only_renews_until: u64,
+    /// It does nothing at all until then; or its clients ask for nothing and end nothing.
     frozen_until: u64,
+    quiet_until: u64,
     flights: Vec<Flight>,
     /// The results of its own runs, for etcd.
     own_results: BTreeMap<(LockId, Token), OwnResult>,
@@ -206,7 +210,9 @@ impl World {
             quarantined_until: 0,
             unaware_until: 0,
             cut_until: 0,
+            only_renews_until: 0,
             frozen_until: 0,
+            quiet_until: 0,
             flights: Vec::new(),
             own_results: BTreeMap::new(),
             found: BTreeMap::new(),
@@ -239,7 +245,9 @@ impl World {
             self.step();
             let host = self.rng.below(HOSTS as u64) as usize;
             if self.hosts[host].frozen_until <= self.now {
-                self.act(host);
+                if self.hosts[host].quiet_until <= self.now {
+                    self.act(host);
+                }
                 self.settle(host);
             }
             if !self.calm {
@@ -319,7 +327,7 @@ impl World {
         if self.hosts[host].cluster.good_until().is_some_and(|until| until.0 <= now) {
             self.lose_lease(host);
         }
-        let cut = self.hosts[host].cut_until > now;
+        let cut = self.hosts[host].is_cut(now);
         if !cut && self.hosts[host].watch.as_ref().is_some_and(|w| w.era != self.store.era && !w.is_dead) {
             // etcd was restarted, which ends its connections.
             self.hang_up(host);
@@ -428,7 +436,9 @@ impl World {
         let seen = self.hosts[host].seen;
         let soon = self.now + 1 + self.rng.below(20);
         let back = soon + self.rng.below(20);
-        let cut = self.hosts[host].cut_until > self.now;
+        let this = &self.hosts[host];
+        let is_renewal = matches!(question, Question::Renew);
+        let cut = if is_renewal { this.cut_until > self.now } else { this.is_cut(self.now) };
         let kind = if self.calm { 99 } else { self.rng.below(100) };
         let (arrives, returns, answer) = match kind {
             _ if cut => (None, Some(soon), Err(Failure::NotDone)),
@@ -519,6 +529,9 @@ impl World {
             }
         } else if is_silent && self.now >= this.checked + 2 * TTL {
             this.checked = self.now;
+            if this.is_cut(self.now) {
+                return self.hang_up(host);
+            }
             this.sign = Some(self.store.sign_of_life());
         }
     }
@@ -789,7 +802,7 @@ impl World {
     fn drain(&mut self) {
         self.calm = true;
         for host in &mut self.hosts {
-            (host.cut_until, host.frozen_until) = (0, 0);
+            (host.cut_until, host.only_renews_until, host.frozen_until) = (0, 0, 0);
         }
         for key in self.keys.clone() {
             if self.store.has_other_program(key.id()) {
@@ -830,6 +843,11 @@ impl World {
 }
 
 impl Host {
+    /// Returns `true` if nothing passes between the host and etcd, besides renewals perhaps.
+    fn is_cut(&self, now: u64) -> bool {
+        self.cut_until.max(self.only_renews_until) > now
+    }
+
     /// Takes in the results of other hosts, and drops what is not to be kept, as the daemon does before it tells its clients.
     fn hear_of_results(&mut self, effects: &mut Effects) {
         let found = self.cluster.take_results().into_iter().map(|found| (found.token, found));

@@ -86,7 +86,8 @@ impl World {
             host.watch.as_ref().is_some_and(sees_all)
                 && host.flights.is_empty()
                 && host.lease.is_some()
-                && host.cut_until.max(host.frozen_until) <= self.now
+                && !host.is_cut(self.now)
+                && host.frozen_until <= self.now
         };
         if !self.hosts.iter().all(knows_all) {
             return;

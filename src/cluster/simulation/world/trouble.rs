@@ -1,6 +1,6 @@
 //! What disturbs the hosts and etcd.
 
-use super::{HOSTS, KEYS, TTL, World};
+use super::{Client, HOSTS, Host, KEYS, ONLY_RENEWS_MAX, TTL, World};
 use crate::cluster::Revision;
 use crate::cluster::simulation::store::Store;
 use crate::proto::Token;
@@ -49,6 +49,8 @@ impl World {
                 self.store.era = era;
                 self.restart(self.now);
             }
+            144..146 => self.hosts[host].only_renews_until = self.now + self.rng.below(ONLY_RENEWS_MAX),
+            146..152 => self.go_back_unseen(),
             10..20 => {
                 self.note("other program", 1);
                 let lock = self.keys[self.rng.below(KEYS) as usize].id();
@@ -68,9 +70,10 @@ impl World {
         let now = self.now;
         self.newest.iter_mut().for_each(|requests| requests.replacing.restarted(taken, now));
         for host in &mut self.hosts {
+            let is_cut = host.is_cut(now);
             if let Some(watch) = &mut host.watch
                 && !watch.is_dead
-                && host.cut_until > now
+                && is_cut
                 && self.rng.percent(70)
             {
                 let news = self.store.watch(&mut watch.position);
@@ -85,17 +88,41 @@ impl World {
     /// The store goes back: to what it was some time ago, or to nothing.
     fn go_back(&mut self) {
         let kind = self.rng.below(10);
-        let is_emptied = kind < 2;
         let (earlier, taken) = match kind {
             0..2 => (Store::default(), self.now),
             2..6 => self.earlier.clone(),
             _ => self.recent.clone(),
         };
-        let target = earlier.revision();
-        if target == self.store.revision() {
+        if earlier.revision() != self.store.revision() {
+            self.note(if kind < 2 { "emptied" } else { "rolled back" }, 1);
+            // Then it may overtake what the hosts have seen.
+            self.busy_until = self.now + self.rng.below(2) * TTL / 2;
+            self.go_back_to(earlier, taken);
+        }
+    }
+
+    /// The store goes back to where the lease of a host lives and something that it holds is not there, and overtakes what the host
+    /// saw. Meanwhile its clients go on, and only renewals pass between it and etcd.
+    fn go_back_unseen(&mut self) {
+        let choices =
+            (0..HOSTS).flat_map(|host| [&self.earlier, &self.recent].map(|earlier| (host, earlier)));
+        let choices = choices.filter(|(host, (earlier, _))| loses_unseen(&self.hosts[*host], earlier));
+        let choices: Vec<(usize, &(Store, u64))> = choices.collect();
+        if choices.is_empty() {
             return;
         }
-        self.note(if is_emptied { "emptied" } else { "rolled back" }, 1);
+        let (host, earlier) = choices[self.rng.below(choices.len() as u64) as usize];
+        let (earlier, taken) = earlier.clone();
+        let this = &mut self.hosts[host];
+        this.only_renews_until = self.now + ONLY_RENEWS_MAX;
+        this.quiet_until = this.only_renews_until;
+        self.note("went back unseen", 1);
+        self.busy_until = self.now + TTL / 2;
+        self.go_back_to(earlier, taken);
+    }
+
+    fn go_back_to(&mut self, earlier: Store, taken: u64) {
+        let target = earlier.revision();
         let until = self.now + TTL;
         for host in &mut self.hosts {
             let last = host.last_added.as_ref().map_or(Revision(0), |(revision, ..)| *revision);
@@ -105,8 +132,6 @@ impl World {
         }
         let step = self.step;
         self.newest.iter_mut().for_each(|requests| requests.forget_order(step));
-        // Then it overtakes what the hosts have seen.
-        self.busy_until = self.now + self.rng.below(2) * TTL / 2;
         self.restart(taken);
         let down_until = self.store.down_until;
         self.store.go_back_to(earlier);
@@ -115,4 +140,12 @@ impl World {
         self.ended.fill(self.step);
         self.occupied.fill(self.step);
     }
+}
+
+/// Returns `true` if the lease of a host lives in this store, and something that the host holds is not there.
+fn loses_unseen(host: &Host, earlier: &Store) -> bool {
+    let is_new = |token: Token| token.0 as i64 > earlier.revision().0;
+    let loses = |client: &Client| matches!(*client, Client::Holding { token, .. } if is_new(token));
+    let lives = host.lease.as_ref().is_some_and(|lease| earlier.leases.contains_key(lease));
+    lives && host.clients.iter().any(loses)
 }
