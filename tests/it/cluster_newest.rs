@@ -182,8 +182,9 @@ fn a_request_survives_the_restart_of_its_daemon_without_its_journal() {
     assert_eq!((kept.wait(), runs(&a)), (0, vec![String::from("kept")]));
 }
 
-/// A command that runs until it is stopped, and takes its time for that.
-const SLOW: &str = "trap 'sleep 0.3; rm -f alive; exit 1' TERM; touch alive; while :; do sleep 0.05; done";
+/// A command that runs until it is stopped, and takes its time for that. What it starts then is not stopped with it.
+const SLOW: &str =
+    "trap 'trap \"\" TERM; sleep 0.3; rm -f alive; exit 1' TERM; touch alive; while :; do sleep 0.05; done";
 
 fn slow(daemon: &Daemon, options: &[&str]) -> Process {
     let mut run = daemon.run(options);
