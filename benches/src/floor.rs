@@ -15,7 +15,7 @@ use crate::Result;
 pub fn serve(path: &Path) -> Result<()> {
     let listener = UnixListener::bind(path)?;
     listener.set_nonblocking(true)?;
-    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::new(4096)?)?;
+    nix::sys::socket::listen(&listener, nix::sys::socket::Backlog::MAXALLOWABLE)?;
     let epoll = Epoll::new(EpollCreateFlags::empty())?;
     epoll.add(&listener, EpollEvent::new(EpollFlags::EPOLLIN, u64::MAX))?;
     let mut clients: Vec<Option<UnixStream>> = Vec::new();

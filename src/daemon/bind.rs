@@ -65,7 +65,7 @@ pub(super) fn bind(path: &Path, permissions: Permissions) -> io::Result<(UnixLis
         fs::set_permissions(by_descriptor, fs::Permissions::from_mode(permissions.mode))?;
     }
     listener.set_nonblocking(true)?;
-    listen(&listener, Backlog::MAXCONN)?;
+    listen(&listener, Backlog::MAXALLOWABLE)?;
     Ok((listener, FileId::of(&file.metadata()?)))
 }
 

@@ -333,7 +333,7 @@ fn bind_tcp(addr: &Addr, exposure: Exposure, listeners: &mut Vec<Listener>) -> R
             other => other.map_err(error)?,
         };
         listener.set_nonblocking(true).map_err(error)?;
-        listen(&listener, Backlog::MAXCONN).map_err(|e| error(e.into()))?;
+        listen(&listener, Backlog::MAXALLOWABLE).map_err(|e| error(e.into()))?;
         let name = tcp_name(listener.local_addr().map_err(error)?, is_tls);
         listeners.push(Listener { socket: Socket::Tcp { listener, is_tls }, name });
     }

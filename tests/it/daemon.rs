@@ -3,13 +3,15 @@
 use std::fs;
 use std::io::Read;
 use std::net::{TcpListener, TcpStream};
+use std::os::fd::AsRawFd;
 use std::os::unix::fs::{MetadataExt, PermissionsExt, symlink};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
-use nix::sys::signal::Signal;
+use nix::sys::signal::{Signal, kill};
+use nix::sys::socket::{AddressFamily, SockFlag, SockType, UnixAddr, connect, socket};
 
 use crate::harness::{Daemon, KMUTEX, PREAMBLE, Process, Wire, tool, wait_for, wait_until};
 
@@ -164,6 +166,25 @@ fn without_descriptors_it_serves_the_connected_clients_and_does_not_spin() {
     drop(others);
     outside.answer_of("hello");
     assert_eq!(daemon.log().matches("cannot accept").count(), 1, "it says so once");
+}
+
+#[test]
+fn hundreds_may_connect_before_it_accepts() {
+    const CLIENTS: usize = 300;
+    let daemon = Daemon::start();
+    kill(daemon.pid(), Signal::SIGSTOP).unwrap();
+    let addr = UnixAddr::new(&daemon.sock()).unwrap();
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|number| {
+            let flags = SockFlag::SOCK_CLOEXEC | SockFlag::SOCK_NONBLOCK;
+            let client = socket(AddressFamily::Unix, SockType::Stream, flags, None).unwrap();
+            connect(client.as_raw_fd(), &addr).unwrap_or_else(|e| panic!("client {number}: {e}"));
+            client
+        })
+        .collect();
+    kill(daemon.pid(), Signal::SIGCONT).unwrap();
+    daemon.wire().send(KEY).expect("O");
+    drop(clients);
 }
 
 #[test]
