@@ -15,30 +15,41 @@ use crate::startup::bit;
 
 /// Sends a signal to a process and to all its descendants. It searches again until it finds no new descendant, because a
 /// process may fork before its signal arrives. Without /proc it signals the process alone.
+///
+/// What a process starts after its signal was sent may be there to clean up, so it gets no signal but SIGKILL.
 pub(super) fn signal_tree(root: Pid, signal: Signal) {
-    signal_except(Vec::new(), root, signal, None);
+    signal_except(&[], root, signal, None);
 }
 
-/// Sends a signal to all descendants of a process, but not to the process itself, nor to those of one process group.
+/// Sends a signal to all descendants of a process, but not to the process itself, nor to those of one process group; otherwise as
+/// [`signal_tree`].
 pub(super) fn signal_below(root: Pid, signal: Signal, except_group: Option<Pid>) {
-    signal_except(vec![root], root, signal, except_group);
+    signal_except(&[root], root, signal, except_group);
 }
 
-fn signal_except(mut signalled: Vec<Pid>, root: Pid, signal: Signal, except_group: Option<Pid>) {
+fn signal_except(except: &[Pid], root: Pid, signal: Signal, except_group: Option<Pid>) {
     const ROUNDS_MAX: usize = 10;
+    let mut signalled = Vec::new();
+    let mut spared = Vec::new();
     for _ in 0..ROUNDS_MAX {
-        let new: Vec<Pid> =
-            with_descendants(root).into_iter().filter(|pid| !signalled.contains(pid)).collect();
+        let is_known = |pid| except.contains(&pid) || signalled.contains(&pid) || spared.contains(&pid);
+        let new: Vec<_> = with_descendants(root).into_iter().filter(|new| !is_known(new.pid)).collect();
         if new.is_empty() {
             return;
         }
-        for &pid in &new {
+        let earlier = signalled.len();
+        for Process { pid, parent } in new {
+            let is_late = signalled[..earlier].contains(&parent) || spared.contains(&parent);
+            if is_late && signal != Signal::SIGKILL {
+                spared.push(pid);
+                continue;
+            }
+            signalled.push(pid);
             if except_group.is_none() || getpgid(Some(pid)).ok() != except_group {
                 // It may have ended by now, or belong to another user.
                 let _ = kill(pid, signal);
             }
         }
-        signalled.extend(new);
     }
 }
 
@@ -96,23 +107,30 @@ fn signals(pid: Pid, set: &str) -> Option<u64> {
     u64::from_str_radix(bits.trim(), 16).ok()
 }
 
+#[derive(Clone, Copy)]
+struct Process {
+    pid: Pid,
+    parent: Pid,
+}
+
 /// Returns the process and its descendants, parents first.
-fn with_descendants(root: Pid) -> Vec<Pid> {
-    let mut children: HashMap<i32, Vec<i32>> = HashMap::new();
+fn with_descendants(root: Pid) -> Vec<Process> {
+    let mut children: HashMap<Pid, Vec<Process>> = HashMap::new();
     for entry in fs::read_dir("/proc").into_iter().flatten().flatten() {
         if let Some(pid) = entry.file_name().to_str().and_then(|name| name.parse().ok())
-            && let Some(parent) = parent(pid)
+            && let Some(parent) = parent(pid).map(Pid::from_raw)
         {
-            children.entry(parent).or_default().push(pid);
+            children.entry(parent).or_default().push(Process { pid: Pid::from_raw(pid), parent });
         }
     }
-    let mut found = vec![root.as_raw()];
+    // Whose child the first one is does not matter.
+    let mut found = vec![Process { pid: root, parent: Pid::from_raw(0) }];
     let mut next = 0;
-    while let Some(&pid) = found.get(next) {
+    while let Some(&Process { pid, .. }) = found.get(next) {
         found.extend(children.remove(&pid).unwrap_or_default());
         next += 1;
     }
-    found.into_iter().map(Pid::from_raw).collect()
+    found
 }
 
 /// Returns the parent of a process (proc(5), /proc/PID/stat, the second field after the name in brackets).

@@ -377,6 +377,21 @@ fn kmutex_dies_of_the_signal_of_which_its_command_died_if_it_was_sent_the_same()
 }
 
 #[test]
+fn what_the_handler_of_a_command_starts_to_clean_up_is_not_signalled() {
+    let daemon = Daemon::start();
+    // It is started just when kmutex looks whether there are descendants that it has not signalled: most times, so several.
+    let script = "trap 'sleep 0.02 && echo clean; exit' TERM; sleep 1000 & echo ready; wait";
+    for _ in 0..10 {
+        let mut command = daemon.run(&["--kill-after", "1h", "k", "sh", "-c", script]);
+        let mut process = Process::spawn(command.stdin(Stdio::null()).stdout(Stdio::piped()));
+        process.wait_for_line("ready");
+        finish(&mut daemon.kmutex(&["break", "--yes", "k"])).assert_silent(0);
+        process.wait_for_line("clean");
+        assert_eq!(process.wait(), 74);
+    }
+}
+
+#[test]
 fn a_signal_of_the_commands_own_is_an_exit_status() {
     let daemon = Daemon::start();
     let mut process = start(&daemon, &[], &[]);
