@@ -30,6 +30,7 @@
 //! | [`exit`] | the exit codes | |
 //! | `message` | one line on standard error | `cli` |
 //! | `streams` | this process's own standard output and error, for the output of other processes | `cli` |
+//! | `any_signal` | signals of any number, real-time signals too | `cli` |
 //! | `startup` | the signals as they were when kmutex was started, and how it dies of one | `cli` |
 //! | `clock`, `timestamp` | the clock that the daemon and the clients use, and a moment on it | |
 //! | `cluster` | this host's part in the locks of several hosts: events in, requests to etcd out, nothing else | `etcd` |
@@ -124,6 +125,8 @@ pub mod timestamp;
 #[doc(hidden)]
 pub mod tls;
 
+#[cfg(feature = "cli")]
+mod any_signal;
 #[cfg(feature = "cli")]
 mod startup;
 #[cfg(feature = "cli")]

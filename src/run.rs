@@ -1,6 +1,5 @@
 //! `kmutex run`: acquires locks, runs a command under them, releases them, and tells how that went.
 
-mod any_signal;
 mod child;
 mod command;
 mod descendants;

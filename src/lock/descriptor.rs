@@ -12,6 +12,7 @@ use std::fs::File;
 use std::io;
 use std::ops::Range;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::thread::Builder;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -20,6 +21,7 @@ use nix::libc::{self, F_RDLCK, F_UNLCK, F_WRLCK, O_ACCMODE, SEEK_SET, c_int, off
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::unistd::pipe2;
 
+use crate::any_signal;
 use crate::client;
 use crate::fd;
 use crate::proto::Key;
@@ -172,7 +174,7 @@ pub(super) struct Watch {
 fn watch(file: &File, bytes: &Bytes) -> io::Result<OwnedFd> {
     let (reader, writer) = pipe2(OFlag::O_CLOEXEC)?;
     let (file, lock) = (file.try_clone()?, flock(F_WRLCK, bytes));
-    std::thread::Builder::new().spawn(move || {
+    any_signal::start_thread(Builder::new(), move || {
         while fcntl(&file, FcntlArg::F_OFD_SETLKW(&lock)) == Err(Errno::EINTR) {}
         drop(writer);
     })?;

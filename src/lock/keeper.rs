@@ -7,9 +7,9 @@ use std::time::Instant;
 
 use nix::errno::Errno;
 use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
-use nix::sys::signal::SigSet;
 
 use super::descriptor::{Descriptor, Marker};
+use crate::any_signal;
 use crate::client::{self, HeldLock, RELEASE_WAIT};
 use crate::proto::Outcome;
 
@@ -35,7 +35,7 @@ pub(super) fn keep(mut hold: HeldLock, descriptor: Descriptor, marker: Marker) -
 
 /// Becomes a process that no terminal and no signal to a group concerns, with nothing of the caller's.
 fn detach() -> io::Result<()> {
-    SigSet::all().thread_block()?;
+    any_signal::block_all()?;
     Ok(nix::unistd::daemon(false, false)?)
 }
 

@@ -13,6 +13,7 @@ use super::command::Command;
 use super::forward::{Forwarding, JobControl};
 use super::signals::Signals;
 use super::tee::Tee;
+use crate::any_signal;
 use crate::client::{self, HeldLock};
 use crate::describe;
 use crate::proto::{self, Outcome};
@@ -212,6 +213,8 @@ fn wait_for_event(
     let news = news.filter(|_| lock == LockState::Held);
     let fds = signals.readable().into_iter().chain(daemons).chain(news).chain(script);
     let mut fds: Vec<PollFd<'_>> = fds.map(|fd| PollFd::new(fd, PollFlags::POLLIN)).collect();
+    // A connection that was made anew may have taken this process's first thread.
+    any_signal::block_unnamed()?;
     match poll(&mut fds, timeout) {
         Err(Errno::EINTR) => return Ok(Ready::default()),
         other => other?,

@@ -14,8 +14,7 @@ use nix::spawn::{PosixSpawnAttr, PosixSpawnFileActions, PosixSpawnFlags, posix_s
 use nix::sys::signal::{SigSet, Signal};
 use nix::unistd::{AccessFlags, Pid, access, execvpe};
 
-use super::any_signal;
-use crate::startup;
+use crate::{any_signal, startup};
 
 /// What to execute.
 #[derive(Debug)]

@@ -8,9 +8,10 @@ use nix::sys::signal::Signal;
 use nix::sys::wait::{Id, WaitPidFlag, WaitStatus, waitid};
 use nix::unistd::{Pid, getpgid, getpgrp, getsid};
 
+use super::descendants;
 use super::signals::{Received, Sender};
 use super::witness::Witness;
-use super::{any_signal, descendants};
+use crate::any_signal;
 use crate::startup::bit;
 
 /// The policy of passing signals on: every signal reaches the command, and none reaches it twice where kmutex can tell.

@@ -7,11 +7,11 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
-use super::any_signal;
-use crate::startup;
 use nix::libc::{SIGCHLD, SIGCONT};
-use nix::sys::signal::{SigSet, SigmaskHow, Signal};
+use nix::sys::signal::{SigSet, Signal};
 use nix::sys::signalfd::{SfdFlags, SignalFd, siginfo};
+
+use crate::{any_signal, startup};
 
 /// How long a command may take to stop.
 const STOP_WAIT: Duration = Duration::from_millis(500);
@@ -61,8 +61,7 @@ impl Signals {
     /// # Errors
     /// When the kernel has no descriptor left.
     pub(super) fn block() -> io::Result<Signals> {
-        let all = SigSet::all();
-        let mask = startup::mask(all.thread_swap_mask(SigmaskHow::SIG_BLOCK)?);
+        let mask = startup::mask(any_signal::block_all()?);
         if startup::ignores(SIGCHLD) {
             // A process that ignores SIGCHLD is not told how its children end (wait(2)). The handler never runs.
             signal_hook::flag::register(SIGCHLD, Arc::new(AtomicBool::new(false)))?;
@@ -71,7 +70,6 @@ impl Signals {
         let fd = SignalFd::with_flags(&SigSet::empty(), flags)?;
         let stops = SignalFd::with_flags(&SigSet::from(Signal::SIGTSTP), flags)?;
         let signals = Signals { fd, stops, holds_stop_until: None, mask, received: 0 };
-        any_signal::block_unnamed()?;
         any_signal::read_all_but(&signals.fd, &[Signal::SIGTSTP])?;
         Ok(signals)
     }

@@ -7,7 +7,7 @@
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard};
-use std::thread::JoinHandle;
+use std::thread::{Builder, JoinHandle};
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -16,6 +16,7 @@ use nix::poll::{PollFd, PollFlags, PollTimeout, poll};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use nix::sys::signal::{SigSet, Signal};
 
+use crate::any_signal;
 use crate::client::HeldLock;
 use crate::output::{OutputFile, Reader, Stream};
 use crate::startup;
@@ -146,14 +147,15 @@ impl Tee {
         let own = file.output()?.reader();
         let shared = Arc::clone(&self.shared);
         let writer = move || write_own(&shared, own);
-        self.writer = Some(std::thread::Builder::new().name("write".into()).spawn(writer)?);
+        self.writer = Some(any_signal::start_thread(Builder::new().name("write".into()), writer)?);
         let reading = Reading {
             shared: Arc::clone(&self.shared),
             pipes: reads.map(Some),
             file: Some(file),
             room: self.max,
         };
-        self.reader = Some(std::thread::Builder::new().name("read".into()).spawn(move || reading.run())?);
+        self.reader =
+            Some(any_signal::start_thread(Builder::new().name("read".into()), move || reading.run())?);
         Ok(())
     }
 
