@@ -336,6 +336,10 @@ pub struct Reason<'a>(pub &'a io::Error);
 impl fmt::Display for Reason<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.raw_os_error().map(Errno::from_raw) {
+            // Where nix has words of its own.
+            Some(Errno::EBADF) => f.write_str("Bad file descriptor"),
+            Some(Errno::ELOOP) => f.write_str("Too many levels of symbolic links"),
+            Some(Errno::EIO) => f.write_str("Input/output error"),
             Some(errno) if errno != Errno::UnknownErrno => f.write_str(errno.desc()),
             _ => self.0.fmt(f),
         }
@@ -382,7 +386,8 @@ mod tests {
     #[test]
     fn a_reason_is_in_the_usual_words_and_has_no_number() {
         let reason = |number| Reason(&io::Error::from_raw_os_error(number)).to_string();
-        assert_eq!(reason(nix::Error::EACCES as i32), "Permission denied");
+        assert_eq!(reason(nix::Error::EBADF as i32), "Bad file descriptor");
+        assert_eq!(reason(nix::Error::ELOOP as i32), "Too many levels of symbolic links");
         assert_eq!(reason(nix::Error::EMFILE as i32), "Too many open files");
         assert_eq!(Reason(&io::Error::other("no (os error 9) here")).to_string(), "no (os error 9) here");
     }

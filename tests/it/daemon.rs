@@ -275,7 +275,7 @@ fn what_cannot_be_served_is_named() {
         (&["-f", "--sock", "file"][..], 73, "file: it exists and is not a socket"),
         (&["--sock", "directory"], 73, "directory: it exists and is not a socket"),
         (&["--sock", "nowhere/sock"], 73, "nowhere/sock.lock: No such file or directory"),
-        (&["--sock", "linked"], 73, "linked.lock: Too many symbolic links encountered"),
+        (&["--sock", "linked"], 73, "linked.lock: Too many levels of symbolic links"),
         (&["--sock", &long], 64, "108 bytes"),
         (&["--sock", "65536"], 64, "from 0 to 65535"),
         (&["--sock", "no.such.host.invalid:7000"], 69, "no.such.host.invalid:7000"),
